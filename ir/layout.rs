@@ -1,0 +1,131 @@
+//! Memory layouts that code and data must agree on: packed weights, activation rows, cache blocks.
+//!
+//! A matrix `[n, k]` is packed in *strips* of 16 output rows, one after the other. A strip has four regions, each padded to
+//! 64 bytes: scales `f16[k / group][16]`, minima likewise (formats with a minimum), codes, and the codes' upper bits. Rows
+//! are interleaved so that one 64-byte line holds 4 consecutive k of all 16 rows (byte `row * 4 + i` is `k = 4 * quad + i`)
+//! and a `u8 x s8` dot product leaves one sum per lane: no horizontal sums. For 4 low bits a line holds two quads of one
+//! group: quad `j` in the low nibbles, quad `j + group / 8` in the high ones.
+//!
+//! Float matrices have one region: `k` lines of 16 values.
+
+use crate::formats::{DType, IntFormat, Zero};
+use crate::types::{CacheRole, Type};
+
+/// Output rows of a strip, and lanes of every vector in generated code.
+pub const STRIP: usize = 16;
+
+/// Token positions of a cache block.
+pub const CACHE_BLOCK: usize = 64;
+
+/// Everything a kernel loads as a vector starts on this boundary.
+pub const ALIGN: usize = 64;
+
+/// Rounds up to a multiple of 64 bytes.
+pub const fn aligned(bytes: usize) -> usize {
+    bytes.div_ceil(ALIGN) * ALIGN
+}
+
+/// Where the regions of one packed strip lie. All figures in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StripLayout {
+    /// `f16[k / group][16]`.
+    pub scales: usize,
+    /// `f16[k / group][16]`, present where the format has a minimum.
+    pub mins: usize,
+    /// Low 4 bits (two quads a line), whole bytes (one quad a line), or floats (one k a line).
+    pub codes: usize,
+    /// Fifth bits (one 64-bit word a quad, bit `row * 4 + i`) or bits 4-5 (byte `row * 4 + i` holds quad
+    /// `4 * line + c` of the group at bit `2 c`).
+    pub high: usize,
+    /// The whole strip.
+    pub bytes: usize,
+}
+
+impl StripLayout {
+    /// The layout of a strip of a `[n, k]` matrix in `dtype`.
+    pub fn new(dtype: DType, k: usize) -> StripLayout {
+        let Some(int) = dtype.int() else {
+            let bytes = aligned(k * STRIP * dtype.format().block_bytes);
+            return StripLayout { scales: 0, mins: 0, codes: 0, high: bytes, bytes };
+        };
+        let scale_bytes = aligned(k / int.group * STRIP * 2);
+        let mins = scale_bytes;
+        let codes = if int.zero == Zero::Min { mins + scale_bytes } else { mins };
+        let high = codes + k / int.group * code_bytes(int);
+        StripLayout { scales: 0, mins, codes, high, bytes: aligned(high + k / int.group * high_bytes(int)) }
+    }
+}
+
+/// Bytes of the code region for one group of a strip.
+pub const fn code_bytes(int: IntFormat) -> usize {
+    STRIP * int.group * if int.bits == 8 { 8 } else { 4 } / 8
+}
+
+/// Bytes of the upper-bits region for one group of a strip.
+pub const fn high_bytes(int: IntFormat) -> usize {
+    match int.bits {
+        5 => STRIP * int.group / 8,
+        6 => STRIP * int.group / 4,
+        _ => 0,
+    }
+}
+
+/// Bytes of a packed weight: `[n]` vectors are f32 padded to 16, `[.., n, k]` matrices are strips.
+pub fn packed_bytes(dtype: DType, shape: &[usize]) -> usize {
+    match *shape {
+        [n] => aligned(n * 4),
+        [ref outer @ .., n, k] => {
+            outer.iter().product::<usize>() * n.div_ceil(STRIP) * StripLayout::new(dtype, k).bytes
+        }
+        [] => ALIGN,
+    }
+}
+
+/// One group of 32 activations: a 64-byte line of 32 signed codes followed by what the dot products need of them.
+/// A row of `k` is `k / 32` such lines.
+pub struct A8;
+
+impl A8 {
+    /// Activations that share a scale.
+    pub const GROUP: usize = 32;
+    /// Bytes of one group's line.
+    pub const LINE: usize = 64;
+    /// `f32`: real = scale * code.
+    pub const SCALE: usize = 32;
+    /// `i32`: minus the sum of the 32 codes.
+    pub const NEG_SUM: usize = 36;
+    /// `f32`: scale * sum of the 32 codes.
+    pub const REAL_SUM: usize = 40;
+    /// `i32[2]`: minus the sums of either 16 codes.
+    pub const NEG_SUM_16: usize = 48;
+    /// `f32[2]`: scale * sums of either 16 codes.
+    pub const REAL_SUM_16: usize = 56;
+}
+
+/// Bytes from one row of an activation to the next: f32 and i32 rows are padded to 16 elements, so kernels store whole
+/// vectors. A routing row is `i32[top]`, then `f32[top]`.
+pub fn row_bytes(ty: &Type) -> Option<usize> {
+    match ty {
+        Type::Tensor { dtype: DType::A8, .. } => Some(ty.row_width()? / A8::GROUP * A8::LINE),
+        Type::Tensor { dtype: DType::F32, .. } => Some(aligned(ty.row_width()? * 4)),
+        Type::Tensor { dtype: DType::I32, .. } => Some(4 * ty.row_width()?),
+        Type::Routing { top, .. } => Some(aligned(top * 8)),
+        _ => None,
+    }
+}
+
+/// Bytes of one cache block (64 positions, all heads): keys `[heads][dim][64]`, values `[heads][64][dim]`.
+pub fn cache_block_bytes(ty: &Type) -> Option<usize> {
+    match ty {
+        Type::Cache { heads, dim, dtype, .. } => Some(heads * dim * CACHE_BLOCK * dtype.format().block_bytes),
+        _ => None,
+    }
+}
+
+/// Element offset of `(head, position in block, d)` inside a cache block.
+pub fn cache_offset(role: CacheRole, dim: usize, head: usize, slot: usize, d: usize) -> usize {
+    match role {
+        CacheRole::Keys => (head * dim + d) * CACHE_BLOCK + slot,
+        CacheRole::Values => (head * CACHE_BLOCK + slot) * dim + d,
+    }
+}

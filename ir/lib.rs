@@ -1,0 +1,31 @@
+//! The nouns of Mansard: what a program *is*, at every stage.
+//!
+//! ```text
+//!  model file         Model             Plan             Artifact          tokens
+//!      o---frontend---->o-----passes----->o----backends---->o-----runtime----->o
+//!                        \____________ ir: the nouns ______________/
+//! ```
+//!
+//! A [`Model`] calls straight-line [`Graph`]s over tensors with the symbolic dims `t` (new tokens), `s` (sequences) and `c`
+//! (context). Every op is one row of one table ([`ops`]); parser, printer, verifier, interpreter, cost and generators read
+//! the row.
+
+pub mod artifact;
+pub mod error;
+pub mod file;
+pub mod formats;
+pub mod graph;
+pub mod layout;
+pub mod model;
+pub mod ops;
+pub mod plan;
+pub mod target;
+pub mod types;
+
+pub use error::{Error, Kind, Place, Result};
+pub use formats::DType;
+pub use graph::{Attr, Attrs, Graph, Input, Node, Stage, TokenRange, ValueId};
+pub use model::Model;
+pub use ops::Op;
+pub use target::{Machine, Target};
+pub use types::{CacheRole, Dim, Type};

@@ -1,0 +1,242 @@
+//! Type rules: what each op's operands must be, and what it gives.
+
+use crate::formats::DType;
+use crate::graph::Attrs;
+use crate::layout::A8;
+use crate::types::{CacheRole, Dim, Type};
+use crate::{Result, bail};
+
+type Rule = Result<Type>;
+
+fn f32s(ty: &Type) -> Result<&[Dim]> {
+    match ty.as_tensor() {
+        Some((DType::F32, shape)) if !shape.is_empty() => Ok(shape),
+        _ => bail!(Input, "expected an f32 tensor, found {ty}"),
+    }
+}
+
+/// Leading symbolic dim and fixed trailing extents of an activation.
+fn rows(ty: &Type) -> Result<(Dim, Vec<usize>)> {
+    let Some((_, [lead, rest @ ..])) = ty.as_tensor() else { bail!(Input, "expected rows, found {ty}") };
+    let fixed: Option<Vec<usize>> = rest.iter().map(|d| if let Dim::N(n) = d { Some(*n) } else { None }).collect();
+    match fixed {
+        Some(fixed) if !matches!(lead, Dim::N(_)) && fixed.iter().all(|n| *n > 0) => Ok((*lead, fixed)),
+        _ => bail!(Input, "expected rows of fixed extent, found {ty}"),
+    }
+}
+
+/// Fixed extents of a weight.
+fn fixed(ty: &Type) -> Result<(DType, Vec<usize>)> {
+    match ty.as_tensor() {
+        Some((dtype, shape)) if ty.is_static() => {
+            Ok((dtype, shape.iter().map(|d| if let Dim::N(n) = d { *n } else { 0 }).collect()))
+        }
+        _ => bail!(Input, "expected a weight, found {ty}"),
+    }
+}
+
+fn vector(ty: &Type) -> Result<usize> {
+    match fixed(ty)? {
+        (DType::F32, shape) if shape.len() == 1 => Ok(shape[0]),
+        _ => bail!(Input, "expected an f32 vector, found {ty}"),
+    }
+}
+
+fn indices(ty: &Type) -> Result<Dim> {
+    match ty.as_tensor() {
+        Some((DType::I32, [dim])) if !matches!(dim, Dim::N(_)) => Ok(*dim),
+        _ => bail!(Input, "expected i32 indices, found {ty}"),
+    }
+}
+
+fn step(ty: &Type) -> Result<()> {
+    if *ty != Type::Step {
+        bail!(Input, "expected the step, found {ty}");
+    }
+    Ok(())
+}
+
+fn with_dims(lead: Dim, rest: impl IntoIterator<Item = usize>) -> Vec<Dim> {
+    std::iter::once(lead).chain(rest.into_iter().map(Dim::N)).collect()
+}
+
+pub fn weight(_: &[&Type], _: &Attrs) -> Rule {
+    bail!(Internal, "a weight's type is declared, not inferred")
+}
+
+pub fn scale_columns(o: &[&Type], _: &Attrs) -> Rule {
+    let (dtype, shape) = fixed(o[0])?;
+    let k = vector(o[1])?;
+    if !dtype.is_float() || shape.len() < 2 || shape.last() != Some(&k) {
+        bail!(Input, "expected a float matrix with {k} columns, found {}", o[0]);
+    }
+    Ok(o[0].clone())
+}
+
+pub fn embed(o: &[&Type], _: &Attrs) -> Rule {
+    let lead = indices(o[0])?;
+    match fixed(o[1])? {
+        (_, shape) if shape.len() == 2 => Ok(Type::f32(with_dims(lead, [shape[1]]))),
+        _ => bail!(Input, "expected a table of rows, found {}", o[1]),
+    }
+}
+
+pub fn select_rows(o: &[&Type], _: &Attrs) -> Rule {
+    f32s(o[0])?;
+    let (_, rest) = rows(o[0])?;
+    Ok(Type::f32(with_dims(indices(o[1])?, rest)))
+}
+
+pub fn rope_table(o: &[&Type], _: &Attrs) -> Rule {
+    Ok(Type::f32(with_dims(indices(o[0])?, [2 * vector(o[1])?])))
+}
+
+pub fn rope(o: &[&Type], attrs: &Attrs) -> Rule {
+    if !matches!(attrs.str("pairing"), "half" | "adjacent") {
+        bail!(Input, "`pairing` must be \"half\" or \"adjacent\", found {:?}", attrs.str("pairing"));
+    }
+    f32s(o[0])?;
+    let ((lead, rest), (table_lead, table)) = (rows(o[0])?, rows(o[1])?);
+    match (rest.as_slice(), table.as_slice()) {
+        ([_, dim], [width]) if width <= dim && width % 2 == 0 && lead == table_lead => Ok(o[0].clone()),
+        _ => bail!(Input, "expected heads at least as wide as the table"),
+    }
+}
+
+pub fn same_shape(o: &[&Type], _: &Attrs) -> Rule {
+    f32s(o[0])?;
+    if o[0] != o[1] {
+        bail!(Input, "expected operands of one type");
+    }
+    Ok(o[0].clone())
+}
+
+pub fn unary(o: &[&Type], _: &Attrs) -> Rule {
+    f32s(o[0])?;
+    Ok(o[0].clone())
+}
+
+pub fn row_vector(o: &[&Type], _: &Attrs) -> Rule {
+    let shape = f32s(o[0])?;
+    let n = vector(o[1])?;
+    if shape.last() != Some(&Dim::N(n)) {
+        bail!(Input, "expected a last axis of {n}");
+    }
+    Ok(o[0].clone())
+}
+
+pub fn split_heads(o: &[&Type], attrs: &Attrs) -> Rule {
+    f32s(o[0])?;
+    let (lead, rest) = rows(o[0])?;
+    let heads = attrs.int("heads");
+    match rest[..] {
+        [n] if heads > 0 && n % heads as usize == 0 => {
+            Ok(Type::f32(with_dims(lead, [heads as usize, n / heads as usize])))
+        }
+        _ => bail!(Input, "cannot split into {heads} heads"),
+    }
+}
+
+pub fn merge_heads(o: &[&Type], _: &Attrs) -> Rule {
+    f32s(o[0])?;
+    match rows(o[0])? {
+        (lead, rest) if rest.len() == 2 => Ok(Type::f32(with_dims(lead, [rest[0] * rest[1]]))),
+        _ => bail!(Input, "expected heads"),
+    }
+}
+
+pub fn quantize(o: &[&Type], _: &Attrs) -> Rule {
+    f32s(o[0])?;
+    let (lead, rest) = rows(o[0])?;
+    if rest.last().is_none_or(|k| k % A8::GROUP != 0) {
+        bail!(Input, "expected a last axis that is a multiple of {}", A8::GROUP);
+    }
+    Ok(Type::tensor(DType::A8, with_dims(lead, rest)))
+}
+
+/// A contraction's activations are f32, or a8 over an integer format.
+fn contraction(x: &Type, w: DType) -> Result<(Dim, Vec<usize>)> {
+    let (dtype, _) = x.as_tensor().unwrap_or((DType::I32, &[]));
+    match dtype {
+        DType::F32 if w.is_float() || w.int().is_some() => rows(x),
+        DType::A8 if w.int().is_some() => rows(x),
+        _ => bail!(Input, "{dtype} activations do not go with {w} weights"),
+    }
+}
+
+pub fn matmul(o: &[&Type], _: &Attrs) -> Rule {
+    let (dtype, w) = fixed(o[1])?;
+    match (contraction(o[0], dtype)?, w.as_slice()) {
+        ((lead, x), [n, k]) if x == [*k] => Ok(Type::f32(with_dims(lead, [*n]))),
+        _ => bail!(Input, "columns do not agree"),
+    }
+}
+
+pub fn route(o: &[&Type], attrs: &Attrs) -> Rule {
+    f32s(o[0])?;
+    let (lead, rest) = rows(o[0])?;
+    match rest[..] {
+        [experts] if lead == Dim::T && (1..=experts as i64).contains(&attrs.int("top")) => {
+            Ok(Type::Routing { top: attrs.size("top"), experts })
+        }
+        _ => bail!(Input, "expected f32[t, experts] with at least {} experts", attrs.int("top")),
+    }
+}
+
+pub fn matmul_experts(o: &[&Type], _: &Attrs) -> Rule {
+    let Type::Routing { top, experts } = *o[2] else { bail!(Input, "expected a routing, found {}", o[2]) };
+    let (dtype, w) = fixed(o[1])?;
+    let (lead, x) = contraction(o[0], dtype)?;
+    match (x.as_slice(), w.as_slice()) {
+        ([k] | [_, k], [e, n, wk]) if k == wk && *e == experts && (x.len() == 1 || x[0] == top) => {
+            Ok(Type::f32(with_dims(lead, [top, *n])))
+        }
+        _ => bail!(Input, "experts or columns do not agree"),
+    }
+}
+
+pub fn combine(o: &[&Type], _: &Attrs) -> Rule {
+    f32s(o[0])?;
+    match (rows(o[0])?, o[1]) {
+        ((lead, x), Type::Routing { top, .. }) if x.len() == 2 && x[0] == *top => {
+            Ok(Type::f32(with_dims(lead, [x[1]])))
+        }
+        _ => bail!(Input, "expected f32[t, top, n] and its routing"),
+    }
+}
+
+pub fn append(o: &[&Type], _: &Attrs) -> Rule {
+    f32s(o[1])?;
+    step(o[2])?;
+    match (o[0], rows(o[1])?) {
+        (Type::Cache { heads, dim, .. }, (Dim::T, x)) if x == [*heads, *dim] => Ok(o[0].clone()),
+        _ => bail!(Input, "expected a cache and rows of its heads"),
+    }
+}
+
+pub fn attend(o: &[&Type], attrs: &Attrs) -> Rule {
+    f32s(o[0])?;
+    step(o[3])?;
+    if attrs.int("window") < 0 || attrs.float("softcap") < 0.0 {
+        bail!(Input, "`window` and `softcap` cannot be negative");
+    }
+    match (rows(o[0])?, o[1], o[2]) {
+        (
+            (Dim::T, q),
+            Type::Cache { role: CacheRole::Keys, heads, dim, .. },
+            Type::Cache { role: CacheRole::Values, heads: value_heads, dim: value_dim, .. },
+        ) if q.len() == 2 && q[1] == *dim && heads == value_heads && dim == value_dim && q[0] % heads == 0 => {
+            Ok(o[0].clone())
+        }
+        _ => bail!(Input, "expected queries of the caches' head dim, in a multiple of their heads"),
+    }
+}
+
+pub fn mean_pool(o: &[&Type], _: &Attrs) -> Rule {
+    f32s(o[0])?;
+    step(o[1])?;
+    match rows(o[0])? {
+        (Dim::T, x) if x.len() == 1 => Ok(Type::f32(with_dims(Dim::S, x))),
+        _ => bail!(Input, "expected f32[t, n]"),
+    }
+}

@@ -1,0 +1,262 @@
+//! The op table: the only place that knows an op's meaning.
+//!
+//! One op is one row. Nothing else names an op: printer, parser, verifier, interpreter, cost, e-graph, generators and the
+//! reference page read the row; passes and backends go by [`Class`] wherever a class will do.
+
+mod infer;
+
+use crate::graph::{Attr, Attrs};
+use crate::types::Type;
+use crate::{Result, bail};
+use std::fmt;
+
+/// An op: an index into [`OPS`].
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Op(u8);
+
+/// How an op relates to the rows of its operands. Decides where fusion may put it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    /// A weight by name.
+    Weight,
+    /// A weight computed from weights, once, when packing.
+    WeightFold,
+    /// Element by element over operands of one shape.
+    Elementwise,
+    /// Element by element with a vector repeated for every row.
+    RowBroadcast,
+    /// Each row (last axis) from the whole row.
+    RowReduce,
+    /// Rotates pairs within each head by angles of the token.
+    Rope,
+    /// The same bytes under another shape.
+    View,
+    /// Rows of a table or of another value, by index.
+    Gather,
+    /// Angles of each token's position.
+    Angles,
+    /// Rounds each row to int8 per group.
+    Quantize,
+    /// Rows times a weight matrix.
+    Contract,
+    /// Rows times the matrices of the experts they are routed to.
+    ContractExperts,
+    /// Chooses experts.
+    Route,
+    /// Weighted sum over chosen experts.
+    Combine,
+    /// Writes new rows to a cache.
+    Append,
+    /// Softmax attention over a cache.
+    Attend,
+    /// One row for each sequence.
+    Pool,
+}
+
+/// Kind and default of an attribute.
+#[derive(Clone, Copy, Debug)]
+pub struct AttrSpec {
+    /// Name in text.
+    pub name: &'static str,
+    /// Kind.
+    pub kind: AttrKind,
+    /// One line of meaning, with units.
+    pub meaning: &'static str,
+}
+
+/// Kind of an attribute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum AttrKind {
+    Int,
+    Float,
+    Bool,
+    Str,
+}
+
+/// One row of the op table.
+pub struct OpRow {
+    /// Name in text.
+    pub name: &'static str,
+    /// Operand names; an op has as many operands as names.
+    pub operands: &'static [&'static str],
+    /// Attributes; all are required.
+    pub attrs: &'static [AttrSpec],
+    /// Where fusion may put it.
+    pub class: Class,
+    /// Swapping the two operands changes nothing.
+    pub commutative: bool,
+    /// Type of the result from types of operands and attributes.
+    pub infer: fn(&[&Type], &Attrs) -> Result<Type>,
+    /// One line of meaning.
+    pub meaning: &'static str,
+}
+
+impl Op {
+    /// The leaf that names a weight.
+    pub const WEIGHT: Op = Op(0);
+
+    /// The op of that name.
+    pub fn named(name: &str) -> Option<Op> {
+        OPS.iter().position(|r| r.name == name).map(|i| Op(i as u8))
+    }
+
+    /// Every op, in the order of the table.
+    pub fn all() -> impl Iterator<Item = Op> {
+        (0..OPS.len() as u8).map(Op)
+    }
+
+    /// This op's row.
+    pub fn row(self) -> &'static OpRow {
+        &OPS[self.0 as usize]
+    }
+
+    /// Name in text.
+    pub fn name(self) -> &'static str {
+        self.row().name
+    }
+
+    /// Where fusion may put it.
+    pub fn class(self) -> Class {
+        self.row().class
+    }
+
+    /// Checks operand count and attributes against the row, then applies the type rule.
+    ///
+    /// # Errors
+    /// Naming the op, what was expected and found.
+    pub fn infer(self, operands: &[&Type], attrs: &Attrs) -> Result<Type> {
+        let row = self.row();
+        let found: Vec<String> = operands.iter().map(|t| t.to_string()).collect();
+        let place = || format!("{}({})", row.name, found.join(", "));
+        if operands.len() != row.operands.len() {
+            bail!(Input, "{}: expected {} operands, found {}", place(), row.operands.len(), operands.len());
+        }
+        for spec in row.attrs {
+            match attrs.get(spec.name) {
+                Some(value) if spec.kind.admits(value) => {}
+                Some(value) => bail!(Input, "{}: `{}` must be {:?}, found {value:?}", place(), spec.name, spec.kind),
+                None => bail!(Input, "{}: attribute `{}` is missing", place(), spec.name),
+            }
+        }
+        if let Some((name, _)) = attrs.iter().find(|(n, _)| row.attrs.iter().all(|s| s.name != *n)) {
+            bail!(Input, "{}: no attribute `{name}`", place());
+        }
+        (row.infer)(operands, attrs).map_err(|e| e.at(place()))
+    }
+}
+
+impl AttrKind {
+    /// The value is of this kind.
+    pub fn admits(self, value: &Attr) -> bool {
+        matches!(
+            (self, value),
+            (AttrKind::Int, Attr::Int(_))
+                | (AttrKind::Float, Attr::Float(_))
+                | (AttrKind::Bool, Attr::Bool(_))
+                | (AttrKind::Str, Attr::Str(_))
+        )
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl fmt::Debug for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+const fn int(name: &'static str, meaning: &'static str) -> AttrSpec {
+    AttrSpec { name, kind: AttrKind::Int, meaning }
+}
+const fn float(name: &'static str, meaning: &'static str) -> AttrSpec {
+    AttrSpec { name, kind: AttrKind::Float, meaning }
+}
+const fn flag(name: &'static str, meaning: &'static str) -> AttrSpec {
+    AttrSpec { name, kind: AttrKind::Bool, meaning }
+}
+const fn string(name: &'static str, meaning: &'static str) -> AttrSpec {
+    AttrSpec { name, kind: AttrKind::Str, meaning }
+}
+
+macro_rules! ops {
+    ($($name:literal ($($operand:ident),*) {$($attr:expr),*} $class:ident $($commutes:ident)? : $infer:ident, $meaning:literal;)*) => {
+        /// The table. `weight` comes first.
+        pub static OPS: &[OpRow] = &[$(OpRow {
+            name: $name,
+            operands: &[$(stringify!($operand)),*],
+            attrs: &[$($attr),*],
+            class: Class::$class,
+            commutative: false $(|| stringify!($commutes).len() == "commutes".len())?,
+            infer: infer::$infer,
+            meaning: $meaning,
+        }),*];
+    };
+}
+
+ops! {
+    "weight" () {string("name", "entry of the weight table, under the call's prefix")} Weight: weight,
+        "a constant tensor of the model file";
+    "scale_columns" (w, g) {} WeightFold: scale_columns,
+        "w[n, k] * g[k]; a weight computed when packing";
+
+    "embed" (tokens, table) {} Gather: embed,
+        "row tokens[t] of the table";
+    "select_rows" (x, rows) {} Gather: select_rows,
+        "row rows[r] of x";
+    "rope_table" (positions, frequencies) {float("scale", "multiplies cosines and sines (yarn's attention factor)")} Angles: rope_table,
+        "cosines, then sines, of position * frequency";
+    "rope" (x, table) {string("pairing", "`half`: d with d + r/2; `adjacent`: 2d with 2d + 1")} Rope: rope,
+        "rotates the first r of each head's dims, r the table's width; the rest passes";
+
+    "add" (x, y) {} Elementwise commutes: same_shape, "x + y";
+    "mul" (x, y) {} Elementwise commutes: same_shape, "x * y";
+    "scale" (x) {float("by", "factor")} Elementwise: unary, "x * by";
+    "offset" (x) {float("by", "summand")} Elementwise: unary, "x + by";
+    "softcap" (x) {float("cap", "bound")} Elementwise: unary, "cap * tanh(x / cap)";
+    "silu" (x) {} Elementwise: unary, "x * sigmoid(x)";
+    "gelu" (x) {} Elementwise: unary, "x * (1 + erf(x / sqrt 2)) / 2";
+    "gelu_tanh" (x) {} Elementwise: unary, "gelu by its tanh approximation";
+    "gelu_sigmoid" (x) {} Elementwise: unary, "x * sigmoid(1.702 x)";
+    "relu" (x) {} Elementwise: unary, "max(x, 0)";
+    "tanh" (x) {} Elementwise: unary, "hyperbolic tangent";
+
+    "add_row" (x, row) {} RowBroadcast: row_vector, "x + row, for every row of x";
+    "mul_row" (x, row) {} RowBroadcast: row_vector, "x * row, for every row of x";
+
+    "rms_normalize" (x) {float("eps", "added to the mean square")} RowReduce: unary,
+        "x / sqrt(mean(x^2) + eps) over the last axis";
+    "layer_normalize" (x) {float("eps", "added to the variance")} RowReduce: unary,
+        "(x - mean) / sqrt(variance + eps) over the last axis";
+    "l2_normalize" (x) {float("eps", "least norm")} RowReduce: unary,
+        "x / max(norm(x), eps) over the last axis";
+
+    "split_heads" (x) {int("heads", "number of heads")} View: split_heads, "[t, heads * dim] as [t, heads, dim]";
+    "merge_heads" (x) {} View: merge_heads, "[t, heads, dim] as [t, heads * dim]";
+
+    "quantize" (x) {} Quantize: quantize,
+        "int8 codes per group of 32 of the last axis, scale = max |x| / 127, ties to even";
+
+    "matmul" (x, w) {} Contract: matmul, "x[t, k] w[n, k]^T";
+    "route" (x) {int("top", "experts chosen per token"), flag("normalize", "weights of the chosen sum to 1")} Route: route,
+        "softmax over experts, the top largest (ties: the lower index first)";
+    "matmul_experts" (x, w, routing) {} ContractExperts: matmul_experts,
+        "row [t] or [t, j] of x times w[expert j of t]^T: [t, top, n]";
+    "combine" (x, routing) {} Combine: combine, "sum over j of weight[t, j] * x[t, j]";
+
+    "append" (cache, x, step) {} Append: append, "the cache with this step's rows at their positions";
+    "attend" (q, keys, values, step) {
+            float("scale", "multiplies scores"),
+            flag("causal", "a token sees no later position"),
+            int("window", "positions seen back from, and with, a token's own; 0 for all"),
+            float("softcap", "scores become cap * tanh(score / cap); 0 for none")
+        } Attend: attend,
+        "softmax(scale q k^T) v; query head h reads key head h * kv_heads / heads";
+
+    "mean_pool" (x, step) {} Pool: mean_pool, "mean over the tokens of each sequence";
+}

@@ -1,0 +1,276 @@
+//! The plan: everything decided, nothing yet emitted.
+//!
+//! Kernels are small graphs (an anchor with its prologues and epilogue) over buffers; a backend emits one function for each.
+//! The *program* is what a runtime needs of a plan and is stored in the artifact as it is: buffers with offsets, packed
+//! weights, caches, and for each range of `t` the launches in order.
+//!
+//! Calling convention of a kernel:
+//! `extern "C" fn(args: *const *mut u8, step: *const StepArgs, thread: i64, threads: i64)`, where `args` are the addresses
+//! of the launch's [`Arg`]s. Every worker calls every kernel and takes its own share.
+
+use crate::graph::{Graph, TokenRange};
+use crate::types::Dim;
+use serde::{Deserialize, Serialize};
+
+macro_rules! index {
+    ($name:ident, $prefix:literal) => {
+        #[doc = concat!("An index, printed `", $prefix, "3`.")]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub u32);
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, concat!($prefix, "{}"), self.0)
+            }
+        }
+    };
+}
+index!(KernelId, "k");
+index!(BufferId, "buf");
+index!(WeightId, "w");
+index!(CacheId, "c");
+
+/// What backends compile.
+///
+/// A backend can emit any kernel of these kinds; passes form no others. The kind follows from the classes in the body.
+///
+/// | kind | body |
+/// |---|---|
+/// | contract | one or more `Contract` nodes over inputs, then `Elementwise`, `RowBroadcast` and `View` nodes; contractions that meet in one node have equal `n`; other operands are inputs of the result's shape, or vectors |
+/// | experts | the same with `ContractExperts` |
+/// | attend | one `Attend` over inputs, then `View` nodes |
+/// | pool | one `Pool`, then `RowReduce` |
+/// | rows | anything else that works row by row with one leading dim: `Gather` (of inputs), `Angles`, `Elementwise`, `RowBroadcast`, `RowReduce`, `Rope`, `View`, `Quantize`, `Append`, `Route`, `Combine` |
+///
+/// In kernels for at most 8 tokens a contraction's activations may also be computed inside, by nodes of the *rows* kind
+/// (an operand prologue): every worker repeats them.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Kernel bodies; `kernels[i]` is `program.kernels[i]`.
+    pub kernels: Vec<Kernel>,
+    /// How to make each packed weight; `packs[i]` is `program.weights[i]`.
+    pub packs: Vec<Pack>,
+    /// What the runtime executes.
+    pub program: Program,
+}
+
+/// One function to emit: a graph at the `planned` stage.
+///
+/// Its inputs are values in memory: activations, packed weights (static types), caches, and the step. Its arguments at
+/// run time are: every input but those of type `step`, in order; then every result that is not a cache (a cache is
+/// appended to in place).
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// Says graph, anchor and epilogue; a valid symbol, unique in the plan.
+    pub name: String,
+    /// What it computes.
+    pub body: Graph,
+    /// The steps it is launched for.
+    pub range: TokenRange,
+}
+
+/// How a packed weight is made from the weight table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pack {
+    /// Entry of the weight table.
+    pub weight: String,
+    /// A vector whose entries multiply the columns (a norm's gain folded into the weight); float formats only.
+    pub column_scale: Option<String>,
+}
+
+/// The executable part of a plan.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Program {
+    /// What a step may hold.
+    pub limits: Limits,
+    /// Size of the activation arena.
+    pub arena_bytes: usize,
+    /// Activations, by offset into the arena; they share memory where their lifetimes do not meet.
+    pub buffers: Vec<Buffer>,
+    /// Packed weights.
+    pub weights: Vec<WeightSpec>,
+    /// Caches, one entry for the keys and one for the values of each layer.
+    pub caches: Vec<CacheSpec>,
+    /// Functions.
+    pub kernels: Vec<KernelSpec>,
+    /// Launches by range of `t`; the ranges are disjoint and cover `1..=limits.tokens`.
+    pub variants: Vec<Variant>,
+    /// What a step returns.
+    pub outputs: Vec<Output>,
+}
+
+/// Bounds of one step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// New tokens over all sequences.
+    pub tokens: usize,
+    /// Rows that may leave a step.
+    pub rows: usize,
+    /// Sequences.
+    pub sequences: usize,
+    /// Positions of a sequence.
+    pub context: usize,
+    /// Tokens of an attention tile: the runtime cuts each sequence's tokens into tiles of at most this many.
+    pub tile: usize,
+}
+
+/// An activation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Buffer {
+    /// Graph and value it stands for.
+    pub name: String,
+    /// Its type, as text.
+    pub ty: String,
+    /// Offset into the arena, a multiple of 64.
+    pub offset: usize,
+    /// Bytes from row to row.
+    pub row_bytes: usize,
+    /// What its rows are counted by.
+    pub rows: RowCount,
+}
+
+/// The leading dim of a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum RowCount {
+    Tokens,
+    Sequences,
+    Rows,
+}
+
+impl RowCount {
+    /// From a symbolic dim.
+    pub fn from_dim(dim: Dim) -> Option<RowCount> {
+        match dim {
+            Dim::T => Some(RowCount::Tokens),
+            Dim::S => Some(RowCount::Sequences),
+            Dim::R => Some(RowCount::Rows),
+            Dim::N(_) => None,
+        }
+    }
+
+    /// The most rows a step can have.
+    pub fn most(self, limits: &Limits) -> usize {
+        match self {
+            RowCount::Tokens => limits.tokens,
+            RowCount::Sequences => limits.sequences,
+            RowCount::Rows => limits.rows,
+        }
+    }
+}
+
+/// A packed weight.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WeightSpec {
+    /// Entry of the weight table; a section of the artifact has this name under `weights/`.
+    pub name: String,
+    /// Its type, as text.
+    pub ty: String,
+    /// Packed size.
+    pub bytes: usize,
+}
+
+/// Keys or values of one layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CacheSpec {
+    /// Call prefix and input name: `model.layers.3.keys`.
+    pub name: String,
+    /// Its type, as text.
+    pub ty: String,
+    /// Bytes of a cache block of 64 positions.
+    pub block_bytes: usize,
+}
+
+/// A function of the code section.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KernelSpec {
+    /// Its symbol.
+    pub name: String,
+    /// The body in text form.
+    pub text: String,
+    /// FLOPs of one launch per token (rows of attention count their context at 0).
+    pub flops_per_token: f64,
+    /// Bytes of weights one launch reads.
+    pub weight_bytes: usize,
+}
+
+/// Launches for steps of `tokens` tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Variant {
+    /// Numbers of tokens.
+    pub tokens: TokenRange,
+    /// In order.
+    pub launches: Vec<Launch>,
+}
+
+/// One kernel call.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Launch {
+    /// Which function.
+    pub kernel: KernelId,
+    /// Its arguments.
+    pub args: Vec<Arg>,
+    /// All workers must have finished every earlier launch before this one starts.
+    pub barrier: bool,
+}
+
+/// What a launch passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Arg {
+    /// An activation.
+    Buffer(BufferId),
+    /// A packed weight.
+    Weight(WeightId),
+    /// The pool of a cache.
+    Cache(CacheId),
+    /// `i32[t]`: token ids.
+    Tokens,
+    /// `i32[t]`: position of each token in its sequence.
+    Positions,
+    /// `i32[r]`: tokens whose rows leave the step.
+    Rows,
+}
+
+/// A result of a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Output {
+    /// `logits`, `hidden`, `embedding`.
+    pub name: String,
+    /// Where it is; f32.
+    pub buffer: BufferId,
+    /// Elements of a row.
+    pub width: usize,
+}
+
+/// The ragged step as kernels see it. All arrays are the runtime's and live as long as the step.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct StepArgs {
+    /// New tokens.
+    pub t: i64,
+    /// Sequences.
+    pub s: i64,
+    /// Rows asked for.
+    pub r: i64,
+    /// Attention tiles.
+    pub tiles: i64,
+    /// Entries of a row of `tables`.
+    pub table_stride: i64,
+    /// `i32[t]`: token ids.
+    pub tokens: *const i32,
+    /// `i32[t]`: position of each token in its sequence.
+    pub positions: *const i32,
+    /// `i32[r]`: tokens whose rows leave the step.
+    pub rows: *const i32,
+    /// `i32[t]`: slot of each token, `cache block * 64 + position % 64`.
+    pub slots: *const i32,
+    /// `i32[tiles][4]`: first token, number of tokens (at most `limits.tile`), sequence, and the sequence's length
+    /// including this step's tokens.
+    pub tile: *const i32,
+    /// `i32[s][table_stride]`: cache blocks of each sequence in order of position.
+    pub tables: *const i32,
+    /// `i32[s][2]`: first token and number of tokens of each sequence in this step.
+    pub sequences: *const i32,
+}
