@@ -6,6 +6,7 @@
 
 use crate::model::ModelInfo;
 use crate::plan::Program;
+use crate::{Error, Kind, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -14,6 +15,18 @@ pub const FORMAT_VERSION: u32 = 1;
 
 /// Key of the manifest in the file's `__metadata__`.
 pub const METADATA_KEY: &str = "mansard";
+
+/// Section of the tokenizer; padded with spaces, which JSON ignores.
+pub const TOKENIZER_SECTION: &str = "tokenizer.json";
+
+/// Put before a packed weight's name to make its section's.
+pub const WEIGHTS_PREFIX: &str = "weights/";
+
+/// Every section's length is a multiple of this, and so is its offset.
+pub const SECTION_ALIGN: usize = 64;
+
+/// The first section starts at a multiple of this.
+pub const DATA_ALIGN: usize = 4096;
 
 /// The manifest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,4 +75,85 @@ pub struct Provenance {
     pub options: BTreeMap<String, String>,
     /// Every choice that changes values beyond rounding.
     pub approximations: Vec<String>,
+}
+
+impl Manifest {
+    /// Fills in `manifest_hash` and gives the JSON to store.
+    ///
+    /// # Errors
+    /// Where a value has no JSON form (a FLOP count that is not finite).
+    pub fn to_json_with_hash(&mut self) -> Result<String> {
+        self.manifest_hash.clear();
+        let json = serde_json::to_string(self).map_err(|e| Error::new(Kind::Internal, format!("manifest: {e}")))?;
+        self.manifest_hash = blake3::hash(json.as_bytes()).to_hex().to_string();
+        Ok(json.replacen(&hash_field(""), &hash_field(&self.manifest_hash), 1))
+    }
+
+    /// Reads stored JSON and checks its version and its hash. The hash is of the text as stored, so artifacts whose
+    /// writers knew fewer fields keep verifying.
+    ///
+    /// # Errors
+    /// Where the JSON is no manifest, its format is newer than [`FORMAT_VERSION`], or its hash differs.
+    pub fn from_json(json: &str) -> Result<Manifest> {
+        /// Read first: a newer format may differ in everything else.
+        #[derive(Deserialize)]
+        struct Version {
+            format_version: u32,
+        }
+        let damaged = |e: serde_json::Error| Error::new(Kind::Input, format!("expected a manifest: {e}"));
+        let Version { format_version } = serde_json::from_str(json).map_err(damaged)?;
+        if format_version > FORMAT_VERSION {
+            let message =
+                format!("format version {format_version}, this runtime opens versions up to {FORMAT_VERSION}");
+            return Err(Error::new(Kind::Unsupported, message).help("use a newer mansard, or compile the model again"));
+        }
+        let manifest: Manifest = serde_json::from_str(json).map_err(damaged)?;
+        let (stored, field) = (&manifest.manifest_hash, hash_field(&manifest.manifest_hash));
+        let found = match json.matches(&field).count() {
+            1 => blake3::hash(json.replacen(&field, &hash_field(""), 1).as_bytes()).to_hex(),
+            n => bail!(Input, "expected one field `manifest_hash`, found {n}"),
+        };
+        if found.as_str() != stored {
+            bail!(Input, "expected the manifest to hash to `{stored}`, found {found}");
+        }
+        Ok(manifest)
+    }
+}
+
+/// As `serde_json` prints the field; inside any string its quotes would be escaped.
+fn hash_field(hash: &str) -> String {
+    format!("\"manifest_hash\":\"{hash}\"")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_verifies_until_a_byte_changes() {
+        let mut manifest = Manifest {
+            format_version: FORMAT_VERSION,
+            model: ModelInfo { architecture: "\"manifest_hash\":\"\"".into(), ..ModelInfo::default() },
+            program: Program::default(),
+            code: vec![],
+            hashes: BTreeMap::new(),
+            manifest_hash: "stale".into(),
+            provenance: Provenance::default(),
+        };
+        let json = manifest.to_json_with_hash().unwrap();
+        assert_eq!(Manifest::from_json(&json).unwrap(), manifest);
+        for at in 0..json.len() {
+            let mut bytes = json.clone().into_bytes();
+            bytes[at] ^= 1;
+            if let Ok(changed) = String::from_utf8(bytes) {
+                assert!(Manifest::from_json(&changed).is_err(), "byte {at}: {changed}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_newer_format_is_named() {
+        let error = Manifest::from_json("{\"format_version\": 99, \"shape\": \"other\"}").unwrap_err();
+        assert_eq!(error.exit_code(), 4);
+    }
 }

@@ -73,6 +73,8 @@ pub struct Format {
     pub block_bytes: usize,
     /// The integer view, for quantized weights.
     pub int: Option<IntFormat>,
+    /// Offsets of the block's f16 scales and minima, and what each is about when the reals span -1 to 1.
+    pub scales: &'static [(usize, f32)],
     /// Splits the bytes of one block into codes, scales and minima; for formats with an integer view.
     pub split: fn(&[u8], Split<'_>),
     /// One line of meaning.
@@ -164,7 +166,7 @@ fn plain(dtype: DType, bytes: &[u8], out: &mut [f32]) {
 }
 
 const fn row(dtype: DType, name: &'static str, block: usize, block_bytes: usize, meaning: &'static str) -> Format {
-    Format { dtype, name, block, block_bytes, int: None, split: |_, _| unreachable!(), meaning }
+    Format { dtype, name, block, block_bytes, int: None, scales: &[], split: |_, _| unreachable!(), meaning }
 }
 
 const fn quant(
@@ -172,10 +174,11 @@ const fn quant(
     name: &'static str,
     (block, block_bytes): (usize, usize),
     (bits, group, zero): (u8, usize, Zero),
+    scales: &'static [(usize, f32)],
     split: fn(&[u8], Split<'_>),
     meaning: &'static str,
 ) -> Format {
-    Format { dtype, name, block, block_bytes, int: Some(IntFormat { bits, group, zero }), split, meaning }
+    Format { dtype, name, block, block_bytes, int: Some(IntFormat { bits, group, zero }), scales, split, meaning }
 }
 
 /// The table, in the order of [`DType`].
@@ -185,16 +188,96 @@ pub static FORMATS: [Format; 15] = [
     row(DType::BF16, "bf16", 1, 2, "the upper half of f32"),
     row(DType::I32, "i32", 1, 4, "token ids, positions"),
     row(DType::A8, "a8", 32, 64, "activations: int8 codes with one scale per 32"),
-    quant(DType::Q4_0, "q4_0", (32, 18), (4, 32, Zero::Fixed(8)), split::q4_0, "4 bits, one f16 scale per 32"),
-    quant(DType::Q4_1, "q4_1", (32, 20), (4, 32, Zero::Min), split::q4_1, "4 bits, f16 scale and minimum per 32"),
-    quant(DType::Q5_0, "q5_0", (32, 22), (5, 32, Zero::Fixed(16)), split::q5_0, "5 bits, one f16 scale per 32"),
-    quant(DType::Q5_1, "q5_1", (32, 24), (5, 32, Zero::Min), split::q5_1, "5 bits, f16 scale and minimum per 32"),
-    quant(DType::Q8_0, "q8_0", (32, 34), (8, 32, Zero::Fixed(128)), split::q8_0, "8 bits, one f16 scale per 32"),
-    quant(DType::Q2_K, "q2_k", (256, 84), (4, 16, Zero::Min), split::q2_k, "2 bits, 4-bit scale and minimum per 16"),
-    quant(DType::Q3_K, "q3_k", (256, 110), (4, 16, Zero::Fixed(4)), split::q3_k, "3 bits, 6-bit scale per 16"),
-    quant(DType::Q4_K, "q4_k", (256, 144), (4, 32, Zero::Min), split::q4_k, "4 bits, 6-bit scale and minimum per 32"),
-    quant(DType::Q5_K, "q5_k", (256, 176), (5, 32, Zero::Min), split::q5_k, "5 bits, 6-bit scale and minimum per 32"),
-    quant(DType::Q6_K, "q6_k", (256, 210), (6, 16, Zero::Fixed(32)), split::q6_k, "6 bits, 8-bit scale per 16"),
+    quant(
+        DType::Q4_0,
+        "q4_0",
+        (32, 18),
+        (4, 32, Zero::Fixed(8)),
+        &[(0, 0.12)],
+        split::q4_0,
+        "4 bits, one f16 scale per 32",
+    ),
+    quant(
+        DType::Q4_1,
+        "q4_1",
+        (32, 20),
+        (4, 32, Zero::Min),
+        &[(0, 0.13), (2, -1.0)],
+        split::q4_1,
+        "4 bits, f16 scale and minimum per 32",
+    ),
+    quant(
+        DType::Q5_0,
+        "q5_0",
+        (32, 22),
+        (5, 32, Zero::Fixed(16)),
+        &[(0, 0.06)],
+        split::q5_0,
+        "5 bits, one f16 scale per 32",
+    ),
+    quant(
+        DType::Q5_1,
+        "q5_1",
+        (32, 24),
+        (5, 32, Zero::Min),
+        &[(0, 0.06), (2, -1.0)],
+        split::q5_1,
+        "5 bits, f16 scale and minimum per 32",
+    ),
+    quant(
+        DType::Q8_0,
+        "q8_0",
+        (32, 34),
+        (8, 32, Zero::Fixed(128)),
+        &[(0, 8e-3)],
+        split::q8_0,
+        "8 bits, one f16 scale per 32",
+    ),
+    quant(
+        DType::Q2_K,
+        "q2_k",
+        (256, 84),
+        (4, 16, Zero::Min),
+        &[(80, 0.044), (82, 0.066)],
+        split::q2_k,
+        "2 bits, 4-bit scale and minimum per 16",
+    ),
+    quant(
+        DType::Q3_K,
+        "q3_k",
+        (256, 110),
+        (4, 16, Zero::Fixed(4)),
+        &[(108, 8e-3)],
+        split::q3_k,
+        "3 bits, 6-bit scale per 16",
+    ),
+    quant(
+        DType::Q4_K,
+        "q4_k",
+        (256, 144),
+        (4, 32, Zero::Min),
+        &[(0, 2e-3), (2, 0.016)],
+        split::q4_k,
+        "4 bits, 6-bit scale and minimum per 32",
+    ),
+    quant(
+        DType::Q5_K,
+        "q5_k",
+        (256, 176),
+        (5, 32, Zero::Min),
+        &[(0, 1e-3), (2, 0.016)],
+        split::q5_k,
+        "5 bits, 6-bit scale and minimum per 32",
+    ),
+    quant(
+        DType::Q6_K,
+        "q6_k",
+        (256, 210),
+        (6, 16, Zero::Fixed(32)),
+        &[(208, 2.4e-4)],
+        split::q6_k,
+        "6 bits, 8-bit scale per 16",
+    ),
 ];
 
 /// How each format's block comes apart.

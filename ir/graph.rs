@@ -92,7 +92,8 @@ pub struct Graph {
     pub nodes: Vec<Node>,
     /// Named results.
     pub results: Vec<(String, ValueId)>,
-    /// Kernels, at the `optimized` stage only; together they hold every node but weights once, in launch order.
+    /// Kernels, at the `optimized` stage only; together they hold every node but weights and folds of weights once, in
+    /// launch order, which is ascending.
     pub kernels: Vec<Fused>,
 }
 

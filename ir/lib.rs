@@ -11,16 +11,24 @@
 //! the row.
 
 pub mod artifact;
+pub mod cost;
+pub mod docs;
 pub mod error;
+pub mod eval;
 pub mod file;
 pub mod formats;
 pub mod graph;
+pub mod kernel;
 pub mod layout;
 pub mod model;
 pub mod ops;
 pub mod plan;
+pub mod sample;
 pub mod target;
+pub mod text;
 pub mod types;
+pub mod value;
+pub mod verify;
 
 pub use error::{Error, Kind, Place, Result};
 pub use formats::DType;

@@ -96,6 +96,13 @@ pub enum Source {
     Parts(Vec<Part>),
     /// Values the importer computed (rope frequencies), row-major.
     Values(Arc<[f32]>),
+    /// Bytes in memory, in file order: like one part of a file, for weights that are made and not read.
+    Bytes {
+        /// Stored format.
+        dtype: DType,
+        /// All rows.
+        bytes: Arc<[u8]>,
+    },
     /// Seeded pseudo-random values of a plausible size, made when read: any shape can be compiled without its file.
     Synthetic {
         /// Same seed, same values.
@@ -172,7 +179,11 @@ impl Weight {
 
     /// All rows have been stored in `dtype` contiguously, so [`Weight::raw_rows`] gives them.
     pub fn stored_as(&self, dtype: DType) -> bool {
-        matches!(&self.source, Source::Parts(parts) if parts.iter().all(|p| p.dtype == dtype && !p.transposed))
+        match &self.source {
+            Source::Parts(parts) => parts.iter().all(|p| p.dtype == dtype && !p.transposed),
+            Source::Bytes { dtype: stored, .. } => *stored == dtype,
+            Source::Values(_) | Source::Synthetic { .. } => false,
+        }
     }
 
     /// The stored bytes of one row, for weights that are [`Weight::stored_as`] their dtype.
@@ -180,6 +191,14 @@ impl Weight {
     /// # Errors
     /// Where the file is too short or the row is not stored.
     pub fn raw_row(&self, row: usize) -> Result<&[u8]> {
+        if let Source::Bytes { dtype, bytes } = &self.source {
+            let (rows, columns) = self.rows_columns();
+            let range = dtype.bytes(columns).filter(|_| row < rows).map(|len| row * len..(row + 1) * len);
+            return range.and_then(|range| bytes.get(range)).ok_or_else(|| {
+                let message = format!("row {row} of {rows} of {columns} {dtype} is not in the {} bytes", bytes.len());
+                Error::new(Kind::Internal, message)
+            });
+        }
         let (part, row) = self.part(row)?;
         let bytes = part.dtype.bytes(part.stored.1);
         let Some(bytes) = bytes else {
@@ -195,6 +214,7 @@ impl Weight {
     pub fn read_row(&self, row: usize, out: &mut [f32]) -> Result<()> {
         match &self.source {
             Source::Values(values) => out.copy_from_slice(&values[row * out.len()..][..out.len()]),
+            Source::Bytes { dtype, .. } => dequantize(*dtype, self.raw_row(row)?, out),
             Source::Synthetic { seed } => synthetic_row(*seed, row, out),
             Source::Parts(_) => {
                 let (part, row) = self.part(row)?;

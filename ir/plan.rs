@@ -69,6 +69,17 @@ pub struct Kernel {
     pub range: TokenRange,
 }
 
+impl Kernel {
+    /// What kind of code it needs.
+    ///
+    /// # Errors
+    /// Where the body is of no kind.
+    pub fn kind(&self) -> crate::Result<crate::kernel::KernelKind> {
+        let values: Vec<_> = self.body.values().filter(|v| self.body.node(*v).is_some()).collect();
+        crate::kernel::kind(&self.body, &values)
+    }
+}
+
 /// How a packed weight is made from the weight table.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pack {
@@ -114,7 +125,8 @@ pub struct Limits {
     pub tile: usize,
 }
 
-/// An activation.
+/// An activation. Its memory holds the most rows a step can have, rounded up to a multiple of [`crate::layout::STRIP`]:
+/// kernels may compute and store rows past the step's last one, which nobody reads.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Buffer {
     /// Graph and value it stands for.

@@ -1,1 +1,202 @@
-//! placeholder
+//! Passes: a model as imported becomes a plan.
+//!
+//! ```text
+//!  imported ──canonicalize──▶ canonical ──precision──▶ canonical ──saturate──▶ optimized ──plan──▶ Plan
+//!             one spelling              caches, int8               e-graph: algebra,         buffers, kernels,
+//!             for equal things          activations                kernels by roofline       launches by range of t
+//! ```
+//!
+//! Every pass but `plan` works on the distinct graphs of a model, never on its calls: compile time does not grow with
+//! depth. [`PASSES`] is the table; [`PIPELINE`] is the order. [`manager::run`] verifies after each pass.
+
+#![forbid(unsafe_code)]
+
+extern crate mansard_ir as ir;
+
+pub mod canonicalize;
+pub mod cost;
+pub mod egraph;
+pub mod extract;
+pub mod kernels;
+pub mod manager;
+mod memory;
+pub mod plan;
+pub mod precision;
+mod rebuild;
+pub mod rules;
+pub mod saturate;
+
+use ir::plan::Plan;
+use ir::{DType, Model, Result, Stage, Target};
+pub use manager::{Event, Hooks, PassReport, Report, State};
+
+/// What a compilation is asked for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The machine code is for, and its roofline.
+    pub target: Target,
+    /// Stored element type of caches; `None`: f16 where any weight is quantized, else f32.
+    pub kv: Option<DType>,
+    /// Bounds of one step, as requested.
+    pub limits: LimitsRequest,
+    /// Bounds of the search. None of them is a time: the same inputs give the same plan on any machine.
+    pub search: SearchLimits,
+}
+
+/// Bounds of one step as a user asks for them; the plan holds what was granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LimitsRequest {
+    /// New tokens over all sequences.
+    pub tokens: usize,
+    /// Rows that may leave a step.
+    pub rows: usize,
+    /// Sequences.
+    pub sequences: usize,
+    /// Positions of a sequence; `None`, or more than the model has: the model's context.
+    pub context: Option<usize>,
+    /// Tokens of an attention tile.
+    pub tile: usize,
+}
+
+impl Default for LimitsRequest {
+    fn default() -> Self {
+        LimitsRequest { tokens: 512, rows: 128, sequences: 64, context: None, tile: 4 }
+    }
+}
+
+/// Where the search stops. Reaching one is reported, and the best found so far is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SearchLimits {
+    /// E-nodes of one graph's e-graph.
+    pub nodes: usize,
+    /// Rounds of rewriting in one phase.
+    pub iterations: usize,
+    /// Kernels priced for one variant of one graph; beyond it every choice takes the largest legal kernel.
+    pub kernels: usize,
+    /// Kernels considered that end in one value.
+    pub kernels_per_value: usize,
+}
+
+impl Default for SearchLimits {
+    fn default() -> Self {
+        SearchLimits { nodes: 20_000, iterations: 12, kernels: 400_000, kernels_per_value: 4_000 }
+    }
+}
+
+impl Options {
+    /// Default limits for `target`.
+    pub fn new(target: Target) -> Options {
+        Options { target, kv: None, limits: LimitsRequest::default(), search: SearchLimits::default() }
+    }
+}
+
+/// One row of the pass table.
+pub struct Pass {
+    /// Name on the command line.
+    pub name: &'static str,
+    /// What it does, in a line.
+    pub summary: &'static str,
+    /// Stage it takes.
+    pub from: Stage,
+    /// Stage it leaves.
+    pub to: Stage,
+    /// Applies it; returns notes for the report.
+    pub run: fn(&mut State, &Options) -> Result<Vec<String>>,
+}
+
+/// Every pass.
+pub static PASSES: &[Pass] = &[
+    Pass {
+        name: "canonicalize",
+        summary: "one spelling for equal things: folded constants, shared and dead nodes, operand order, views",
+        from: Stage::Imported,
+        to: Stage::Canonical,
+        run: canonicalize::run,
+    },
+    Pass {
+        name: "precision",
+        summary: "stored type of caches; int8 activations for contractions with integer weights",
+        from: Stage::Canonical,
+        to: Stage::Canonical,
+        run: precision::run,
+    },
+    Pass {
+        name: "saturate",
+        summary: "all equal programs in one e-graph; the cheapest program and kernels by roofline, per range of t",
+        from: Stage::Canonical,
+        to: Stage::Optimized,
+        run: saturate::run,
+    },
+    Pass {
+        name: "plan",
+        summary: "kernels, packed weights, buffers with offsets, launches with barriers",
+        from: Stage::Optimized,
+        to: Stage::Planned,
+        run: plan::run,
+    },
+];
+
+/// The passes of a compilation, in order.
+pub static PIPELINE: &[&str] = &[
+    "canonicalize", // first: every later pattern needs one spelling only
+    "precision",    // before the search, because `quantize` is work that the search places and shares
+    "saturate",     // the only place where programs and kernels are chosen
+    "plan",         // last: nothing after it looks at graphs
+];
+
+/// The pass of that name.
+///
+/// # Errors
+/// Listing the passes there are.
+pub fn pass(name: &str) -> Result<&'static Pass> {
+    PASSES.iter().find(|p| p.name == name).ok_or_else(|| {
+        let known: Vec<&str> = PASSES.iter().map(|p| p.name).collect();
+        ir::Error::new(ir::Kind::Usage, format!("no pass `{name}`; there are {}", known.join(", ")))
+    })
+}
+
+/// Runs the whole [`PIPELINE`]: the plan, the optimized model behind it, and what happened.
+///
+/// # Errors
+/// The first pass that fails, with the reproducer's path where one was asked for; or, where a hook stops the pipeline
+/// early, that there is no plan.
+pub fn compile(model: Model, options: &Options, hooks: &mut Hooks<'_>) -> Result<(Plan, Model, Report)> {
+    let (state, report) = manager::run(PIPELINE, State::new(model), options, hooks)?;
+    match state.plan {
+        Some(plan) => Ok((plan, state.model, report)),
+        None => Err(ir::Error::new(ir::Kind::Usage, "the pipeline was stopped before `plan`")),
+    }
+}
+
+/// The reference page of passes and rules, `docs/passes.md`.
+pub fn docs_markdown() -> String {
+    let mut page = String::from("# Passes\n\nGenerated from the pass table and the rule table; do not edit.\n\n");
+    page += "| pass | from | to | what it does |\n|---|---|---|---|\n";
+    for pass in PASSES {
+        page += &format!("| `{}` | {} | {} | {} |\n", pass.name, pass.from, pass.to, pass.summary);
+    }
+    page += &format!("\nOrder of a compilation: {}.\n", PIPELINE.join(", "));
+    page += "\n# Kernels\n\nWhat one kernel may hold; the search composes any kernel of these kinds.\n\n";
+    page += "| kind | composition |\n|---|---|\n";
+    for (name, meaning) in kernels::KINDS {
+        page += &format!("| {} | {meaning} |\n", name.name());
+    }
+    page += "\n# Rules\n\n`@unary`, `@binary`, `@row` and `@reduce` stand for every op of that class.\n";
+    for phase in rules::PHASES {
+        page += &format!("\n## {}\n\n{}\n\n", phase.name, phase.meaning);
+        page += "| rule | algebra | left | right | if | tolerance |\n|---|---|---|---|---|---|\n";
+        for rule in phase.rules {
+            let condition = if rule.condition().is_empty() { "" } else { rule.condition() };
+            page += &format!(
+                "| {} | {} | `{}` | `{}` | {} | {} |\n",
+                rule.name(),
+                rule.algebra,
+                rule.left(),
+                rule.right(),
+                condition,
+                rule.tolerance_name()
+            );
+        }
+    }
+    page
+}

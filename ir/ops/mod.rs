@@ -3,10 +3,19 @@
 //! One op is one row. Nothing else names an op: printer, parser, verifier, interpreter, cost, e-graph, generators and the
 //! reference page read the row; passes and backends go by [`Class`] wherever a class will do.
 
+mod contract;
+mod elementwise;
+mod flops;
 mod infer;
+mod movement;
+mod reduce;
+pub(crate) mod sample;
+mod state;
 
 use crate::graph::{Attr, Attrs};
+use crate::sample::Random;
 use crate::types::Type;
+use crate::value::Value;
 use crate::{Result, bail};
 use std::fmt;
 
@@ -62,6 +71,8 @@ pub struct AttrSpec {
     pub kind: AttrKind,
     /// One line of meaning, with units.
     pub meaning: &'static str,
+    /// The value at which the op gives its operand back.
+    pub neutral: Option<f64>,
 }
 
 /// Kind of an attribute.
@@ -88,6 +99,13 @@ pub struct OpRow {
     pub commutative: bool,
     /// Type of the result from types of operands and attributes.
     pub infer: fn(&[&Type], &Attrs) -> Result<Type>,
+    /// The result from operands of fitting types: what the op means.
+    pub eval: fn(&[&Value], &Attrs) -> Result<Value>,
+    /// Operations, from types of operands, attributes, type of the result, rows of the first activation, and positions
+    /// attended; see [`crate::cost`].
+    pub flops: fn(&[&Type], &Attrs, &Type, f64, f64) -> f64,
+    /// Types of legal operands, and attributes, given the type of the first operand or nothing; `None` where there are none.
+    pub sample: fn(&mut Random, Option<&Type>) -> sample::Sample,
     /// One line of meaning.
     pub meaning: &'static str,
 }
@@ -135,7 +153,7 @@ impl Op {
         for spec in row.attrs {
             match attrs.get(spec.name) {
                 Some(value) if spec.kind.admits(value) => {}
-                Some(value) => bail!(Input, "{}: `{}` must be {:?}, found {value:?}", place(), spec.name, spec.kind),
+                Some(value) => bail!(Input, "{}: `{}` must be a {}, found {value:?}", place(), spec.name, spec.kind.name()),
                 None => bail!(Input, "{}: attribute `{}` is missing", place(), spec.name),
             }
         }
@@ -147,6 +165,16 @@ impl Op {
 }
 
 impl AttrKind {
+    /// How messages and the reference page call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            AttrKind::Int => "integer",
+            AttrKind::Float => "float",
+            AttrKind::Bool => "boolean",
+            AttrKind::Str => "string",
+        }
+    }
+
     /// The value is of this kind.
     pub fn admits(self, value: &Attr) -> bool {
         matches!(
@@ -172,20 +200,23 @@ impl fmt::Debug for Op {
 }
 
 const fn int(name: &'static str, meaning: &'static str) -> AttrSpec {
-    AttrSpec { name, kind: AttrKind::Int, meaning }
+    AttrSpec { name, kind: AttrKind::Int, meaning, neutral: None }
 }
 const fn float(name: &'static str, meaning: &'static str) -> AttrSpec {
-    AttrSpec { name, kind: AttrKind::Float, meaning }
+    AttrSpec { name, kind: AttrKind::Float, meaning, neutral: None }
+}
+const fn or_nothing(name: &'static str, meaning: &'static str, neutral: f64) -> AttrSpec {
+    AttrSpec { neutral: Some(neutral), ..float(name, meaning) }
 }
 const fn flag(name: &'static str, meaning: &'static str) -> AttrSpec {
-    AttrSpec { name, kind: AttrKind::Bool, meaning }
+    AttrSpec { name, kind: AttrKind::Bool, meaning, neutral: None }
 }
 const fn string(name: &'static str, meaning: &'static str) -> AttrSpec {
-    AttrSpec { name, kind: AttrKind::Str, meaning }
+    AttrSpec { name, kind: AttrKind::Str, meaning, neutral: None }
 }
 
 macro_rules! ops {
-    ($($name:literal ($($operand:ident),*) {$($attr:expr),*} $class:ident $($commutes:ident)? : $infer:ident, $meaning:literal;)*) => {
+    ($($name:literal ($($operand:ident),*) {$($attr:expr),*} $class:ident $($commutes:ident)? : $infer:ident, $eval:expr, $flops:expr, $sample:ident, $meaning:literal;)*) => {
         /// The table. `weight` comes first.
         pub static OPS: &[OpRow] = &[$(OpRow {
             name: $name,
@@ -194,69 +225,72 @@ macro_rules! ops {
             class: Class::$class,
             commutative: false $(|| stringify!($commutes).len() == "commutes".len())?,
             infer: infer::$infer,
+            eval: $eval,
+            flops: $flops,
+            sample: sample::$sample,
             meaning: $meaning,
         }),*];
     };
 }
 
 ops! {
-    "weight" () {string("name", "entry of the weight table, under the call's prefix")} Weight: weight,
+    "weight" () {string("name", "entry of the weight table, under the call's prefix")} Weight: weight, movement::weight, flops::none, none,
         "a constant tensor of the model file";
-    "scale_columns" (w, g) {} WeightFold: scale_columns,
+    "scale_columns" (w, g) {} WeightFold: scale_columns, contract::scale_columns, flops::none, scale_columns,
         "w[n, k] * g[k]; a weight computed when packing";
 
-    "embed" (tokens, table) {} Gather: embed,
+    "embed" (tokens, table) {} Gather: embed, movement::embed, flops::none, embed,
         "row tokens[t] of the table";
-    "select_rows" (x, rows) {} Gather: select_rows,
+    "select_rows" (x, rows) {} Gather: select_rows, movement::select_rows, flops::none, select_rows,
         "row rows[r] of x";
-    "rope_table" (positions, frequencies) {float("scale", "multiplies cosines and sines (yarn's attention factor)")} Angles: rope_table,
+    "rope_table" (positions, frequencies) {float("scale", "multiplies cosines and sines (yarn's attention factor)")} Angles: rope_table, movement::rope_table, flops::made::<2>, rope_table,
         "cosines, then sines, of position * frequency";
-    "rope" (x, table) {string("pairing", "`half`: d with d + r/2; `adjacent`: 2d with 2d + 1")} Rope: rope,
+    "rope" (x, table) {string("pairing", "`half`: d with d + r/2; `adjacent`: 2d with 2d + 1")} Rope: rope, movement::rope, flops::each::<3>, rope,
         "rotates the first r of each head's dims, r the table's width; the rest passes";
 
-    "add" (x, y) {} Elementwise commutes: same_shape, "x + y";
-    "mul" (x, y) {} Elementwise commutes: same_shape, "x * y";
-    "scale" (x) {float("by", "factor")} Elementwise: unary, "x * by";
-    "offset" (x) {float("by", "summand")} Elementwise: unary, "x + by";
-    "softcap" (x) {float("cap", "bound")} Elementwise: unary, "cap * tanh(x / cap)";
-    "silu" (x) {} Elementwise: unary, "x * sigmoid(x)";
-    "gelu" (x) {} Elementwise: unary, "x * (1 + erf(x / sqrt 2)) / 2";
-    "gelu_tanh" (x) {} Elementwise: unary, "gelu by its tanh approximation";
-    "gelu_sigmoid" (x) {} Elementwise: unary, "x * sigmoid(1.702 x)";
-    "relu" (x) {} Elementwise: unary, "max(x, 0)";
-    "tanh" (x) {} Elementwise: unary, "hyperbolic tangent";
+    "add" (x, y) {} Elementwise commutes: same_shape, elementwise::add, flops::each::<1>, pair, "x + y";
+    "mul" (x, y) {} Elementwise commutes: same_shape, elementwise::mul, flops::each::<1>, pair, "x * y";
+    "scale" (x) {or_nothing("by", "factor", 1.0)} Elementwise: unary, elementwise::scale, flops::each::<1>, factor, "x * by";
+    "offset" (x) {or_nothing("by", "summand", 0.0)} Elementwise: unary, elementwise::offset, flops::each::<1>, factor, "x + by";
+    "softcap" (x) {float("cap", "bound")} Elementwise: unary, elementwise::softcap, flops::each::<6>, cap, "cap * tanh(x / cap)";
+    "silu" (x) {} Elementwise: unary, elementwise::silu, flops::each::<5>, unary, "x * sigmoid(x)";
+    "gelu" (x) {} Elementwise: unary, elementwise::gelu, flops::each::<8>, unary, "x * (1 + erf(x / sqrt 2)) / 2";
+    "gelu_tanh" (x) {} Elementwise: unary, elementwise::gelu_tanh, flops::each::<12>, unary, "gelu by its tanh approximation";
+    "gelu_sigmoid" (x) {} Elementwise: unary, elementwise::gelu_sigmoid, flops::each::<6>, unary, "x * sigmoid(1.702 x)";
+    "relu" (x) {} Elementwise: unary, elementwise::relu, flops::each::<1>, unary, "max(x, 0)";
+    "tanh" (x) {} Elementwise: unary, elementwise::tanh, flops::each::<4>, unary, "hyperbolic tangent";
 
-    "add_row" (x, row) {} RowBroadcast: row_vector, "x + row, for every row of x";
-    "mul_row" (x, row) {} RowBroadcast: row_vector, "x * row, for every row of x";
+    "add_row" (x, row) {} RowBroadcast: row_vector, elementwise::add, flops::each::<1>, row_vector, "x + row, for every row of x";
+    "mul_row" (x, row) {} RowBroadcast: row_vector, elementwise::mul, flops::each::<1>, row_vector, "x * row, for every row of x";
 
-    "rms_normalize" (x) {float("eps", "added to the mean square")} RowReduce: unary,
+    "rms_normalize" (x) {float("eps", "added to the mean square")} RowReduce: unary, reduce::rms_normalize, flops::each::<4>, eps,
         "x / sqrt(mean(x^2) + eps) over the last axis";
-    "layer_normalize" (x) {float("eps", "added to the variance")} RowReduce: unary,
+    "layer_normalize" (x) {float("eps", "added to the variance")} RowReduce: unary, reduce::layer_normalize, flops::each::<7>, eps,
         "(x - mean) / sqrt(variance + eps) over the last axis";
-    "l2_normalize" (x) {float("eps", "least norm")} RowReduce: unary,
+    "l2_normalize" (x) {float("eps", "least norm")} RowReduce: unary, reduce::l2_normalize, flops::each::<4>, eps,
         "x / max(norm(x), eps) over the last axis";
 
-    "split_heads" (x) {int("heads", "number of heads")} View: split_heads, "[t, heads * dim] as [t, heads, dim]";
-    "merge_heads" (x) {} View: merge_heads, "[t, heads, dim] as [t, heads * dim]";
+    "split_heads" (x) {int("heads", "number of heads")} View: split_heads, movement::split_heads, flops::none, split_heads, "[t, heads * dim] as [t, heads, dim]";
+    "merge_heads" (x) {} View: merge_heads, movement::merge_heads, flops::none, merge_heads, "[t, heads, dim] as [t, heads * dim]";
 
-    "quantize" (x) {} Quantize: quantize,
+    "quantize" (x) {} Quantize: quantize, reduce::quantize, flops::each::<4>, quantize,
         "int8 codes per group of 32 of the last axis, scale = max |x| / 127, ties to even";
 
-    "matmul" (x, w) {} Contract: matmul, "x[t, k] w[n, k]^T";
-    "route" (x) {int("top", "experts chosen per token"), flag("normalize", "weights of the chosen sum to 1")} Route: route,
+    "matmul" (x, w) {} Contract: matmul, contract::matmul, flops::products, matmul, "x[t, k] w[n, k]^T";
+    "route" (x) {int("top", "experts chosen per token"), flag("normalize", "weights of the chosen sum to 1")} Route: route, reduce::route, flops::each::<5>, route,
         "softmax over experts, the top largest (ties: the lower index first)";
-    "matmul_experts" (x, w, routing) {} ContractExperts: matmul_experts,
+    "matmul_experts" (x, w, routing) {} ContractExperts: matmul_experts, contract::matmul_experts, flops::products, matmul_experts,
         "row [t] or [t, j] of x times w[expert j of t]^T: [t, top, n]";
-    "combine" (x, routing) {} Combine: combine, "sum over j of weight[t, j] * x[t, j]";
+    "combine" (x, routing) {} Combine: combine, contract::combine, flops::each::<2>, combine, "sum over j of weight[t, j] * x[t, j]";
 
-    "append" (cache, x, step) {} Append: append, "the cache with this step's rows at their positions";
+    "append" (cache, x, step) {} Append: append, state::append, flops::none, append, "the cache with this step's rows at their positions";
     "attend" (q, keys, values, step) {
             float("scale", "multiplies scores"),
             flag("causal", "a token sees no later position"),
             int("window", "positions seen back from, and with, a token's own; 0 for all"),
             float("softcap", "scores become cap * tanh(score / cap); 0 for none")
-        } Attend: attend,
+        } Attend: attend, state::attend, flops::attention, attend,
         "softmax(scale q k^T) v; query head h reads key head h * kv_heads / heads";
 
-    "mean_pool" (x, step) {} Pool: mean_pool, "mean over the tokens of each sequence";
+    "mean_pool" (x, step) {} Pool: mean_pool, reduce::mean_pool, flops::each::<1>, mean_pool, "mean over the tokens of each sequence";
 }

@@ -1,0 +1,24 @@
+# Two commands do everything: `make demo` and `make test`.
+.PHONY: demo test setup models build lint
+
+demo: setup
+	cargo build --release -p mansard
+	.ci/demo
+
+# The models are optional: tests of the real models report themselves as skipped where they could not be fetched.
+test: setup
+	-.ci/fetch-models smollm2 gemma3 minilm
+	cargo test --workspace
+
+setup:
+	@.ci/setup
+
+models: setup
+	.ci/fetch-models smollm2 gemma3 minilm
+
+build: setup
+	cargo build --release --workspace
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings

@@ -1,0 +1,366 @@
+//! Contractions: `x[t, k] w[n, k]^T` over packed weights, with an epilogue on the accumulators.
+//!
+//! A body falls into *components*: contractions that meet in the epilogue (gate and up projections) are computed side by
+//! side on the same 16 output rows; contractions that do not meet (queries, keys, values) follow one another. For each
+//! component a worker takes a run of strips and walks
+//!
+//! ```text
+//! for cache tile of strips (its weights stay in the second-level cache)
+//!   for token tile (16, then what is left rounded up to 8, 4, 2 or 1)
+//!     for strip: products -> epilogue -> store
+//! ```
+//!
+//! A token tile may reach past the step's last row: buffers hold a multiple of 16 rows, and what lies there is never read.
+
+use crate::cpu::dot::{self, Rows};
+use crate::cpu::{StepField, count_of};
+use crate::emit::{Emitter, F32, KernelArgs, Val};
+use crate::math;
+use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
+use mansard_ir::ops::Class;
+use mansard_ir::plan::Kernel;
+use mansard_ir::{DType, Error, Graph, Kind, Result, Target, Type, ValueId, bail};
+use std::collections::BTreeMap;
+
+/// Bytes of weights that a cache tile of strips may hold.
+const CACHE_TILE_BYTES: usize = 256 << 10;
+
+/// Emits a `contract` or `experts` kernel.
+///
+/// # Errors
+/// Where the body is no contraction or its shapes have no code.
+pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
+    let body = &kernel.body;
+    let (mut e, k) = Emitter::kernel(&kernel.name);
+    let mut memory = vec![None; body.len()];
+    for (index, value) in super::arguments(body).into_iter().enumerate() {
+        memory[value.0 as usize] = Some(e.arg(k, index));
+    }
+    for component in components(body)? {
+        let Some(first) = component.dots.first() else { continue };
+        let c = Contraction { kernel, body, target, k, memory: &memory, component: &component };
+        if first.routing.is_some() { c.emit_experts(&mut e)? } else { c.emit(&mut e)? }
+    }
+    Ok(e.finish())
+}
+
+/// One contraction node.
+#[derive(Clone, Debug)]
+struct Dot {
+    value: ValueId,
+    x: ValueId,
+    weight: ValueId,
+    routing: Option<ValueId>,
+    dtype: DType,
+    /// Columns.
+    k: usize,
+}
+
+/// Contractions that meet in the epilogue, and the nodes where they do.
+struct Component {
+    dots: Vec<Dot>,
+    epilogue: Vec<ValueId>,
+    /// Output rows of every contraction in it.
+    n: usize,
+}
+
+/// Splits a body: nodes connected through computed values belong together.
+fn components(body: &Graph) -> Result<Vec<Component>> {
+    let mut home: Vec<Option<usize>> = vec![None; body.len()];
+    let mut parts: Vec<Component> = vec![];
+    for value in body.values() {
+        let Some(node) = body.node(value) else { continue };
+        match node.op.class() {
+            Class::Contract | Class::ContractExperts => {
+                let (dtype, shape) = body.ty(node.operands[1]).as_tensor().ok_or_else(|| internal(body))?;
+                let extent = |i: usize| if let Some(mansard_ir::Dim::N(n)) = shape.get(i) { *n } else { 0 };
+                let (n, columns) = (extent(shape.len() - 2), extent(shape.len() - 1));
+                let routing = node.operands.get(2).copied();
+                let dot = Dot { value, x: node.operands[0], weight: node.operands[1], routing, dtype, k: columns };
+                home[value.0 as usize] = Some(parts.len());
+                parts.push(Component { dots: vec![dot], epilogue: vec![], n });
+            }
+            Class::Elementwise | Class::RowBroadcast | Class::View => {
+                let mut homes: Vec<usize> = node.operands.iter().filter_map(|v| home[v.0 as usize]).collect();
+                homes.sort_unstable();
+                homes.dedup();
+                let Some((&to, others)) = homes.split_first() else { continue };
+                for from in others {
+                    let moved =
+                        std::mem::replace(&mut parts[*from], Component { dots: vec![], epilogue: vec![], n: 0 });
+                    if moved.n != parts[to].n {
+                        bail!(Internal, "contractions of {} and {} rows meet in `{}`", moved.n, parts[to].n, body.name);
+                    }
+                    parts[to].dots.extend(moved.dots);
+                    parts[to].epilogue.extend(moved.epilogue);
+                    home.iter_mut().filter(|h| **h == Some(*from)).for_each(|h| *h = Some(to));
+                }
+                parts[to].epilogue.push(value);
+                parts[to].epilogue.sort_unstable();
+                home[value.0 as usize] = Some(to);
+            }
+            _ => {}
+        }
+    }
+    Ok(parts)
+}
+
+fn internal(body: &Graph) -> Error {
+    Error::new(Kind::Internal, format!("`{}` is not a contraction over packed weights", body.name))
+}
+
+struct Contraction<'a> {
+    kernel: &'a Kernel,
+    body: &'a Graph,
+    target: &'a Target,
+    k: KernelArgs,
+    memory: &'a [Option<Val>],
+    component: &'a Component,
+}
+
+/// Tokens and strips of a register tile.
+#[derive(Clone, Copy)]
+struct Shape {
+    tokens: usize,
+    strips: usize,
+}
+
+impl Contraction<'_> {
+    fn pointer(&self, value: ValueId) -> Result<Val> {
+        self.memory[value.0 as usize].ok_or_else(|| internal(self.body))
+    }
+
+    /// Register tiles in order of use: the first for full tiles, the others for what is left.
+    ///
+    /// A lone token reads four streams at once, which hides the page walks of file mappings. With 32 registers, float
+    /// weights get 12 x 2 accumulators; integer ones 16 x 1, since eight more registers hold unpacked codes.
+    fn shapes(&self) -> Vec<Shape> {
+        let wide = self.target.registers >= 32;
+        let integer = self.component.dots.iter().any(|d| d.dtype.int().is_some());
+        let joined = self.component.dots.len();
+        let main = match (wide, integer) {
+            (true, true) => Shape { tokens: 16, strips: 1 },
+            (true, false) => Shape { tokens: 12, strips: 2 },
+            (false, true) => Shape { tokens: 2, strips: 1 },
+            (false, false) => Shape { tokens: 4, strips: 1 },
+        };
+        let lone = Shape { tokens: 1, strips: (4 / joined).max(1) };
+        if self.kernel.range.max == 1 {
+            return vec![lone];
+        }
+        let mut shapes = vec![main];
+        let mut tokens = main.tokens.next_power_of_two() / 2;
+        while tokens > 1 {
+            if tokens < main.tokens && (self.kernel.range.max > tokens / 2) {
+                shapes.push(Shape { tokens, strips: if integer { 1 } else { 2.min(main.strips) } });
+            }
+            tokens /= 2;
+        }
+        shapes.push(lone);
+        shapes.retain(|s| s.tokens <= self.kernel.range.max.next_power_of_two());
+        shapes
+    }
+
+    fn emit(&self, e: &mut Emitter) -> Result<()> {
+        let component = self.component;
+        let strips = component.n.div_ceil(STRIP);
+        let strip_bytes: usize = component.dots.iter().map(|d| StripLayout::new(d.dtype, d.k).bytes).sum();
+        let cache_tile = (CACHE_TILE_BYTES / strip_bytes).clamp(1, strips.max(1));
+        // Runs of whole multi-strip tiles keep the tail at the very end of the matrix.
+        let round = self.shapes().iter().map(|s| s.strips).max().unwrap_or(1);
+        let cache_tile = cache_tile.next_multiple_of(round) as i64;
+        let rounds = e.i64(strips.div_ceil(round) as i64);
+        let (low, high) = e.share(self.k, rounds);
+        let (per_round, last) = (e.i64(round as i64), e.i64(strips as i64));
+        let (low, high) = (e.mul(low, per_round), e.mul(high, per_round));
+        let high = e.min(high, last);
+        let rows = count_of(e, self.k, self.body.ty(component.dots[0].value))?;
+        let mut result = Ok(());
+        e.repeat(low, high, cache_tile, |e, from| {
+            let size = e.i64(cache_tile);
+            let to = e.add(from, size);
+            let to = e.min(to, high);
+            result = self.token_tiles(e, rows, (from, to));
+        });
+        result
+    }
+
+    /// Full token tiles, then one tile that covers the rest.
+    fn token_tiles(&self, e: &mut Emitter, rows: Val, strips: (Val, Val)) -> Result<()> {
+        let shapes = self.shapes();
+        let main = shapes[0];
+        let mut result = Ok(());
+        let zero = e.i64(0);
+        if shapes.len() == 1 {
+            e.repeat(zero, rows, main.tokens as i64, |e, first| result = self.strips(e, main, first, strips));
+            return result;
+        }
+        let tokens = e.i64(main.tokens as i64);
+        let rest = e.rem(rows, tokens);
+        let full = e.sub(rows, rest);
+        e.repeat(zero, full, main.tokens as i64, |e, first| result = self.strips(e, main, first, strips));
+        result?;
+        // The smallest tile that holds the rest: each covers what the next smaller one does not.
+        let mut result = Ok(());
+        for (i, shape) in shapes.iter().enumerate() {
+            let above = e.i64(shapes.get(i + 1).map_or(0, |s| s.tokens) as i64);
+            let upto = e.i64(if i == 0 { main.tokens as i64 - 1 } else { shape.tokens as i64 });
+            let fits = e.cmp(crate::emit::Cmp::Gt, rest, above);
+            let small = e.cmp(crate::emit::Cmp::Le, rest, upto);
+            let here = e.and(fits, small);
+            e.when(here, |e| {
+                if result.is_ok() {
+                    result = self.strips(e, *shape, full, strips);
+                }
+            });
+        }
+        result
+    }
+
+    /// All strips of a cache tile for one token tile: several at a time, then the odd ones.
+    fn strips(&self, e: &mut Emitter, shape: Shape, first: Val, (from, to): (Val, Val)) -> Result<()> {
+        if shape.strips == 1 {
+            let mut result = Ok(());
+            e.repeat(from, to, 1, |e, strip| result = self.register_tile(e, shape, first, strip));
+            return result;
+        }
+        let many = e.i64(shape.strips as i64);
+        let count = e.sub(to, from);
+        let odd = e.rem(count, many);
+        let middle = e.sub(to, odd);
+        let (mut result, mut tail) = (Ok(()), Ok(()));
+        e.repeat(from, middle, shape.strips as i64, |e, strip| result = self.register_tile(e, shape, first, strip));
+        let single = Shape { strips: 1, ..shape };
+        e.repeat(middle, to, 1, |e, strip| tail = self.register_tile(e, single, first, strip));
+        result.and(tail)
+    }
+
+    /// Products of one register tile, epilogue, stores.
+    fn register_tile(&self, e: &mut Emitter, shape: Shape, first: Val, strip: Val) -> Result<()> {
+        let mut products = BTreeMap::new();
+        for dot in &self.component.dots {
+            let weight = self.pointer(dot.weight)?;
+            let stride = row_bytes(self.body.ty(dot.x)).ok_or_else(|| internal(self.body))?;
+            let x = self.pointer(dot.x)?;
+            let rows = Rows { first: e.row(x, first, stride), stride, count: shape.tokens };
+            let base = dot::strip_at(e, weight, strip, dot.dtype, dot.k);
+            let bytes = StripLayout::new(dot.dtype, dot.k).bytes;
+            let strips: Vec<Val> = (0..shape.strips).map(|s| e.gep_const(base, s * bytes)).collect();
+            products.insert(dot.value, dot::tile(e, self.target, dot.dtype, dot.k, &strips, rows));
+        }
+        for s in 0..shape.strips {
+            let offset = e.scaled(strip, STRIP * 4, s * STRIP * 4);
+            for r in 0..shape.tokens {
+                let start = products.iter().map(|(v, p)| (*v, p[s * shape.tokens + r])).collect();
+                self.epilogue(e, start, Place { first, row: r, offset, column: offset })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs the epilogue on one vector of 16 outputs and stores the results.
+    fn epilogue(&self, e: &mut Emitter, start: BTreeMap<ValueId, Val>, place: Place) -> Result<()> {
+        let mut values = start;
+        for id in &self.component.epilogue {
+            let Some(node) = self.body.node(*id) else { continue };
+            let mut operands = vec![];
+            for operand in &node.operands {
+                let value = match values.get(operand) {
+                    Some(v) => *v,
+                    None => {
+                        let at = self.element_at(e, *operand, place)?;
+                        e.load(at, F32.x(STRIP), 64)
+                    }
+                };
+                operands.push(value);
+            }
+            let value =
+                if node.op.class() == Class::View { operands[0] } else { math::elementwise(e, node, &operands)? };
+            values.insert(*id, value);
+        }
+        for (_, result) in &self.body.results {
+            if let Some(value) = values.get(result) {
+                let at = self.element_at(e, *result, place)?;
+                e.store(*value, at, 64);
+            }
+        }
+        Ok(())
+    }
+
+    /// Address of the 16 elements a tile position stands for, in an activation or in a vector.
+    fn element_at(&self, e: &mut Emitter, value: ValueId, place: Place) -> Result<Val> {
+        let base = self.pointer(value)?;
+        let ty = self.body.ty(value);
+        if ty.is_static() {
+            return Ok(e.gep(base, place.column));
+        }
+        let stride = row_bytes(ty).ok_or_else(|| internal(self.body))?;
+        let row = e.row(base, place.first, stride);
+        let row = e.gep_const(row, place.row * stride);
+        Ok(e.gep(row, place.offset))
+    }
+
+    /// Experts: every chosen pair (token, j) against its expert's strips, one row at a time.
+    fn emit_experts(&self, e: &mut Emitter) -> Result<()> {
+        let component = self.component;
+        if component.n % STRIP != 0 {
+            bail!(Unsupported, "experts with {} output rows: a multiple of {STRIP} is needed", component.n);
+        }
+        let strips = e.i64((component.n / STRIP) as i64);
+        let (low, high) = e.share(self.k, strips);
+        let routing = component.dots[0].routing.ok_or_else(|| internal(self.body))?;
+        let Type::Routing { top, .. } = *self.body.ty(routing) else { return Err(internal(self.body)) };
+        let tokens = super::step_field(e, self.k, StepField::T);
+        let ids = self.pointer(routing)?;
+        let stride = row_bytes(self.body.ty(routing)).ok_or_else(|| internal(self.body))?;
+        let zero = e.i64(0);
+        let mut result = Ok(());
+        e.repeat(low, high, 1, |e, strip| {
+            e.repeat(zero, tokens, 1, |e, token| {
+                for j in 0..top {
+                    let at = e.row(ids, token, stride);
+                    let at = e.gep_const(at, 4 * j);
+                    let expert = e.load(at, crate::emit::I32, 4);
+                    let expert = e.op(crate::emit::I64, format_args!("arith.extui {expert} : i32 to i64"));
+                    if result.is_ok() {
+                        result = self.expert_row(e, (token, j), expert, strip);
+                    }
+                }
+            });
+        });
+        result
+    }
+
+    fn expert_row(&self, e: &mut Emitter, (token, j): (Val, usize), expert: Val, strip: Val) -> Result<()> {
+        let n = self.component.n;
+        let mut products = BTreeMap::new();
+        for dot in &self.component.dots {
+            let bytes = StripLayout::new(dot.dtype, dot.k).bytes;
+            let weight = self.pointer(dot.weight)?;
+            let weight = e.row(weight, expert, n / STRIP * bytes);
+            let strip = e.row(weight, strip, bytes);
+            let ty = self.body.ty(dot.x);
+            let stride = row_bytes(ty).ok_or_else(|| internal(self.body))?;
+            let x = self.pointer(dot.x)?;
+            let x = e.row(x, token, stride);
+            // Rows [t, top, k] hold the j-th expert's activations one after another.
+            let own = ty.as_tensor().is_some_and(|(_, shape)| shape.len() == 3);
+            let width = if ty.as_tensor().is_some_and(|(d, _)| d == DType::A8) { dot.k * 2 } else { dot.k * 4 };
+            let first = e.gep_const(x, if own { j * width } else { 0 });
+            let rows = Rows { first, stride, count: 1 };
+            products.insert(dot.value, dot::tile(e, self.target, dot.dtype, dot.k, &[strip], rows)[0]);
+        }
+        let (offset, column) = (e.scaled(strip, STRIP * 4, j * n * 4), e.scaled(strip, STRIP * 4, 0));
+        self.epilogue(e, products, Place { first: token, row: 0, offset, column })
+    }
+}
+
+/// Where a vector of 16 outputs lies: row `first + row`, `offset` bytes in; in a vector repeated for every row, `column`
+/// bytes in.
+#[derive(Clone, Copy)]
+struct Place {
+    first: Val,
+    row: usize,
+    offset: Val,
+    column: Val,
+}

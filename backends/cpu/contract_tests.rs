@@ -1,0 +1,109 @@
+//! Contractions against the interpreter: every weight format, every tile shape, epilogues, joins, parts and experts.
+
+use crate::harness;
+
+/// Steps of 1, 3, 7, 13, 16 and 37 tokens, some of several sequences.
+const STEPS: [&[(usize, usize)]; 6] = [&[(0, 1)], &[(5, 3)], &[(0, 4), (2, 3)], &[(0, 13)], &[(0, 1), (9, 15)], &[(0, 37)]];
+
+fn case(body: &str, steps: &[&[(usize, usize)]], tolerance: f64) {
+    for step in steps {
+        let tokens: usize = step.iter().map(|s| s.1).sum();
+        let (min, max) = match tokens {
+            1 => (1, 1),
+            2..=8 => (2, 8),
+            _ => (9, 64),
+        };
+        let text = body.replace("{range}", &format!("when t = {min}..{max}"));
+        harness::case(&text, step, tolerance);
+    }
+}
+
+/// Products of two stored scales are rounded to f16 when packed.
+fn tolerance(format: &str) -> f64 {
+    if format.ends_with("_k") { 5e-4 } else { 1e-5 }
+}
+
+#[test]
+fn every_format() {
+    let formats =
+        ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "f32", "f16", "bf16"];
+    for format in formats {
+        let x = if format.starts_with('q') { "a8" } else { "f32" };
+        let body = format!(
+            "graph @k(%x: {x}[t, 512], %w: {format}[40, 512]) stage planned {{range}} {{
+               %y = matmul %x, %w
+               return y = %y
+             }}"
+        );
+        let tolerance = tolerance(format);
+        case(&body, &STEPS[..3], tolerance);
+        case(&body, &STEPS[5..], tolerance);
+    }
+}
+
+#[test]
+fn gate_and_up_meet_in_the_epilogue() {
+    for (x, w) in [("a8", "q4_1"), ("f32", "f32")] {
+        let body = format!(
+            "graph @k(%x: {x}[t, 96], %g: {w}[80, 96], %u: {w}[80, 96]) stage planned {{range}} {{
+               %a = matmul %x, %g
+               %b = matmul %x, %u
+               %s = silu %a
+               %y = mul %s, %b
+               return y = %y
+             }}"
+        );
+        case(&body, &STEPS, 2e-5);
+    }
+}
+
+#[test]
+fn parts_with_formats_of_their_own() {
+    let body = "graph @k(%x: a8[t, 256], %q: q5_0[64, 256], %kw: q4_k[16, 256], %v: q6_k[32, 256], %b: f32[16]) stage planned {range} {
+       %a = matmul %x, %q
+       %h = split_heads %a {heads = 4}
+       %c = matmul %x, %kw
+       %d = add_row %c, %b
+       %e = matmul %x, %v
+       return q = %h, k = %d, v = %e
+     }";
+    case(body, &STEPS, tolerance("q4_k"));
+}
+
+#[test]
+fn bias_activation_and_residual() {
+    let body = "graph @k(%x: f32[t, 64], %w: f32[20, 64], %b: f32[20], %r: f32[t, 20]) stage planned {range} {
+       %a = matmul %x, %w
+       %c = add_row %a, %b
+       %g = gelu %c
+       %y = add %r, %g
+       %z = softcap %y {cap = 30.0}
+       %h = gelu_tanh %z
+       %i = scale %h {by = 0.25}
+       return y = %y, z = %i
+     }";
+    case(body, &STEPS, 2e-5);
+}
+
+#[test]
+fn experts() {
+    for (x, w) in [("f32", "f32"), ("a8", "q8_0")] {
+        let body = format!(
+            "graph @k(%x: {x}[t, 64], %g: {w}[4, 48, 64], %u: {w}[4, 48, 64], %r: routing[t, 2, 4]) stage planned {{range}} {{
+               %a = matmul_experts %x, %g, %r
+               %b = matmul_experts %x, %u, %r
+               %s = silu %a
+               %y = mul %s, %b
+               return y = %y
+             }}"
+        );
+        case(&body, &STEPS[..4], 2e-5);
+        let down = format!(
+            "graph @k(%x: {x}[t, 2, 64], %w: {w}[4, 32, 64], %r: routing[t, 2, 4]) stage planned {{range}} {{
+               %y = matmul_experts %x, %w, %r
+               return y = %y
+             }}"
+        );
+        case(&down, &STEPS[..4], 2e-5);
+    }
+}

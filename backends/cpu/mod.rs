@@ -1,0 +1,86 @@
+//! CPU kernels: each kind of kernel in the plan's table has one emitter.
+
+pub mod attend;
+pub mod contract;
+#[cfg(test)]
+mod contract_tests;
+pub mod dot;
+pub mod pool;
+pub mod rows;
+
+use crate::emit::{Emitter, I64, KernelArgs, PTR, Val};
+use mansard_ir::kernel::KernelKind;
+use mansard_ir::plan::{Kernel, StepArgs};
+use mansard_ir::{Dim, Error, Graph, Kind, Result, Target, Type, ValueId};
+use std::mem::offset_of;
+
+/// Emits a kernel as one MLIR function named after it.
+///
+/// # Errors
+/// Where the body is of no kind, or holds a shape or op that has no code.
+pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
+    match kernel.kind()? {
+        KernelKind::Contract | KernelKind::Experts => contract::emit(kernel, target),
+        KernelKind::Attend => attend::emit(kernel, target),
+        KernelKind::Pool => pool::emit(kernel, target),
+        KernelKind::Rows => rows::emit(kernel, target),
+    }
+    .map_err(|e| e.at(format!("kernel `{}`", kernel.name)))
+}
+
+/// The values a kernel's arguments stand for, in order: every input but the step, then every result that is not a cache.
+pub fn arguments(body: &Graph) -> Vec<ValueId> {
+    let inputs = (0..body.inputs.len() as u32).map(ValueId).filter(|v| *body.ty(*v) != Type::Step);
+    let results = body.results.iter().map(|(_, v)| *v).filter(|v| !matches!(body.ty(*v), Type::Cache { .. }));
+    inputs.chain(results).collect()
+}
+
+/// A field of [`StepArgs`].
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)] // named as there
+pub enum StepField {
+    T,
+    S,
+    R,
+    Tiles,
+    TableStride,
+    Tokens,
+    Positions,
+    Rows,
+    Slots,
+    Tile,
+    Tables,
+    Sequences,
+}
+
+/// Loads a field of the step: counts are `i64`, arrays are pointers.
+pub fn step_field(e: &mut Emitter, k: KernelArgs, field: StepField) -> Val {
+    let (offset, ty) = match field {
+        StepField::T => (offset_of!(StepArgs, t), I64),
+        StepField::S => (offset_of!(StepArgs, s), I64),
+        StepField::R => (offset_of!(StepArgs, r), I64),
+        StepField::Tiles => (offset_of!(StepArgs, tiles), I64),
+        StepField::TableStride => (offset_of!(StepArgs, table_stride), I64),
+        StepField::Tokens => (offset_of!(StepArgs, tokens), PTR),
+        StepField::Positions => (offset_of!(StepArgs, positions), PTR),
+        StepField::Rows => (offset_of!(StepArgs, rows), PTR),
+        StepField::Slots => (offset_of!(StepArgs, slots), PTR),
+        StepField::Tile => (offset_of!(StepArgs, tile), PTR),
+        StepField::Tables => (offset_of!(StepArgs, tables), PTR),
+        StepField::Sequences => (offset_of!(StepArgs, sequences), PTR),
+    };
+    e.step_field(k, offset, ty)
+}
+
+/// How many rows an activation of this type has in this step.
+///
+/// # Errors
+/// Where the type has no symbolic leading dim.
+pub fn count_of(e: &mut Emitter, k: KernelArgs, ty: &Type) -> Result<Val> {
+    match ty.rows() {
+        Some(Dim::T) => Ok(step_field(e, k, StepField::T)),
+        Some(Dim::S) => Ok(step_field(e, k, StepField::S)),
+        Some(Dim::R) => Ok(step_field(e, k, StepField::R)),
+        _ => Err(Error::new(Kind::Internal, format!("{ty} has no rows"))),
+    }
+}

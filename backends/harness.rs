@@ -1,0 +1,181 @@
+//! Runs compiled kernels against the interpreter (tests only; the one place of this crate that jumps into generated code).
+//!
+//! ```text
+//! harness::case("graph @k(%x: f32[t, 64], %w: q4_0[32, 64]) stage planned when t = 1..8 { ... }", &[(0, 3)], 1e-5)
+//!   text -> kernel, random inputs -> for each target of this machine, for 1, 2 and 3 threads: compile, call, compare
+//! ```
+//!
+//! Buffers are laid out as in a step: rows padded to 16, padding full of NaNs, canaries on either side, cache blocks out of
+//! order. Threads are real.
+#![allow(unsafe_code)]
+
+mod memory;
+mod samples;
+
+pub use samples::{Random, float_weight, inputs, quantized_weight};
+
+use crate::{Image, compile_kernels, pack, target};
+use mansard_ir::eval::{self, Step, Value};
+use mansard_ir::model::Weight;
+use mansard_ir::plan::{Kernel, StepArgs};
+use mansard_ir::{Dim, Target, TokenRange, Type, text, verify};
+use memory::{Memory, Pool, StepArrays};
+
+/// An input of a kernel.
+#[derive(Clone, Debug)]
+pub enum Given {
+    /// An activation, a cache, the step.
+    Value(Value),
+    /// What is packed; the interpreter gets its dequantized values.
+    Weight(Weight),
+}
+
+/// The one kernel in a text, verified.
+pub fn kernel(text: &str) -> Kernel {
+    let model = text::parse("test", text).unwrap_or_else(|e| panic!("{e}"));
+    let [body] = model.graphs.as_slice() else { panic!("expected one graph") };
+    verify::verify(body).unwrap_or_else(|e| panic!("{e}"));
+    let range = body.range.unwrap_or(TokenRange { min: 1, max: 512 });
+    Kernel { name: body.name.clone(), body: body.clone(), range }
+}
+
+/// [`check`] of a kernel in text form on random inputs for a step of `(past, new)` tokens a sequence.
+pub fn case(text: &str, step: &[(usize, usize)], tolerance: f64) {
+    let (kernel, step) = (kernel(text), Step::new(step));
+    check(&kernel, &inputs(&kernel, &step, 1), &step, tolerance);
+}
+
+/// Compares a kernel with the interpreter on every target that this machine has, with 1, 2 and 3 threads. `tolerance` is
+/// the most that a value may be off, as a share of the largest in its result.
+pub fn check(kernel: &Kernel, inputs: &[Given], step: &Step, tolerance: f64) {
+    let reals: Vec<Value> = inputs.iter().map(Given::reals).collect();
+    let expected = eval::graph(&kernel.body, &reals, &mut |name, _| panic!("weight {name} in a kernel"));
+    let expected = expected.unwrap_or_else(|e| panic!("{e}"));
+    for target in targets() {
+        let image = compile(kernel, &target);
+        for threads in [1, 2, 3] {
+            let found = run(&image, kernel, inputs, step, threads);
+            for (((name, _), found), expected) in kernel.body.results.iter().zip(&found).zip(&expected) {
+                if let Err(difference) = memory::compare(found, expected, tolerance) {
+                    panic!("`{}`, {}, {threads} threads: result `{name}`: {difference}", kernel.name, target.name);
+                }
+            }
+        }
+    }
+}
+
+/// Those of the known targets that this machine can run.
+pub fn targets() -> Vec<Target> {
+    let native = target::target("native").unwrap_or_else(|e| panic!("{e}"));
+    let named = ["x86-64-v4", "x86-64-v3"].map(|name| target::target(name).unwrap_or_else(|e| panic!("{e}")));
+    let runs = |t: &Target| t.features.iter().all(|f| native.has(f));
+    let mut targets: Vec<Target> = named.into_iter().filter(runs).collect();
+    targets.insert(0, native);
+    targets
+}
+
+/// Machine code of one kernel.
+pub fn compile(kernel: &Kernel, target: &Target) -> Image {
+    let image = compile_kernels(std::slice::from_ref(kernel), target, 1, &mut |_, _| {});
+    image.unwrap_or_else(|e| panic!("{}: {e}", target.name))
+}
+
+/// Calls an image's only kernel on `threads` workers and gives its results.
+pub fn run(image: &Image, kernel: &Kernel, inputs: &[Given], step: &Step, threads: usize) -> Vec<Value> {
+    let body = &kernel.body;
+    let mut rows = vec![];
+    for (input, given) in body.inputs.iter().zip(inputs) {
+        if let (Some(Dim::R), Given::Value(Value::Ints(ints))) = (input.ty.rows(), given) {
+            rows = ints.data.clone();
+        }
+    }
+    let lengths: Vec<usize> = step.sequences.iter().map(|s| s.past + s.len).collect();
+    let pool = Pool::new(&lengths);
+    let arrays = StepArrays::new(step, rows, &pool);
+    let mut memories: Vec<Memory> = vec![];
+    for (input, given) in body.inputs.iter().zip(inputs) {
+        match (given, &input.ty) {
+            (_, Type::Step) => {}
+            (Given::Value(value), ty) => memories.push(Memory::of_value(ty, value, &pool)),
+            (Given::Weight(weight), _) => memories.push(Memory::new(&packed(weight))),
+        }
+    }
+    let outputs = memories.len();
+    for (_, v) in body.results.iter().filter(|(_, v)| !matches!(body.ty(*v), Type::Cache { .. })) {
+        memories.push(Memory::for_result(body.ty(*v), arrays.rows_of(body.ty(*v))));
+    }
+    call(image, &mut memories, &arrays.args(), threads);
+    memories.iter().enumerate().for_each(|(i, m)| m.check_canaries(&format!("argument {i} of `{}`", kernel.name)));
+    let mut results = outputs..;
+    let read = |v| match body.ty(v) {
+        ty @ Type::Cache { .. } => memories[cache_argument(body, v)].read_cache(ty, &lengths, &pool),
+        ty => memories[results.next().unwrap_or(0)].read_rows(ty, arrays.rows_of(ty)),
+    };
+    body.results.iter().map(|(_, v)| *v).map(read).collect()
+}
+
+/// The argument that a cache result was appended to: the input at the root of its appends.
+fn cache_argument(body: &mansard_ir::Graph, mut value: mansard_ir::ValueId) -> usize {
+    while let Some(node) = body.node(value) {
+        value = node.operands[0];
+    }
+    let before = &body.inputs[..value.0 as usize];
+    before.iter().filter(|input| input.ty != Type::Step).count()
+}
+
+impl Given {
+    /// What the interpreter computes with.
+    pub fn reals(&self) -> Value {
+        match self {
+            Given::Value(value) => value.clone(),
+            Given::Weight(weight) => {
+                let (_, shape) = weight.dtype_shape();
+                Value::Tensor(eval::Tensor::new(shape, weight.read_all().unwrap_or_else(|e| panic!("{e}"))))
+            }
+        }
+    }
+}
+
+fn packed(weight: &Weight) -> Vec<u8> {
+    let mut bytes = vec![];
+    let packed = pack::pack(weight, None, 1, &mut |b| {
+        bytes.extend_from_slice(b);
+        Ok(())
+    });
+    packed.unwrap_or_else(|e| panic!("{e}"));
+    bytes
+}
+
+type Entry = unsafe extern "C" fn(*const usize, *const StepArgs, i64, i64);
+
+fn call(image: &Image, memories: &mut [Memory], step: &StepArgs, threads: usize) {
+    let mut code = memmap2::MmapMut::map_anon(image.bytes.len()).expect("memory for code");
+    code.copy_from_slice(&image.bytes);
+    let code = code.make_exec().expect("executable memory");
+    let [(_, offset)] = image.entries.as_slice() else { panic!("expected one kernel") };
+    // SAFETY: the image is x86-64 code for this machine and the offset is that of a function of this type.
+    let entry: Entry = unsafe { std::mem::transmute(code[*offset..].as_ptr()) };
+    let args: Vec<usize> = memories.iter_mut().map(|m| m.address()).collect();
+    let (args, step) = (&args, step as *const StepArgs as usize);
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            // SAFETY: arguments are in the order and layout of the calling convention and outlive the scope; the kernel's
+            // workers write disjoint parts of them (what this harness is there to find out).
+            scope
+                .spawn(move || unsafe { entry(args.as_ptr(), step as *const StepArgs, thread as i64, threads as i64) });
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn contractions_agree_with_the_interpreter() {
+        let text = "graph @k(%x: a8[t, 64], %w: q4_1[40, 64]) stage planned when t = 1..8 {
+            %y = matmul %x, %w
+            return y = %y
+        }";
+        super::case(text, &[(0, 1)], 1e-5);
+        super::case(text, &[(0, 3), (70, 4)], 1e-5);
+    }
+}

@@ -1,0 +1,334 @@
+//! Values <-> bytes as kernels see them.
+
+use super::samples::Random;
+use mansard_ir::eval::{Cache, Routing, Step, Tensor, Value};
+use mansard_ir::layout::{A8, CACHE_BLOCK, STRIP, cache_block_bytes, cache_offset, row_bytes};
+use mansard_ir::plan::StepArgs;
+use mansard_ir::{CacheRole, DType, Dim, Type};
+use std::sync::Arc;
+
+/// Most tokens of an attention tile.
+const TILE: usize = 4;
+/// Cache lines of canary on either side of a buffer.
+const GUARD: usize = 4;
+const CANARY: u8 = 0xA5;
+/// Garbage: NaN as f32, -1 as i32.
+const PADDING: u8 = 0xFF;
+/// Garbage of a cache, finite in every float format: stale rows never hold NaNs.
+const STALE: u8 = 0x55;
+
+#[repr(align(64))]
+#[derive(Clone, Copy)]
+struct Line([u8; 64]);
+
+/// One argument's memory.
+pub struct Memory {
+    lines: Vec<Line>,
+}
+
+impl Memory {
+    /// Memory that holds `bytes`.
+    pub fn new(bytes: &[u8]) -> Memory {
+        let mut lines = vec![Line([CANARY; 64]); bytes.len().div_ceil(64) + 2 * GUARD];
+        for (line, bytes) in lines[GUARD..].iter_mut().zip(bytes.chunks(64)) {
+            line.0 = [PADDING; 64];
+            line.0[..bytes.len()].copy_from_slice(bytes);
+        }
+        Memory { lines }
+    }
+
+    /// Memory for a result of that many rows.
+    pub fn for_result(ty: &Type, rows: usize) -> Memory {
+        Memory::new(&vec![PADDING; rows.next_multiple_of(STRIP) * row_bytes(ty).expect("rows")])
+    }
+
+    /// An activation or cache as kernels read it.
+    pub fn of_value(ty: &Type, value: &Value, pool: &Pool) -> Memory {
+        let rows: Vec<Vec<u8>> = match (ty, value) {
+            (Type::Tensor { dtype: DType::A8, .. }, Value::Tensor(t)) => rows_of(t).map(a8_row).collect(),
+            (Type::Tensor { .. }, Value::Tensor(t)) => rows_of(t).map(f32_bytes).collect(),
+            (_, Value::Ints(ints)) => ints.data.iter().map(|x| x.to_le_bytes().to_vec()).collect(),
+            (_, Value::Routing(r)) => {
+                let chosen = r.chosen.chunks_exact(r.top).zip(r.weights.chunks_exact(r.top));
+                chosen
+                    .map(|(c, w)| [c.iter().flat_map(|c| (*c as i32).to_le_bytes()).collect(), f32_bytes(w)].concat())
+                    .collect()
+            }
+            (ty, Value::Cache(cache)) => return Memory::new(&pool.bytes(ty, cache)),
+            _ => panic!("{} is no {ty}", value.describe()),
+        };
+        let stride = row_bytes(ty).expect("rows");
+        let mut bytes = vec![PADDING; rows.len().next_multiple_of(STRIP) * stride];
+        for (row, out) in rows.iter().zip(bytes.chunks_exact_mut(stride)) {
+            out[..row.len()].copy_from_slice(row);
+        }
+        Memory::new(&bytes)
+    }
+
+    /// Where a kernel finds it.
+    pub fn address(&mut self) -> usize {
+        self.lines[GUARD..].as_mut_ptr() as usize
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        self.lines[GUARD..self.lines.len() - GUARD].iter().flat_map(|l| l.0).collect()
+    }
+
+    /// Nothing was written outside.
+    pub fn check_canaries(&self, what: &str) {
+        let (before, after) = (&self.lines[..GUARD], &self.lines[self.lines.len() - GUARD..]);
+        let intact = |lines: &[Line]| lines.iter().all(|l| l.0 == [CANARY; 64]);
+        assert!(intact(before), "{what}: written before its beginning");
+        assert!(intact(after), "{what}: written beyond its end");
+    }
+
+    /// The value in a buffer of `rows` rows.
+    pub fn read_rows(&self, ty: &Type, rows: usize) -> Value {
+        let (bytes, stride) = (self.bytes(), row_bytes(ty).expect("rows"));
+        let lines = bytes.chunks_exact(stride).take(rows);
+        match ty {
+            Type::Routing { top, experts } => {
+                let (mut chosen, mut weights) = (vec![], vec![]);
+                for line in lines {
+                    chosen.extend(line[..4 * top].as_chunks().0.iter().map(|b| i32::from_le_bytes(*b) as usize));
+                    weights.extend(reals(&line[4 * top..8 * top]));
+                }
+                Value::Routing(Routing { top: *top, experts: *experts, chosen, weights })
+            }
+            Type::Tensor { dtype, shape } => {
+                let width = ty.row_width().expect("fixed width");
+                let row = |line: &[u8]| match dtype {
+                    DType::A8 => a8_reals(&line[..width / A8::GROUP * A8::LINE]),
+                    DType::F32 => reals(&line[..4 * width]),
+                    other => panic!("results are not {other}"),
+                };
+                let data = lines.flat_map(row).collect();
+                let rest = shape[1..].iter().map(|d| if let Dim::N(n) = d { *n } else { panic!("{ty}") });
+                Value::Tensor(Tensor::new(std::iter::once(rows).chain(rest).collect::<Vec<_>>(), data))
+            }
+            _ => panic!("{ty} has no rows"),
+        }
+    }
+
+    /// The first `lengths[s]` positions of each sequence.
+    pub fn read_cache(&self, ty: &Type, lengths: &[usize], pool: &Pool) -> Value {
+        let (bytes, mut cache) = (self.bytes(), Cache::empty(ty, lengths.len()).expect("a cache"));
+        for (s, length) in lengths.iter().enumerate() {
+            let mut sequence = vec![];
+            pool.each(ty, s, *length, |at| {
+                sequence.push(match cache.dtype {
+                    DType::F16 => half::f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32(),
+                    _ => reals(&bytes[at..at + 4])[0],
+                });
+            });
+            cache.sequences[s] = Arc::new(sequence);
+        }
+        Value::Cache(cache)
+    }
+}
+
+fn rows_of(t: &Tensor) -> impl Iterator<Item = &[f32]> {
+    t.data.chunks_exact(t.shape[1..].iter().product())
+}
+
+fn f32_bytes(reals: &[f32]) -> Vec<u8> {
+    reals.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+fn reals(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+/// Reals that `quantize` made, back as codes.
+fn a8_row(row: &[f32]) -> Vec<u8> {
+    let mut out = vec![];
+    for group in row.chunks_exact(A8::GROUP) {
+        let scale = group.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0;
+        let codes: Vec<i32> = group.iter().map(|x| if scale > 0.0 { (x / scale).round() as i32 } else { 0 }).collect();
+        out.extend(codes.iter().map(|c| *c as i8 as u8));
+        out.extend(a8_figures(scale, &codes));
+    }
+    out
+}
+
+/// What follows the codes of a line.
+fn a8_figures(scale: f32, codes: &[i32]) -> Vec<u8> {
+    let (sum, low) = (codes.iter().sum::<i32>(), codes[..16].iter().sum::<i32>());
+    let (high, real) = (sum - low, |sum: i32| (scale * sum as f32).to_le_bytes());
+    [scale.to_le_bytes(), (-sum).to_le_bytes(), real(sum), [PADDING; 4], (-low).to_le_bytes(), (-high).to_le_bytes()]
+        .into_iter()
+        .chain([real(low), real(high)])
+        .flatten()
+        .collect()
+}
+
+/// The reals of a row that a kernel quantized, after a look at what it says of their sums.
+fn a8_reals(row: &[u8]) -> Vec<f32> {
+    let mut out = vec![];
+    for line in row.chunks_exact(A8::LINE) {
+        let codes: Vec<i32> = line[..A8::GROUP].iter().map(|b| *b as i8 as i32).collect();
+        let scale = reals(&line[A8::SCALE..A8::SCALE + 4])[0];
+        let (expected, found) = (a8_figures(scale, &codes), &line[A8::SCALE..]);
+        for at in [A8::NEG_SUM, A8::NEG_SUM_16, A8::NEG_SUM_16 + 4].map(|at| at - A8::SCALE) {
+            assert_eq!(found[at..at + 4], expected[at..at + 4], "sum of codes at byte {} of a line", at + A8::SCALE);
+        }
+        for at in [A8::REAL_SUM, A8::REAL_SUM_16, A8::REAL_SUM_16 + 4].map(|at| at - A8::SCALE) {
+            let (found, expected) = (reals(&found[at..at + 4])[0], reals(&expected[at..at + 4])[0]);
+            assert!((found - expected).abs() <= 1e-5 * expected.abs(), "{found}, not {expected}, at byte {at}");
+        }
+        out.extend(codes.iter().map(|c| scale * *c as f32));
+    }
+    out
+}
+
+/// Cache blocks of every sequence, in no order.
+pub struct Pool {
+    tables: Vec<Vec<i32>>,
+    stride: usize,
+    blocks: usize,
+}
+
+impl Pool {
+    /// Cache blocks for sequences of these lengths.
+    pub fn new(lengths: &[usize]) -> Pool {
+        let needed: Vec<usize> = lengths.iter().map(|l| l.div_ceil(CACHE_BLOCK)).collect();
+        let blocks = needed.iter().sum::<usize>() + 2;
+        let (mut free, mut random): (Vec<i32>, _) = ((0..blocks as i32).collect(), Random::new(99));
+        let mut take = || free.swap_remove(random.below(free.len()));
+        let tables = needed.iter().map(|n| (0..*n).map(|_| take()).collect()).collect();
+        Pool { tables, stride: needed.iter().max().unwrap_or(&0) + 1, blocks }
+    }
+
+    /// `i32[s][stride]`; entries beyond a sequence's cache blocks are not to be read as such.
+    fn table(&self) -> Vec<i32> {
+        let row = |t: &Vec<i32>| t.iter().copied().chain(std::iter::repeat(0)).take(self.stride).collect::<Vec<_>>();
+        self.tables.iter().flat_map(row).collect()
+    }
+
+    fn slot(&self, sequence: usize, position: usize) -> usize {
+        self.tables[sequence][position / CACHE_BLOCK] as usize * CACHE_BLOCK + position % CACHE_BLOCK
+    }
+
+    /// Byte offsets of `[length, heads, dim]` of a sequence.
+    fn each(&self, ty: &Type, sequence: usize, length: usize, mut visit: impl FnMut(usize)) {
+        let Type::Cache { role, heads, dim, dtype } = *ty else { panic!("{ty} is no cache") };
+        let (block, size) = (cache_block_bytes(ty).expect("a cache"), dtype.format().block_bytes);
+        for position in 0..length {
+            let slot = self.slot(sequence, position);
+            for (head, d) in (0..heads).flat_map(|h| (0..dim).map(move |d| (h, d))) {
+                let role: CacheRole = role;
+                visit(slot / CACHE_BLOCK * block + size * cache_offset(role, dim, head, slot % CACHE_BLOCK, d));
+            }
+        }
+    }
+
+    fn bytes(&self, ty: &Type, cache: &Cache) -> Vec<u8> {
+        let mut bytes = vec![STALE; self.blocks * cache_block_bytes(ty).expect("a cache")];
+        for (s, sequence) in cache.sequences.iter().enumerate() {
+            let mut values = sequence.iter();
+            self.each(ty, s, cache.positions(s), |at| match (cache.dtype, values.next()) {
+                (DType::F16, Some(x)) => {
+                    bytes[at..at + 2].copy_from_slice(&half::f16::from_f32(*x).to_le_bytes());
+                }
+                (_, Some(x)) => bytes[at..at + 4].copy_from_slice(&x.to_le_bytes()),
+                _ => panic!("a cache of too few values"),
+            });
+        }
+        bytes
+    }
+}
+
+/// The step's arrays.
+pub struct StepArrays {
+    t: usize,
+    s: usize,
+    stride: usize,
+    tokens: Vec<i32>,
+    positions: Vec<i32>,
+    rows: Vec<i32>,
+    slots: Vec<i32>,
+    tiles: Vec<[i32; 4]>,
+    tables: Vec<i32>,
+    sequences: Vec<[i32; 2]>,
+}
+
+impl StepArrays {
+    /// As a runtime describes `step`.
+    pub fn new(step: &Step, rows: Vec<i32>, pool: &Pool) -> StepArrays {
+        let (mut tiles, mut sequences, mut slots) = (vec![], vec![], vec![]);
+        for (index, s) in step.sequences.iter().enumerate() {
+            sequences.push([s.start as i32, s.len as i32]);
+            slots.extend((s.past..s.past + s.len).map(|p| pool.slot(index, p) as i32));
+            for first in (0..s.len).step_by(TILE) {
+                let count = TILE.min(s.len - first);
+                tiles.push([s.start + first, count, index, s.past + s.len].map(|x| x as i32));
+            }
+        }
+        let (t, s) = (step.tokens(), step.sequences.len());
+        let (tokens, positions, tables) = (vec![0; t], step.positions(), pool.table());
+        StepArrays { t, s, stride: pool.stride, tokens, positions, rows, slots, tiles, tables, sequences }
+    }
+
+    /// How many rows an activation of this type has; a step in which no row is asked for by an input asks for as many as
+    /// the samples do.
+    pub fn rows_of(&self, ty: &Type) -> usize {
+        match ty.rows() {
+            Some(Dim::T) => self.t,
+            Some(Dim::S) => self.s,
+            Some(Dim::R) if self.rows.is_empty() => self.t.div_ceil(2),
+            Some(Dim::R) => self.rows.len(),
+            _ => panic!("{ty} has no rows"),
+        }
+    }
+
+    /// What kernels get.
+    pub fn args(&self) -> StepArgs {
+        StepArgs {
+            t: self.t as i64,
+            s: self.s as i64,
+            r: self.rows_of(&Type::f32([Dim::R])) as i64,
+            tiles: self.tiles.len() as i64,
+            table_stride: self.stride as i64,
+            tokens: self.tokens.as_ptr(),
+            positions: self.positions.as_ptr(),
+            rows: self.rows.as_ptr(),
+            slots: self.slots.as_ptr(),
+            tile: self.tiles.as_ptr().cast(),
+            tables: self.tables.as_ptr(),
+            sequences: self.sequences.as_ptr().cast(),
+        }
+    }
+}
+
+/// Equal within `tolerance` times the largest expected value.
+pub fn compare(found: &Value, expected: &Value, tolerance: f64) -> Result<(), String> {
+    match (found, expected) {
+        (Value::Tensor(f), Value::Tensor(e)) if f.shape == e.shape => close(&f.data, &e.data, f.width(), tolerance),
+        (Value::Cache(f), Value::Cache(e)) => {
+            f.sequences.iter().zip(&e.sequences).enumerate().try_for_each(|(s, (f, e))| {
+                close(f, e, expected.cache().map_or(1, |c| c.dim), tolerance).map_err(|d| format!("sequence {s}: {d}"))
+            })
+        }
+        (Value::Routing(f), Value::Routing(e)) if f.chosen == e.chosen => {
+            close(&f.weights, &e.weights, e.top, tolerance)
+        }
+        _ => Err(format!("{found:?}, not {expected:?}")),
+    }
+}
+
+fn close(found: &[f32], expected: &[f32], width: usize, tolerance: f64) -> Result<(), String> {
+    if found.len() != expected.len() {
+        return Err(format!("{} values, not {}", found.len(), expected.len()));
+    }
+    let most = expected.iter().fold(0f64, |m, x| m.max(x.abs() as f64));
+    let off = |(_, (f, e)): &(usize, (&f32, &f32))| {
+        let difference = (**f as f64 - **e as f64).abs();
+        !(difference <= tolerance * most)
+    };
+    let wrong: Vec<_> = found.iter().zip(expected).enumerate().filter(off).collect();
+    let Some((i, (f, e))) = wrong.first() else { return Ok(()) };
+    let worst = wrong.iter().map(|(_, (f, e))| (**f as f64 - **e as f64).abs() / most).fold(0.0, f64::max);
+    let (count, all) = (wrong.len(), found.len());
+    let first = format!("row {} column {}: {f}, not {e}", i / width, i % width);
+    Err(format!("{count} of {all} values are off, the first at {first}; largest {most}, worst {worst:.2e} of it"))
+}

@@ -1,0 +1,192 @@
+//! Seeded random inputs of every type.
+
+use super::Given;
+use mansard_ir::eval::{Cache, Routing, Step, Tensor, Value};
+use mansard_ir::file::MappedFile;
+use mansard_ir::model::{Part, Source, Weight};
+use mansard_ir::ops::{Class, Op};
+use mansard_ir::plan::Kernel;
+use mansard_ir::{Attrs, DType, Dim, Graph, Type, ValueId};
+use std::io::Write;
+use std::sync::Arc;
+
+/// SplitMix64.
+pub struct Random(u64);
+
+impl Random {
+    /// Same seed, same numbers.
+    pub fn new(seed: u64) -> Random {
+        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    /// Any 64 bits.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    /// Less than `bound`.
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.bits() % bound.max(1) as u64) as usize
+    }
+
+    /// In -1..1.
+    pub fn real(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    /// Reals in -1..1.
+    pub fn reals(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.real()).collect()
+    }
+}
+
+/// Rounds a real to what a float dtype can hold.
+fn stored(dtype: DType, x: f32) -> f32 {
+    match dtype {
+        DType::F16 => half::f16::from_f32(x).to_f32(),
+        DType::BF16 => half::bf16::from_f32(x).to_f32(),
+        _ => x,
+    }
+}
+
+fn dims(shape: &[usize]) -> Vec<Dim> {
+    shape.iter().map(|n| Dim::N(*n)).collect()
+}
+
+/// A weight of random values that its dtype holds exactly.
+pub fn float_weight(dtype: DType, shape: &[usize], seed: u64) -> Weight {
+    let mut random = Random::new(seed);
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| stored(dtype, random.real())).collect();
+    Weight { ty: Type::tensor(dtype, dims(shape)), source: Source::Values(values.into()) }
+}
+
+/// A weight of random quant blocks, with scales such that values are around 1.
+pub fn quantized_weight(dtype: DType, shape: &[usize], seed: u64) -> Weight {
+    let mut random = Random::new(seed);
+    let elements: usize = shape.iter().product();
+    let mut bytes: Vec<u8> = (0..dtype.bytes(elements).unwrap()).map(|_| random.bits() as u8).collect();
+    // Where a quant block keeps its f16 figures, and how large they are for values around 1.
+    let (halves, size): (&[usize], f32) = match dtype {
+        DType::Q4_0 => (&[0], 0.12),
+        DType::Q4_1 => (&[0, 2], 0.12),
+        DType::Q5_0 => (&[0], 0.06),
+        DType::Q5_1 => (&[0, 2], 0.06),
+        DType::Q8_0 => (&[0], 0.01),
+        DType::Q2_K => (&[80, 82], 0.02),
+        DType::Q3_K => (&[108], 0.01),
+        DType::Q4_K => (&[0, 2], 0.002),
+        DType::Q5_K => (&[0, 2], 0.001),
+        DType::Q6_K => (&[208], 0.0003),
+        _ => panic!("{dtype} is not quantized"),
+    };
+    for quant_block in bytes.chunks_exact_mut(dtype.format().block_bytes) {
+        for at in halves {
+            let half = half::f16::from_f32(size * (1.0 + 0.5 * random.real()));
+            quant_block[*at..at + 2].copy_from_slice(&half.to_le_bytes());
+        }
+    }
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&bytes).unwrap();
+    let k = *shape.last().unwrap();
+    let part = Part {
+        file: Arc::new(MappedFile::open(file.path()).unwrap()),
+        offset: 0,
+        dtype,
+        stored: (elements / k, k),
+        transposed: false,
+        rows: 0..elements / k,
+    };
+    Weight { ty: Type::tensor(dtype, dims(shape)), source: Source::Parts(vec![part]) }
+}
+
+/// Random inputs for every input of a kernel.
+pub fn inputs(kernel: &Kernel, step: &Step, seed: u64) -> Vec<Given> {
+    let body = &kernel.body;
+    let sample = |(i, input): (usize, &mansard_ir::Input)| {
+        let mut random = Random::new(seed.wrapping_add(1000 * i as u64));
+        match &input.ty {
+            Type::Step => Given::Value(Value::Step(step.clone())),
+            Type::Tensor { dtype, .. } if input.ty.is_static() => {
+                let shape = fixed(&input.ty);
+                let seed = random.bits();
+                Given::Weight(match dtype.int() {
+                    Some(_) => quantized_weight(*dtype, &shape, seed),
+                    None => float_weight(*dtype, &shape, seed),
+                })
+            }
+            Type::Tensor { dtype: DType::I32, shape } => {
+                let count = extent(shape[0], step);
+                Given::Value(Value::from_ints(indices(body, ValueId(i as u32), step, count, &mut random)))
+            }
+            Type::Tensor { dtype, shape } => {
+                let shape: Vec<usize> = shape.iter().map(|d| extent(*d, step)).collect();
+                let reals = Value::Tensor(Tensor::new(shape.clone(), random.reals(shape.iter().product())));
+                Given::Value(if *dtype == DType::A8 { quantized(&reals) } else { reals })
+            }
+            ty @ Type::Cache { .. } => Given::Value(cache(body, ValueId(i as u32), ty, step, &mut random)),
+            Type::Routing { top, experts } => Given::Value(routing(*top, *experts, step.tokens(), &mut random)),
+        }
+    };
+    body.inputs.iter().enumerate().map(sample).collect()
+}
+
+fn fixed(ty: &Type) -> Vec<usize> {
+    let (_, shape) = ty.as_tensor().unwrap();
+    shape.iter().map(|d| if let Dim::N(n) = d { *n } else { panic!("{ty} is no weight") }).collect()
+}
+
+/// Rows leave for about half of the tokens.
+fn extent(dim: Dim, step: &Step) -> usize {
+    match dim {
+        Dim::N(n) => n,
+        Dim::T => step.tokens(),
+        Dim::S => step.sequences.len(),
+        Dim::R => step.tokens().div_ceil(2),
+    }
+}
+
+/// What `quantize` makes of the reals.
+pub fn quantized(reals: &Value) -> Value {
+    (Op::named("quantize").unwrap().row().eval)(&[reals], &Attrs::none()).unwrap()
+}
+
+fn readers(body: &Graph, value: ValueId) -> impl Iterator<Item = &mansard_ir::Node> {
+    body.nodes.iter().filter(move |n| n.operands.contains(&value))
+}
+
+/// Positions, token ids or row numbers, by who reads them.
+fn indices(body: &Graph, value: ValueId, step: &Step, count: usize, random: &mut Random) -> Vec<i32> {
+    let Some(reader) = readers(body, value).next() else { return vec![0; count] };
+    if reader.op.class() == Class::Angles {
+        return step.positions();
+    }
+    let source = body.ty(*reader.operands.iter().find(|v| **v != value).unwrap());
+    let bound = if source.is_static() { fixed(source)[0] } else { step.tokens() };
+    (0..count).map(|_| random.below(bound) as i32).collect()
+}
+
+/// With the step's own rows where attention reads it, without them where they are appended.
+fn cache(body: &Graph, value: ValueId, ty: &Type, step: &Step, random: &mut Random) -> Value {
+    let appended = readers(body, value).any(|n| n.op.class() == Class::Append);
+    let mut cache = Cache::empty(ty, step.sequences.len()).unwrap();
+    let width = cache.heads * cache.dim;
+    for (sequence, s) in cache.sequences.iter_mut().zip(&step.sequences) {
+        let positions = if appended { s.past } else { s.past + s.len };
+        *sequence = Arc::new((0..positions * width).map(|_| stored(cache.dtype, random.real())).collect());
+    }
+    Value::Cache(cache)
+}
+
+fn routing(top: usize, experts: usize, tokens: usize, random: &mut Random) -> Value {
+    let mut chosen = vec![];
+    for _ in 0..tokens {
+        let mut left: Vec<usize> = (0..experts).collect();
+        chosen.extend((0..top).map(|_| left.remove(random.below(left.len()))));
+    }
+    let weights = (0..tokens * top).map(|_| random.real().abs() / top as f32).collect();
+    Value::Routing(Routing { top, experts, chosen, weights })
+}

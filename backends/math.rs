@@ -1,0 +1,195 @@
+//! Elementwise ops on f32 vectors: one arm for each `Elementwise` row of the op table, and the functions behind them.
+//!
+//! Nothing here calls a library: exponentials, sines and the error function are polynomials after range reduction, with
+//! errors of a few units in the last place over the range that the callers use.
+
+use crate::emit::{Emitter, F32, I32, Ty, Val};
+use mansard_ir::{Kind, Node, Result};
+
+/// Emits an elementwise node over vectors (or scalars) of f32.
+///
+/// # Errors
+/// Where the op has no arm here.
+pub fn elementwise(e: &mut Emitter, node: &Node, x: &[Val]) -> Result<Val> {
+    let constant = |e: &mut Emitter, name: &str| e.float(x[0].ty, node.attrs.float(name) as f32);
+    Ok(match node.op.name() {
+        "add" | "add_row" => e.add(x[0], x[1]),
+        "mul" | "mul_row" => e.mul(x[0], x[1]),
+        "scale" => {
+            let by = constant(e, "by");
+            e.mul(x[0], by)
+        }
+        "offset" => {
+            let by = constant(e, "by");
+            e.add(x[0], by)
+        }
+        "softcap" => {
+            let cap = constant(e, "cap");
+            softcap(e, x[0], cap)
+        }
+        "silu" => {
+            let s = sigmoid(e, x[0]);
+            e.mul(x[0], s)
+        }
+        "gelu" => gelu(e, x[0]),
+        "gelu_tanh" => gelu_tanh(e, x[0]),
+        "gelu_sigmoid" => {
+            let by = e.float(x[0].ty, 1.702);
+            let scaled = e.mul(x[0], by);
+            let s = sigmoid(e, scaled);
+            e.mul(x[0], s)
+        }
+        "relu" => {
+            let zero = e.float(x[0].ty, 0.0);
+            e.max(x[0], zero)
+        }
+        "tanh" => tanh(e, x[0]),
+        other => {
+            return Err(mansard_ir::Error::new(
+                Kind::Internal,
+                format!("no CPU code for the elementwise op `{other}`"),
+            ));
+        }
+    })
+}
+
+/// `coefficients[0] * x^(n-1) + ... + coefficients[n-1]`, by Horner's rule.
+fn polynomial(e: &mut Emitter, x: Val, coefficients: &[f32]) -> Val {
+    let mut y = e.float(x.ty, coefficients[0]);
+    for c in &coefficients[1..] {
+        let c = e.float(x.ty, *c);
+        y = e.fma(y, x, c);
+    }
+    y
+}
+
+/// `e^x`: zero below -87.3, about 1.7e38 above 88.
+///
+/// `x = n ln 2 + r` with `|r| <= ln 2 / 2`, ln 2 in two parts (Cody and Waite, 1980); `e^r` by a minimax polynomial of
+/// degree 6 (Cephes `expf`); `2^n` by adding to the exponent field.
+pub fn exp(e: &mut Emitter, x: Val) -> Val {
+    let (low, high) = (e.float(x.ty, -87.33), e.float(x.ty, 88.0));
+    let clamped = e.max(x, low);
+    let clamped = e.min(clamped, high);
+    let log2e = e.float(x.ty, std::f32::consts::LOG2_E);
+    let n = e.mul(clamped, log2e);
+    let n = e.math("roundeven", n);
+    let (c1, c2) = (e.float(x.ty, -0.693_359_4), e.float(x.ty, 2.121_944_4e-4));
+    let r = e.fma(n, c1, clamped);
+    let r = e.fma(n, c2, r);
+    let p = polynomial(e, r, &[1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5]);
+    let r2 = e.mul(r, r);
+    let one = e.float(x.ty, 1.0);
+    let y = e.fma(p, r2, r);
+    let y = e.add(y, one);
+    let n = e.convert("fptosi", n, I32);
+    let exponent = e.shl(n, 23);
+    let bits = e.convert("bitcast", y, I32);
+    let bits = e.add(bits, exponent);
+    e.convert("bitcast", bits, F32)
+}
+
+/// `1 / (1 + e^-x)`.
+pub fn sigmoid(e: &mut Emitter, x: Val) -> Val {
+    let minus = e.neg(x);
+    let t = exp(e, minus);
+    let one = e.float(x.ty, 1.0);
+    let t = e.add(t, one);
+    e.div(one, t)
+}
+
+/// `1 - 2 / (e^2x + 1)`: absolute error about 1e-7.
+pub fn tanh(e: &mut Emitter, x: Val) -> Val {
+    let twice = e.add(x, x);
+    let t = exp(e, twice);
+    let (one, two) = (e.float(x.ty, 1.0), e.float(x.ty, 2.0));
+    let t = e.add(t, one);
+    let t = e.div(two, t);
+    e.sub(one, t)
+}
+
+/// `cap * tanh(x / cap)`.
+pub fn softcap(e: &mut Emitter, x: Val, cap: Val) -> Val {
+    let t = e.div(x, cap);
+    let t = tanh(e, t);
+    e.mul(t, cap)
+}
+
+/// `x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2`, which is `x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))`.
+fn gelu_tanh(e: &mut Emitter, x: Val) -> Val {
+    let x2 = e.mul(x, x);
+    let (a, b) = (e.float(x.ty, 2.0 * 0.797_884_6 * 0.044_715), e.float(x.ty, 2.0 * 0.797_884_6));
+    let t = e.fma(x2, a, b);
+    let t = e.mul(t, x);
+    let s = sigmoid(e, t);
+    e.mul(x, s)
+}
+
+/// `x (1 + erf(x / sqrt 2)) / 2`.
+fn gelu(e: &mut Emitter, x: Val) -> Val {
+    let (c, half) = (e.float(x.ty, std::f32::consts::FRAC_1_SQRT_2), e.float(x.ty, 0.5));
+    let t = e.mul(x, c);
+    let t = erf(e, t);
+    let h = e.mul(x, half);
+    e.fma(h, t, h)
+}
+
+/// Absolute error 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+fn erf(e: &mut Emitter, x: Val) -> Val {
+    let a = e.math("absf", x);
+    let (p, one) = (e.float(x.ty, 0.327_591_1), e.float(x.ty, 1.0));
+    let t = e.fma(a, p, one);
+    let t = e.div(one, t);
+    let poly = polynomial(e, t, &[1.061_405_4, -1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6]);
+    let poly = e.mul(poly, t);
+    let square = e.mul(x, x);
+    let square = e.neg(square);
+    let decay = exp(e, square);
+    let y = e.mul(poly, decay);
+    let y = e.sub(one, y);
+    e.op(x.ty, format_args!("math.copysign {y}, {x} : {}", x.ty))
+}
+
+/// `(cos, sin)` of `a * b` for products up to about 1e5.
+///
+/// The product is kept in two parts (its rounding error recovered by a fused multiply-add), so angles of late positions
+/// lose nothing; pi/2 in three parts (Cody and Waite); polynomials from Cephes `sinf` and `cosf`.
+pub fn cos_sin_of_product(e: &mut Emitter, a: Val, b: Val) -> (Val, Val) {
+    let ty = a.ty;
+    let high = e.mul(a, b);
+    let minus = e.neg(high);
+    let low = e.fma(a, b, minus);
+    let two_over_pi = e.float(ty, std::f32::consts::FRAC_2_PI);
+    let n = e.mul(high, two_over_pi);
+    let n = e.math("roundeven", n);
+    let mut r = high;
+    for part in [-1.570_312_5, -4.837_513e-4, -7.549_79e-8] {
+        let part = e.float(ty, part);
+        r = e.fma(n, part, r);
+    }
+    let r = e.add(r, low);
+    let r2 = e.mul(r, r);
+    let one = e.float(ty, 1.0);
+    let s = polynomial(e, r2, &[-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1]);
+    let s = e.mul(s, r2);
+    let s = e.fma(s, r, r);
+    let c = polynomial(e, r2, &[2.443_315_7e-5, -1.388_731_6e-3, 4.166_664_6e-2, -0.5]);
+    let c = e.fma(c, r2, one);
+    let quadrant = e.convert("fptosi", n, I32);
+    (turned(e, quadrant, 1, c, s), turned(e, quadrant, 0, s, c))
+}
+
+/// Picks `even` or `odd` by the parity of the quadrant and flips the sign in two of the four quadrants.
+fn turned(e: &mut Emitter, quadrant: Val, shift: i64, even: Val, odd: Val) -> Val {
+    let ty: Ty = quadrant.ty;
+    let (one, two, zero, by) = (e.int(ty, 1), e.int(ty, 2), e.int(ty, 0), e.int(ty, shift));
+    let parity = e.and(quadrant, one);
+    let is_odd = e.cmp(crate::emit::Cmp::Ne, parity, zero);
+    let value = e.select(is_odd, odd, even);
+    let moved = e.add(quadrant, by);
+    let sign = e.and(moved, two);
+    let sign = e.shl(sign, 30);
+    let bits = e.convert("bitcast", value, I32);
+    let bits = e.xor(bits, sign);
+    e.convert("bitcast", bits, F32)
+}

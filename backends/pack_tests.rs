@@ -1,0 +1,128 @@
+//! Packed bytes against the format table's own dequantization.
+
+use super::*;
+use crate::harness::{Random, float_weight, quantized_weight};
+use mansard_ir::formats::FORMATS;
+use mansard_ir::layout::packed_bytes;
+
+fn packed(weight: &Weight, column_scale: Option<&[f32]>, threads: usize) -> Vec<u8> {
+    let mut bytes = vec![];
+    pack(weight, column_scale, threads, &mut |b| {
+        bytes.extend_from_slice(b);
+        Ok(())
+    })
+    .unwrap();
+    let (dtype, shape) = weight.dtype_shape();
+    assert_eq!(bytes.len(), packed_bytes(dtype, &shape));
+    bytes
+}
+
+fn half(bytes: &[u8], index: usize) -> f32 {
+    f16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]]).to_f32()
+}
+
+/// The code at `(row, column)` of a strip, read as the layout's documentation says.
+fn code(int: IntFormat, layout: &StripLayout, strip: &[u8], row: usize, column: usize) -> u8 {
+    let (group, quad, i) = (column / int.group, column % int.group / 4, column % 4);
+    let (codes, at) = (&strip[layout.codes + group * code_bytes(int)..], row * 4 + i);
+    if int.bits == 8 {
+        return codes[quad * 64 + at];
+    }
+    let lines = int.group / 8;
+    let low = if quad < lines { codes[quad * 64 + at] & 15 } else { codes[(quad - lines) * 64 + at] >> 4 };
+    let high = &strip[(layout.high + group * high_bytes(int)).min(strip.len())..];
+    match int.bits {
+        5 => low | (high[quad * 8 + at / 8] >> (at % 8) & 1) << 4,
+        6 => low | (high[quad / 4 * 64 + at] >> (2 * (quad % 4)) & 3) << 4,
+        _ => low,
+    }
+}
+
+/// Packed `[n, k]` -> f32 rows, with those of the padding.
+fn unpack(dtype: DType, k: usize, bytes: &[u8]) -> Vec<f32> {
+    let layout = StripLayout::new(dtype, k);
+    let mut out = vec![];
+    for strip in bytes.chunks_exact(layout.bytes) {
+        for (row, column) in (0..STRIP).flat_map(|r| (0..k).map(move |c| (r, c))) {
+            let at = column * STRIP + row;
+            out.push(match (dtype, dtype.int()) {
+                (DType::F32, _) => f32::from_le_bytes(strip[4 * at..][..4].try_into().unwrap()),
+                (DType::F16, _) => half(strip, at),
+                (DType::BF16, _) => bf16::from_le_bytes(strip[2 * at..][..2].try_into().unwrap()).to_f32(),
+                (_, Some(int)) => {
+                    let at = column / int.group * STRIP + row;
+                    let scale = half(&strip[layout.scales..], at);
+                    let code = code(int, &layout, strip, row, column) as f32;
+                    match int.zero {
+                        Zero::Fixed(zero) => scale * (code - zero as f32),
+                        Zero::Min => scale * code + half(&strip[layout.mins..], at),
+                    }
+                }
+                _ => unreachable!(),
+            });
+        }
+    }
+    out
+}
+
+#[test]
+fn every_quantized_format_survives() {
+    for format in FORMATS.iter().filter(|f| f.int.is_some()) {
+        let (n, k) = (37, 3 * format.block);
+        let weight = quantized_weight(format.dtype, &[n, k], 7);
+        let bytes = packed(&weight, None, 1);
+        assert_eq!(bytes, packed(&weight, None, 3), "{}: threads change bytes", format.name);
+        let (found, expected) = (unpack(format.dtype, k, &bytes), weight.read_all().unwrap());
+        let most = expected.iter().fold(0f32, |m, x| m.max(x.abs()));
+        for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            // Scales and minima that the file keeps in several parts are rounded once, to f16.
+            assert!((found - expected).abs() <= most * 2e-3, "{}[{i}]: {found}, not {expected}", format.name);
+        }
+        assert!(found[n * k..].iter().all(|x| *x == 0.0), "{}: padding", format.name);
+        let exact = matches!(format.dtype, DType::Q4_0 | DType::Q4_1 | DType::Q5_0 | DType::Q5_1 | DType::Q8_0);
+        assert!(!exact || found[..n * k] == expected, "{} is exact", format.name);
+    }
+}
+
+#[test]
+fn floats_survive_and_scale() {
+    let mut random = Random::new(3);
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let (n, k) = (21, 19);
+        let weight = float_weight(dtype, &[n, k], 5);
+        let expected = weight.read_all().unwrap();
+        assert_eq!(unpack(dtype, k, &packed(&weight, None, 2))[..n * k], expected);
+        let scale = random.reals(k);
+        let scaled = unpack(dtype, k, &packed(&weight, Some(&scale), 2));
+        for (i, x) in expected.iter().enumerate() {
+            let y = x * scale[i % k];
+            assert!((scaled[i] - y).abs() <= y.abs() / 256.0);
+        }
+    }
+}
+
+#[test]
+fn experts_follow_one_another() {
+    let (n, k) = (20, 64);
+    let weight = quantized_weight(DType::Q4_1, &[3, n, k], 11);
+    let (found, expected) = (unpack(DType::Q4_1, k, &packed(&weight, None, 2)), weight.read_all().unwrap());
+    for expert in 0..3 {
+        assert_eq!(found[expert * 32 * k..][..n * k], expected[expert * n * k..][..n * k]);
+    }
+}
+
+#[test]
+fn vectors_are_f32() {
+    let weight = float_weight(DType::F16, &[5], 1);
+    let bytes = packed(&weight, None, 2);
+    let expected: Vec<u8> = weight.read_all().unwrap().iter().flat_map(|x| x.to_le_bytes()).collect();
+    assert_eq!((&bytes[..20], &bytes[20..]), (&expected[..], &[0; 44][..]));
+}
+
+#[test]
+fn what_cannot_be_packed_is_said() {
+    let weight = float_weight(DType::F32, &[4, 32], 1);
+    let quantized = Weight { ty: mansard_ir::Type::tensor(DType::Q8_0, [mansard_ir::Dim::N(4), mansard_ir::Dim::N(32)]), ..weight };
+    let error = pack(&quantized, None, 1, &mut |_| Ok(())).unwrap_err();
+    assert!(error.to_string().contains("is not stored as q8_0"), "{error}");
+}

@@ -1,0 +1,8 @@
+//! Types the arrows in order: what the command line does, as a library for tests and build scripts.
+//!
+//! ```text
+//! model file --open--> Model --passes--> Plan --code, packing--> artifact
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod driver;

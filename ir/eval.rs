@@ -1,0 +1,175 @@
+//! The reference interpreter: it defines what a program computes, and everything faster is compared with it.
+//!
+//! ```text
+//! graph(&graph, &inputs, weights)            results of one graph, at any stage
+//! Interpreter::new(&model).step(..)          a model's calls, caches kept from step to step
+//! ```
+//!
+//! Each op's meaning is the `eval` of its row. An optimized graph is the same nodes in groups, a kernel's body has its
+//! weights as inputs; both evaluate like any other graph. Written for reading: one token of a 135M-parameter model costs a
+//! few tenths of a second in an optimized build.
+
+pub use crate::value::{Cache, Extents, Ints, Routing, Sequence, Step, Tensor, Value};
+
+use crate::graph::Graph;
+use crate::model::{Call, Model};
+use crate::ops::Op;
+use crate::types::Type;
+use crate::{Error, Kind, Place, Result, bail};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+/// Where a graph's weights come from: values by name and type.
+pub type Weights<'a> = dyn FnMut(&str, &Type) -> Result<Value> + 'a;
+
+/// Evaluates a graph on `inputs`, in the graph's order, and returns its results in their order.
+///
+/// # Errors
+/// Where the inputs do not fit the graph, a weight cannot be had, or an index is out of range; the place is the node.
+pub fn graph(graph: &Graph, inputs: &[Value], weights: &mut Weights<'_>) -> Result<Vec<Value>> {
+    let place = || format!("graph @{}", graph.name);
+    if inputs.len() != graph.inputs.len() {
+        bail!(Input, "@{}: expected {} inputs, found {}", graph.name, graph.inputs.len(), inputs.len());
+    }
+    let mut extents = Extents::default();
+    for (input, value) in graph.inputs.iter().zip(inputs) {
+        value.check(&input.ty, &mut extents).at(|| format!("input %{}", input.name)).at(place)?;
+    }
+    let mut values: Vec<Value> = Vec::with_capacity(graph.nodes.len()); // of the nodes; inputs are borrowed
+    for (index, node) in graph.nodes.iter().enumerate() {
+        let here = || format!("{} = {}", graph.value_of(index), node.op);
+        let value = if node.op == Op::WEIGHT {
+            let value = weights(node.attrs.str("name"), &node.ty).at(here).at(place)?;
+            value.check(&node.ty, &mut extents).at(here).at(place)?;
+            value
+        } else {
+            let operands: Vec<&Value> = node.operands.iter().map(|v| find(inputs, &values, v.0 as usize)).collect();
+            (node.op.row().eval)(&operands, &node.attrs).at(here).at(place)?
+        };
+        values.push(value);
+    }
+    Ok(graph.results.iter().map(|(_, v)| find(inputs, &values, v.0 as usize).clone()).collect())
+}
+
+fn find<'a>(inputs: &'a [Value], values: &'a [Value], value: usize) -> &'a Value {
+    inputs.get(value).unwrap_or_else(|| &values[value - inputs.len()])
+}
+
+/// Names a sequence over its steps.
+pub type SequenceKey = usize;
+
+/// Runs a model step by step, keeping the caches of its sequences.
+pub struct Interpreter<'a> {
+    model: &'a Model,
+    weights: HashMap<String, Tensor>,
+    /// Call prefix and input name -> sequence -> `[positions, heads, dim]`.
+    caches: BTreeMap<String, BTreeMap<SequenceKey, Arc<Vec<f32>>>>,
+    /// Positions each sequence has.
+    lengths: BTreeMap<SequenceKey, usize>,
+}
+
+/// A cache to be kept once the whole step has succeeded.
+type NewCache = (String, Cache);
+
+impl<'a> Interpreter<'a> {
+    /// An interpreter with no sequences. The model should be verified.
+    pub fn new(model: &'a Model) -> Interpreter<'a> {
+        Interpreter { model, weights: HashMap::new(), caches: BTreeMap::new(), lengths: BTreeMap::new() }
+    }
+
+    /// Runs one step: new tokens for each sequence; `rows` says which of the step's tokens (counted over all sequences)
+    /// leave it. A sequence never seen before starts empty. Returns the model's outputs by name.
+    ///
+    /// # Errors
+    /// Where a graph or weight is missing, or a token or row is out of range; the sequences are then as before.
+    pub fn step(&mut self, sequences: &[(SequenceKey, &[u32])], rows: &[usize]) -> Result<BTreeMap<String, Tensor>> {
+        let past = |key: &SequenceKey| self.lengths.get(key).copied().unwrap_or(0);
+        let step = Step::new(&sequences.iter().map(|(key, new)| (past(key), new.len())).collect::<Vec<_>>());
+        let keys: Vec<SequenceKey> = sequences.iter().map(|(key, _)| *key).collect();
+        let tokens: Vec<i32> = sequences.iter().flat_map(|(_, new)| *new).map(|t| *t as i32).collect();
+        let rows: Vec<i32> = rows.iter().map(|r| *r as i32).collect();
+        let mut values = BTreeMap::from([
+            ("tokens".to_owned(), Value::from_ints(tokens)),
+            ("positions".to_owned(), Value::from_ints(step.positions())),
+            ("rows".to_owned(), Value::from_ints(rows)),
+            ("step".to_owned(), Value::Step(step.clone())),
+        ]);
+        let mut kept = vec![];
+        for call in &self.model.calls {
+            self.call(call, &keys, step.tokens(), &mut values, &mut kept)
+                .at(|| format!("call @{} with {:?}", call.graph, call.prefix))?;
+        }
+        let mut outputs = BTreeMap::new();
+        for name in &self.model.outputs {
+            let value = values.get(name).ok_or_else(|| missing("output", name))?;
+            outputs.insert(name.clone(), value.tensor()?.clone());
+        }
+        for (name, cache) in kept {
+            self.caches.entry(name).or_default().extend(keys.iter().copied().zip(cache.sequences));
+        }
+        for (key, sequence) in keys.iter().zip(&step.sequences) {
+            self.lengths.insert(*key, sequence.past + sequence.len);
+        }
+        Ok(outputs)
+    }
+
+    fn call(
+        &mut self,
+        call: &Call,
+        keys: &[SequenceKey],
+        tokens: usize,
+        values: &mut BTreeMap<String, Value>,
+        kept: &mut Vec<NewCache>,
+    ) -> Result<()> {
+        let for_tokens = |g: &&Graph| g.range.is_none_or(|r| (r.min..=r.max).contains(&tokens));
+        let Some(body) = self.model.graphs_of(call).find(for_tokens) else {
+            bail!(Input, "no graph @{} for {tokens} tokens", call.graph);
+        };
+        let mut inputs = vec![];
+        for input in &body.inputs {
+            inputs.push(match self.cache(&format!("{}{}", call.prefix, input.name), &input.ty, keys) {
+                Some(cache) => Value::Cache(cache),
+                None => values.get(&input.name).cloned().ok_or_else(|| missing("input", &input.name))?,
+            });
+        }
+        let (model, known) = (self.model, &mut self.weights);
+        let results = graph(body, &inputs, &mut |name, _| weight(model, known, &format!("{}{name}", call.prefix)))?;
+        for ((name, _), value) in body.results.iter().zip(results) {
+            match value {
+                Value::Cache(cache) => kept.push((format!("{}{name}", call.prefix), cache)),
+                value => _ = values.insert(name.clone(), value),
+            }
+        }
+        Ok(())
+    }
+
+    /// What the sequences have in the cache of that name; `None` for types that are no cache.
+    fn cache(&self, name: &str, ty: &Type, keys: &[SequenceKey]) -> Option<Cache> {
+        let mut cache = Cache::empty(ty, keys.len())?;
+        let known = self.caches.get(name);
+        for (sequence, key) in cache.sequences.iter_mut().zip(keys) {
+            *sequence = known.and_then(|known| known.get(key)).cloned().unwrap_or_default();
+        }
+        Some(cache)
+    }
+}
+
+fn missing(what: &str, name: &str) -> Error {
+    Error::new(Kind::Input, format!("{what} `{name}` is neither returned by an earlier call nor given by the step"))
+}
+
+/// The weight of that name, dequantized when first asked for.
+fn weight(model: &Model, known: &mut HashMap<String, Tensor>, name: &str) -> Result<Value> {
+    if let Some(tensor) = known.get(name) {
+        return Ok(Value::Tensor(tensor.clone()));
+    }
+    let weight = model.weights.get(name)?;
+    let (_, shape) = weight.dtype_shape();
+    let tensor = Tensor::new(shape, weight.read_all().at(|| format!("weight `{name}`"))?);
+    known.insert(name.to_owned(), tensor.clone());
+    Ok(Value::Tensor(tensor))
+}
+
+#[cfg(test)]
+#[path = "eval_tests.rs"]
+mod tests;

@@ -1,0 +1,88 @@
+//! Reference evaluation of ops over caches.
+//!
+//! Sequence `i` of a step had `past` positions and brings `len` tokens, which get positions `past..past + len`. `append`
+//! writes their rows; `attend` after it sees them.
+
+use super::contract::dot;
+use crate::formats::DType;
+use crate::graph::Attrs;
+use crate::value::{Cache, Sequence, Tensor, Value};
+use crate::{Result, bail};
+use std::ops::Range;
+use std::sync::Arc;
+
+pub fn append(o: &[&Value], _: &Attrs) -> Result<Value> {
+    let (cache, x, step) = (o[0].cache()?, o[1].tensor()?, o[2].step()?); // x: [t, heads, dim]
+    let mut sequences = vec![];
+    for (s, sequence) in step.sequences.iter().enumerate() {
+        if cache.positions(s) != sequence.past {
+            bail!(
+                Input,
+                "sequence {s}: the cache has {} positions, the step says {}",
+                cache.positions(s),
+                sequence.past
+            );
+        }
+        let mut grown = cache.sequences[s].to_vec();
+        for token in sequence.start..sequence.start + sequence.len {
+            grown.extend(x.outer(token).iter().map(|x| stored(cache.dtype, *x)));
+        }
+        sequences.push(Arc::new(grown));
+    }
+    Ok(Value::Cache(Cache { sequences, ..cache.clone() }))
+}
+
+fn stored(dtype: DType, x: f32) -> f32 {
+    if dtype == DType::F16 { half::f16::from_f32(x).to_f32() } else { x }
+}
+
+pub fn attend(o: &[&Value], attrs: &Attrs) -> Result<Value> {
+    let (q, keys, values, step) = (o[0].tensor()?, o[1].cache()?, o[2].cache()?, o[3].step()?); // q: [t, heads, dim]
+    let (heads, dim) = (q.shape[1], q.shape[2]);
+    let (scale, cap) = (attrs.float("scale"), attrs.float("softcap"));
+    let score = |q: &[f32], k: &[f32]| {
+        let score = scale * dot(q, k);
+        if cap > 0.0 { cap * (score / cap).tanh() } else { score }
+    };
+    let mut y = vec![0.0; q.data.len()];
+    for (s, sequence) in step.sequences.iter().enumerate() {
+        for i in 0..sequence.len {
+            let seen = visible(keys.positions(s).min(values.positions(s)), sequence, i, attrs);
+            if seen.is_empty() {
+                bail!(Input, "sequence {s}: position {} sees nothing of the cache", sequence.past + i);
+            }
+            for head in 0..heads {
+                let (row, kv_head) = ((sequence.start + i) * heads + head, head * keys.heads / heads);
+                let q = &q.data[row * dim..][..dim];
+                let scores: Vec<f64> = seen.clone().map(|p| score(q, keys.at(s, p, kv_head))).collect();
+                let out = &mut y[row * dim..][..dim];
+                weighted_sum(&scores, seen.clone().map(|p| values.at(s, p, kv_head)), out);
+            }
+        }
+    }
+    Ok(Value::Tensor(Tensor::new(q.shape.clone(), y)))
+}
+
+/// Positions that token `i` of a sequence with `positions` positions sees.
+fn visible(positions: usize, sequence: &Sequence, i: usize, attrs: &Attrs) -> Range<usize> {
+    let (own, window) = (sequence.past + i, attrs.size("window"));
+    let end = if attrs.bool("causal") { positions.min(own + 1) } else { positions };
+    let start = if window > 0 { (own + 1).saturating_sub(window) } else { 0 };
+    start..end
+}
+
+/// `out = softmax(scores) rows`.
+fn weighted_sum<'a>(scores: &[f64], rows: impl Iterator<Item = &'a [f32]>, out: &mut [f32]) {
+    let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = scores.iter().map(|s| (s - most).exp()).sum();
+    let mut sums = vec![0f64; out.len()];
+    for (score, row) in scores.iter().zip(rows) {
+        let weight = (score - most).exp() / total;
+        for (sum, x) in sums.iter_mut().zip(row) {
+            *sum += weight * *x as f64;
+        }
+    }
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = sum as f32;
+    }
+}

@@ -1,0 +1,308 @@
+//! E-graph to kernels: the cheapest program and the cheapest kernels for it, chosen together.
+//!
+//! Kernels are chosen last first. The state is the *demand*, the values that must be in memory; a kernel that stores its
+//! last value removes what it stores and adds what it reads. The price of a demand is the least price of a kernel plus
+//! the price of what then remains, and equal demands are solved once:
+//!
+//! ```text
+//! {logits} ──[quantize matmul]──▶ {hidden} ──[rms mul_row]──▶ {x}: an input, done
+//! ```
+//!
+//! This is exact on the DAG: a value that two kernels read is computed once and paid once, or computed inside both where
+//! that is cheaper. The last value's rank falls with every step, so the search ends. Ties go to the candidate found
+//! first, candidates come in a fixed order, and the limits are counts: the same e-graph gives the same kernels.
+
+use crate::cost::Roofline;
+use crate::egraph::{Classes, ENode, Tag, value_type};
+use crate::kernels::{Candidate, candidates};
+use crate::rebuild::Builder;
+use crate::{Options, SearchLimits};
+use egg::Id;
+use ir::graph::Fused;
+use ir::{Attrs, Dim, Graph, Op, Result, Stage, Type, ValueId, bail};
+use std::collections::{BTreeMap, HashMap};
+
+/// How a class's value comes to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Given to the graph.
+    Input(usize),
+    /// A weight, or computed from weights when packing.
+    Weight,
+    /// By a kernel.
+    Computed,
+}
+
+/// One of the equal nodes of a class.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// Its op.
+    pub op: Op,
+    /// Its attributes.
+    pub attrs: Attrs,
+    /// Ranks of its operands, all lower than its own.
+    pub operands: Vec<usize>,
+}
+
+/// A class of the e-graph as the search sees it.
+#[derive(Clone, Debug)]
+pub struct Value {
+    /// Its type.
+    pub ty: Type,
+    /// Where it comes from.
+    pub role: Role,
+    /// The equal nodes that compute it; for weights exactly one.
+    pub choices: Vec<Choice>,
+}
+
+/// The e-graph in topological order: operands before users, whichever nodes are chosen.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// Classes by rank.
+    pub values: Vec<Value>,
+    /// Ranks of the graph's results.
+    pub results: Vec<usize>,
+}
+
+impl Program {
+    /// Reads the part of the e-graph that `results` reach. Nodes that would close a cycle are left out.
+    pub fn read(classes: &Classes, results: &[Id]) -> Program {
+        let mut reader = Reader { classes, rank: BTreeMap::new(), open: vec![], values: vec![] };
+        let results = results.iter().filter_map(|id| reader.visit(*id)).collect();
+        Program { values: reader.values, results }
+    }
+
+    /// The value is read from memory as an activation or a cache, not bound as a weight.
+    pub fn in_memory(&self, value: usize) -> bool {
+        self.values[value].role != Role::Weight
+    }
+
+    /// What the value's rows are counted by.
+    pub fn lead(&self, value: usize) -> Option<Dim> {
+        match &self.values[value].ty {
+            Type::Cache { .. } => Some(Dim::T),
+            ty => ty.rows(),
+        }
+    }
+}
+
+struct Reader<'a> {
+    classes: &'a Classes,
+    rank: BTreeMap<Id, usize>,
+    open: Vec<Id>,
+    values: Vec<Value>,
+}
+
+impl Reader<'_> {
+    /// The rank of a class; `None` where it is being visited already.
+    fn visit(&mut self, id: Id) -> Option<usize> {
+        let id = self.classes.find(id);
+        if let Some(rank) = self.rank.get(&id) {
+            return Some(*rank);
+        }
+        if self.open.contains(&id) {
+            return None;
+        }
+        let ty = value_type(self.classes, id)?.clone();
+        self.open.push(id);
+        let mut nodes: Vec<&ENode> = self.classes[id].nodes.iter().collect();
+        nodes.sort();
+        let input = nodes.iter().find(|n| n.tag == Tag::Input).and_then(|n| n.leaf.input());
+        let choices = if input.is_some() { vec![] } else { nodes.iter().filter_map(|n| self.choice(n)).collect() };
+        self.open.pop();
+        let role = match input {
+            Some(index) => Role::Input(index),
+            None if ty.is_static() => Role::Weight,
+            None => Role::Computed,
+        };
+        let mut value = Value { ty, role, choices };
+        if role == Role::Weight {
+            value.choices.truncate(1); // a plain weight sorts before a folded one
+        }
+        self.values.push(value);
+        self.rank.insert(id, self.values.len() - 1);
+        Some(self.values.len() - 1)
+    }
+
+    fn choice(&mut self, node: &ENode) -> Option<Choice> {
+        let Tag::Op(op) = node.tag else { return None };
+        let operands: Option<Vec<usize>> = node.operands().iter().map(|o| self.visit(*o)).collect();
+        Some(Choice { op, attrs: node.attrs(self.classes), operands: operands? })
+    }
+}
+
+/// The kernels of one variant, in launch order, and their predicted price in seconds.
+#[derive(Clone, Debug)]
+pub struct Selection {
+    /// First to last.
+    pub kernels: Vec<Candidate>,
+    /// Seconds, by roofline.
+    pub price: f64,
+    /// Kernels that were priced.
+    pub considered: usize,
+    /// A limit stopped the search.
+    pub limited: bool,
+}
+
+struct Search<'a> {
+    program: &'a Program,
+    roofline: &'a Roofline,
+    limits: &'a SearchLimits,
+    prologues: bool,
+    best: HashMap<Vec<usize>, (f64, Option<Candidate>)>,
+    considered: usize,
+    limited: bool,
+}
+
+/// Chooses the kernels of `program` for steps like `roofline`'s workload. `prologues`: contractions may compute their
+/// activations.
+///
+/// # Errors
+/// Where no legal kernel computes some value.
+pub fn select(program: &Program, roofline: &Roofline, prologues: bool, options: &Options) -> Result<Selection> {
+    let mut search = Search {
+        program,
+        roofline,
+        limits: &options.search,
+        prologues,
+        best: HashMap::new(),
+        considered: 0,
+        limited: false,
+    };
+    let mut demand: Vec<usize> =
+        program.results.iter().copied().filter(|v| program.values[*v].role == Role::Computed).collect();
+    demand.sort_unstable();
+    demand.dedup();
+    let price = search.price(&demand);
+    if !price.is_finite() {
+        bail!(Internal, "no legal kernels compute the results");
+    }
+    let mut kernels = vec![];
+    while let Some((_, Some(kernel))) = search.best.get(&demand) {
+        demand = remaining(program, &demand, kernel);
+        kernels.push(kernel.clone());
+    }
+    kernels.reverse();
+    Ok(Selection { kernels, price, considered: search.considered, limited: search.limited })
+}
+
+/// What must be in memory before `kernel` runs, so that `demand` is afterwards.
+fn remaining(program: &Program, demand: &[usize], kernel: &Candidate) -> Vec<usize> {
+    let kept = demand.iter().filter(|v| !kernel.stored.contains(v));
+    let read = kernel.reads.iter().filter(|v| program.values[**v].role == Role::Computed);
+    let mut next: Vec<usize> = kept.chain(read).copied().collect();
+    next.sort_unstable();
+    next.dedup();
+    next
+}
+
+impl Search<'_> {
+    /// A bound on the price of `demand`: what has one value in memory among others costs no less than having it alone.
+    fn at_least(&mut self, demand: &[usize], whole: &[usize]) -> f64 {
+        if demand.len() == 1 || demand == whole {
+            return 0.0; // exact soon enough
+        }
+        demand.iter().map(|v| self.price(&[*v])).fold(0.0, f64::max)
+    }
+
+    /// The least price of having `demand` in memory.
+    fn price(&mut self, demand: &[usize]) -> f64 {
+        if demand.is_empty() {
+            return 0.0;
+        }
+        if let Some((price, _)) = self.best.get(demand) {
+            return *price;
+        }
+        let limit = if self.considered > self.limits.kernels {
+            self.limited = true;
+            1
+        } else {
+            self.limits.kernels_per_value
+        };
+        let found = candidates(self.program, demand, self.prologues, limit);
+        self.limited |= found.len() >= limit;
+        self.considered += found.len();
+        let mut found: Vec<(f64, Vec<usize>, Candidate)> = found
+            .into_iter()
+            .map(|k| (self.roofline.price(self.program, &k), remaining(self.program, demand, &k), k))
+            .map(|(own, rest, kernel)| (own + self.at_least(&rest, demand), rest, kernel))
+            .collect();
+        found.sort_by(|a, b| a.0.total_cmp(&b.0)); // stable: ties stay in the order of the grammar
+        let (mut least, mut chosen) = (f64::INFINITY, None);
+        for (bound, rest, kernel) in found {
+            if bound >= least {
+                break;
+            }
+            let price = self.roofline.price(self.program, &kernel) + self.price(&rest);
+            if price < least {
+                (least, chosen) = (price, Some(kernel));
+            }
+        }
+        self.best.insert(demand.to_vec(), (least, chosen));
+        least
+    }
+}
+
+/// The optimized graph that a selection stands for: nodes in launch order, one group for each kernel.
+///
+/// # Errors
+/// Where the selection is not executable: a broken invariant of the search.
+pub fn rebuild(like: &Graph, program: &Program, selection: &Selection) -> Result<Graph> {
+    let mut builder = Builder::like(like);
+    let mut at: HashMap<usize, ValueId> = HashMap::new(); // values in memory, and weights
+    let inputs = program.values.iter().enumerate().filter_map(|(v, value)| match value.role {
+        Role::Input(index) => Some((v, ValueId(index as u32))),
+        _ => None,
+    });
+    at.extend(inputs);
+    let mut kernels = vec![];
+    for kernel in &selection.kernels {
+        let choices = kernel.inside.iter().map(|(v, (index, _))| (*v, &program.values[*v].choices[*index]));
+        for (_, choice) in choices.clone() {
+            for operand in &choice.operands {
+                weights(&mut builder, program, *operand, &mut at)?;
+            }
+        }
+        let mut inside: HashMap<usize, ValueId> = HashMap::new();
+        for (value, choice) in choices {
+            let find = |o: &usize| inside.get(o).or_else(|| at.get(o)).copied();
+            let operands: Option<Vec<ValueId>> = choice.operands.iter().map(find).collect();
+            let Some(operands) = operands else {
+                bail!(Internal, "`{}` of a kernel reads what no earlier kernel stores", choice.op);
+            };
+            inside.insert(value, builder.graph.push_op(choice.op, &operands, choice.attrs.clone())?);
+        }
+        let mut values: Vec<ValueId> = inside.values().copied().collect();
+        values.sort();
+        at.extend(kernel.stored.iter().map(|v| (*v, inside[v])));
+        kernels.push(Fused { values });
+    }
+    for ((name, _), value) in like.results.iter().zip(&program.results) {
+        weights(&mut builder, program, *value, &mut at)?;
+        let Some(value) = at.get(value) else { bail!(Internal, "result `{name}` is not computed") };
+        builder.graph.result(name, *value);
+    }
+    Ok(Graph { stage: Stage::Optimized, kernels, ..builder.graph })
+}
+
+/// Makes sure that a weight's value is there.
+fn weights(b: &mut Builder, program: &Program, value: usize, at: &mut HashMap<usize, ValueId>) -> Result<()> {
+    let node = &program.values[value];
+    let (Role::Weight, Some(choice)) = (node.role, node.choices.first()) else { return Ok(()) };
+    if at.contains_key(&value) {
+        return Ok(());
+    }
+    let mut operands = vec![];
+    for operand in &choice.operands {
+        weights(b, program, *operand, at)?;
+        let Some(operand) = at.get(operand) else { bail!(Internal, "`{}` reads what is no weight", choice.op) };
+        operands.push(*operand);
+    }
+    let id = if choice.op == Op::WEIGHT {
+        b.weight(choice.attrs.str("name"), &node.ty)
+    } else {
+        b.add(choice.op, choice.attrs.clone(), &operands)?
+    };
+    at.insert(value, id);
+    Ok(())
+}

@@ -1,0 +1,288 @@
+//! Machine code of an artifact -> functions that workers call.
+//!
+//! The best image whose CPU features this machine has is copied to memory that is then made executable and read-only. An
+//! [`Executable`] holds the launches of every variant with all addresses resolved, so a worker's step is a loop over calls.
+//! Nothing here runs before the artifact's hashes have been checked.
+#![allow(unsafe_code)]
+
+use crate::spmd::Barrier;
+use mansard_ir::artifact::Code;
+use mansard_ir::graph::TokenRange;
+use mansard_ir::plan::StepArgs;
+use mansard_ir::{Error, Kind, Result, bail};
+
+/// A compiled kernel.
+type Function = unsafe extern "C" fn(args: *const *mut u8, step: *const StepArgs, thread: i64, threads: i64);
+
+/// Executable memory and the kernels in it.
+#[derive(Debug)]
+pub struct Image {
+    mapping: *mut libc::c_void,
+    bytes: usize,
+    functions: Vec<Function>,
+}
+
+// SAFETY: an image is immutable after `map`, and not tied to the thread that mapped it.
+unsafe impl Send for Image {}
+// SAFETY: as above; executing code through several threads changes nothing in it.
+unsafe impl Sync for Image {}
+
+impl Image {
+    /// Maps `code`, whose kernels start at `entries`.
+    ///
+    /// # Errors
+    /// Where the system refuses executable memory or an entry lies outside.
+    pub fn map(code: &[u8], entries: &[usize]) -> Result<Image> {
+        if let Some(entry) = entries.iter().find(|e| **e >= code.len()) {
+            bail!(Input, "expected kernels inside {} bytes of code, found one at byte {entry}", code.len());
+        }
+        let bytes = code.len().max(1);
+        let refused = |call: &str| {
+            let error = std::io::Error::last_os_error();
+            Error::new(Kind::Io, format!("expected {bytes} bytes of executable memory: {call}: {error}"))
+        };
+        // SAFETY: a new private anonymous mapping at an address of the system's choice touches no memory in use.
+        let mapping = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
+        if mapping == libc::MAP_FAILED {
+            return Err(refused("mmap"));
+        }
+        let mut image = Image { mapping, bytes, functions: vec![] };
+        // SAFETY: the mapping is writable, at least as long as `code`, and apart from it.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), mapping.cast::<u8>(), code.len()) };
+        // SAFETY: exactly the mapping made above; from here on nothing writes to it.
+        if unsafe { libc::mprotect(mapping, bytes, libc::PROT_READ | libc::PROT_EXEC) } != 0 {
+            return Err(refused("mprotect"));
+        }
+        image.functions = entries
+            .iter()
+            .map(|entry| {
+                // SAFETY: the address is inside executable memory that lives as long as the image, and the artifact's
+                // manifest, whose hash holds, says that a kernel of this signature starts there.
+                unsafe { std::mem::transmute::<*mut u8, Function>(mapping.cast::<u8>().add(*entry)) }
+            })
+            .collect();
+        Ok(image)
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        // SAFETY: exactly the mapping that `map` made; functions in it are called only through the image.
+        unsafe { libc::munmap(self.mapping, self.bytes) };
+    }
+}
+
+/// A launch with its addresses.
+#[derive(Clone, Debug)]
+pub struct BoundLaunch {
+    /// Index of the kernel in the image.
+    pub kernel: usize,
+    /// Addresses of its arguments.
+    pub args: Vec<*mut u8>,
+    /// Workers meet before it.
+    pub barrier: bool,
+}
+
+/// All launches for steps of some numbers of tokens.
+#[derive(Clone, Debug)]
+pub struct BoundVariant {
+    /// Numbers of tokens.
+    pub tokens: TokenRange,
+    /// In order.
+    pub launches: Vec<BoundLaunch>,
+}
+
+/// What to run: a variant, on a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Job {
+    /// Index of the variant.
+    pub variant: usize,
+    /// The step; its arrays outlive the run.
+    pub step: StepArgs,
+}
+
+// SAFETY: the arrays behind the pointers are the engine's, which neither moves nor writes them until every worker has
+// finished the job.
+unsafe impl Send for Job {}
+
+/// An image and launches bound to memory.
+///
+/// Whoever binds the launches keeps that memory for as long as the executable, and does not touch it during a run.
+#[derive(Debug)]
+pub struct Executable {
+    image: Image,
+    variants: Vec<BoundVariant>,
+}
+
+// SAFETY: the addresses are only passed on to kernels, which divide the memory behind them by worker.
+unsafe impl Send for Executable {}
+// SAFETY: as above.
+unsafe impl Sync for Executable {}
+
+impl Executable {
+    /// Checks that the launches' kernels exist.
+    ///
+    /// # Errors
+    /// Where one does not.
+    pub fn new(image: Image, variants: Vec<BoundVariant>) -> Result<Executable> {
+        let kernels = image.functions.len();
+        if let Some(launch) = variants.iter().flat_map(|v| &v.launches).find(|l| l.kernel >= kernels) {
+            bail!(Input, "expected one of {kernels} kernels, found k{}", launch.kernel);
+        }
+        Ok(Executable { image, variants })
+    }
+
+    /// The variant for steps of `tokens` tokens.
+    pub fn variant_for(&self, tokens: usize) -> Option<usize> {
+        self.variants.iter().position(|v| (v.tokens.min..=v.tokens.max).contains(&tokens))
+    }
+
+    /// One worker's part of a job: every launch of the variant, meeting the others where a launch says so.
+    pub fn run(&self, job: &Job, thread: usize, threads: usize, barrier: &Barrier) {
+        for launch in &self.variants[job.variant].launches {
+            if launch.barrier {
+                barrier.wait();
+            }
+            let function = self.image.functions[launch.kernel];
+            // SAFETY: the function is a kernel of the checked artifact. Its arguments are as many, and as long, as its
+            // manifest says, which `validate` has checked against the arena, the pools and the sections; the step's
+            // arrays are built within the manifest's limits and outlive the call. Kernels write only their own share,
+            // and dependent launches are parted by barriers.
+            unsafe { function(launch.args.as_ptr(), &job.step, thread as i64, threads as i64) };
+        }
+    }
+}
+
+/// The first image, that is the best, that this machine can run.
+///
+/// # Errors
+/// Where it can run none: a list of the images and what the machine lacks for each.
+pub fn choose(images: &[Code]) -> Result<&Code> {
+    let mut lacking = vec![];
+    for image in images {
+        match missing(image) {
+            None => return Ok(image),
+            Some(reason) => lacking.push(format!("`{}` for {}: {reason}", image.target, image.arch)),
+        }
+    }
+    let found = if lacking.is_empty() { "none".into() } else { lacking.join("; ") };
+    let message = format!("expected machine code for this {} CPU, found {found}", std::env::consts::ARCH);
+    Err(Error::new(Kind::Unsupported, message).help("compile the model again with `--target native` on this machine"))
+}
+
+/// What the machine lacks to run an image; `None` where it lacks nothing.
+pub fn missing(image: &Code) -> Option<String> {
+    if image.arch != std::env::consts::ARCH {
+        return Some(format!("this machine is {}", std::env::consts::ARCH));
+    }
+    let missing: Vec<&str> = image.features.iter().map(String::as_str).filter(|f| !has_feature(f)).collect();
+    (!missing.is_empty()).then(|| format!("this machine lacks {}", missing.join(", ")))
+}
+
+macro_rules! features {
+    ($detect:ident: $($llvm:literal $rust:tt),* $(,)?) => {
+        /// This CPU has the feature of that LLVM name. Unknown names are features it has not.
+        pub fn has_feature(name: &str) -> bool {
+            match name {
+                $($llvm => std::arch::$detect!($rust),)*
+                _ => ALWAYS.contains(&name),
+            }
+        }
+        /// LLVM names of the features that can be asked for and this CPU has.
+        pub fn cpu_features() -> Vec<&'static str> {
+            [$($llvm),*].into_iter().filter(|f| has_feature(f)).collect()
+        }
+    };
+}
+
+/// Features of every x86-64, and instructions for caches, virtual machines and operating systems that generated code
+/// never holds, though LLVM lists them with a CPU.
+#[cfg(target_arch = "x86_64")]
+const ALWAYS: &[&str] = &[
+    "64bit",
+    "64bit-mode",
+    "cldemote",
+    "clflushopt",
+    "clwb",
+    "clzero",
+    "cmov",
+    "crc32",
+    "cx8",
+    "evex512",
+    "fsgsbase",
+    "invpcid",
+    "mmx",
+    "movdir64b",
+    "movdiri",
+    "mwaitx",
+    "pku",
+    "prefetchi",
+    "prfchw",
+    "ptwrite",
+    "rdpid",
+    "rdpru",
+    "sahf",
+    "serialize",
+    "sgx",
+    "shstk",
+    "sse",
+    "sse2",
+    "tsxldtrk",
+    "uintr",
+    "waitpkg",
+    "wbnoinvd",
+    "x87",
+];
+
+#[cfg(target_arch = "x86_64")]
+features! { is_x86_feature_detected:
+    "adx" "adx", "aes" "aes", "avx" "avx", "avx2" "avx2", "avx512bf16" "avx512bf16", "avx512bitalg" "avx512bitalg",
+    "avx512bw" "avx512bw", "avx512cd" "avx512cd", "avx512dq" "avx512dq", "avx512f" "avx512f", "avx512fp16" "avx512fp16",
+    "avx512ifma" "avx512ifma", "avx512vbmi" "avx512vbmi", "avx512vbmi2" "avx512vbmi2", "avx512vl" "avx512vl",
+    "avx512vnni" "avx512vnni", "avx512vp2intersect" "avx512vp2intersect", "avx512vpopcntdq" "avx512vpopcntdq",
+    "avxifma" "avxifma", "avxneconvert" "avxneconvert", "avxvnni" "avxvnni", "avxvnniint16" "avxvnniint16",
+    "avxvnniint8" "avxvnniint8", "bmi" "bmi1", "bmi2" "bmi2", "cx16" "cmpxchg16b", "f16c" "f16c", "fma" "fma",
+    "fxsr" "fxsr", "gfni" "gfni", "lzcnt" "lzcnt", "movbe" "movbe", "pclmul" "pclmulqdq", "popcnt" "popcnt",
+    "rdrnd" "rdrand", "rdseed" "rdseed", "sha" "sha", "sse3" "sse3", "sse4.1" "sse4.1", "sse4.2" "sse4.2",
+    "sse4a" "sse4a", "ssse3" "ssse3", "vaes" "vaes", "vpclmulqdq" "vpclmulqdq", "xsave" "xsave", "xsavec" "xsavec",
+    "xsaveopt" "xsaveopt", "xsaves" "xsaves",
+}
+
+#[cfg(target_arch = "aarch64")]
+const ALWAYS: &[&str] = &[];
+
+#[cfg(target_arch = "aarch64")]
+features! { is_aarch64_feature_detected:
+    "bf16" "bf16", "dotprod" "dotprod", "fullfp16" "fp16", "i8mm" "i8mm", "neon" "neon", "sve" "sve", "sve2" "sve2",
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(arch: &str, target: &str, features: &[&str]) -> Code {
+        let features = features.iter().map(|f| f.to_string()).collect();
+        Code { section: "code".into(), arch: arch.into(), target: target.into(), features, entries: vec![] }
+    }
+
+    #[test]
+    fn the_first_image_that_runs_is_chosen() {
+        let here = std::env::consts::ARCH;
+        let images = [image("vax", "vax-780", &[]), image(here, "future", &["avx9000"]), image(here, "plain", &[])];
+        assert_eq!(choose(&images).unwrap().target, "plain");
+        let error = choose(&images[..2]).unwrap_err();
+        assert_eq!(error.exit_code(), 4);
+        assert!(error.message().contains("`vax-780` for vax") && error.message().contains("lacks avx9000"), "{error}");
+        assert!(choose(&[]).is_err());
+    }
+
+    #[test]
+    fn entries_outside_the_image_are_refused() {
+        assert!(Image::map(&[0xc3; 64], &[0, 63]).is_ok());
+        assert!(Image::map(&[0xc3; 64], &[64]).is_err());
+        assert!(Image::map(&[], &[0]).is_err());
+    }
+}

@@ -1,0 +1,512 @@
+//! Sequences of tokens -> rows of logits, one ragged step at a time.
+//!
+//! ```text
+//!  step([ (seq 1, 500 tokens of a prompt, Last), (seq 2, its next token, Last), (seq 3, 4 drafted tokens, All) ])
+//!    -> 6 rows, in that order
+//! ```
+//!
+//! Prefill, decode, a mixture of both, and the verification of a draft are the same call. A step either runs as a whole or
+//! fails before anything has changed.
+
+use crate::artifact::Artifact;
+use crate::bind::{Addresses, copy_weights, make_pools, weight_addresses};
+use crate::blocks::{BlockIndex, Blocks, blocks_for};
+use crate::code::{Executable, Image, Job, choose};
+use crate::memory::{Arena, Pages};
+use crate::spmd::{Team, physical_cores};
+use crate::step::{Rows, Segment, StepArrays};
+use mansard_ir::layout::CACHE_BLOCK;
+use mansard_ir::plan::{Limits, Program, RowCount};
+use mansard_ir::{Error, Kind, Result, bail};
+use std::sync::Arc;
+
+/// The most cache blocks: a slot, `cache block * 64 + position % 64`, is an i32.
+const MAX_BLOCKS: usize = i32::MAX as usize / CACHE_BLOCK;
+
+/// How an engine runs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EngineOptions {
+    /// Workers; all physical cores where `None`.
+    pub threads: Option<usize>,
+    /// Positions the caches hold over all sequences; one sequence of the longest context where `None`. Memory is taken as
+    /// positions are filled.
+    pub positions: Option<usize>,
+    /// Where kernels read weights from.
+    pub weights: WeightPages,
+}
+
+/// Where kernels read weights from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightPages {
+    /// [`WeightPages::Huge`] where the weights take at most half of the memory that is free, else
+    /// [`WeightPages::Mapped`].
+    #[default]
+    Auto,
+    /// The mapped file: no second copy, and processes share it.
+    Mapped,
+    /// A copy on huge pages, which main memory delivers faster.
+    Huge,
+}
+
+/// Names a sequence of an engine. Never valid again after its release.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SequenceId {
+    index: u32,
+    generation: u32,
+}
+
+/// One sequence's part of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Work<'a> {
+    /// Which sequence.
+    pub sequence: SequenceId,
+    /// Its next tokens.
+    pub tokens: &'a [u32],
+    /// Rows that leave the step.
+    pub rows: Rows,
+}
+
+/// An opened artifact ready to run.
+pub struct Engine {
+    // First, so that workers have stopped before the memory they use goes.
+    team: Team<Job>,
+    executable: Arc<Executable>,
+    arrays: StepArrays,
+    arena: Arena,
+    pools: Arena,
+    weights: Option<Arena>,
+    artifact: Arc<Artifact>,
+    blocks: Blocks,
+    slots: Vec<Slot>,
+}
+
+/// Room for a sequence.
+#[derive(Default)]
+struct Slot {
+    generation: u32,
+    sequence: Option<Sequence>,
+}
+
+#[derive(Clone, Default)]
+struct Sequence {
+    length: usize,
+    table: Vec<BlockIndex>,
+}
+
+impl Engine {
+    /// Maps the best machine code, reserves memory, and starts workers.
+    ///
+    /// # Errors
+    /// Where no code runs on this machine, or the system refuses memory or threads.
+    pub fn new(artifact: Arc<Artifact>, options: &EngineOptions) -> Result<Engine> {
+        let place = |e: Error| e.at(artifact.path().display().to_string());
+        let program = &artifact.manifest().program;
+        let code = choose(&artifact.manifest().code).map_err(place)?;
+        let Some(bytes) = artifact.section(&code.section) else {
+            bail!(Input, "expected section `{}`, found none of that name", code.section);
+        };
+        let image = Image::map(bytes, &code.entries)?;
+        let threads = options.threads.unwrap_or_else(physical_cores);
+        let arena = Arena::new("activations", program.arena_bytes, Pages::Huge)?;
+        let blocks = block_count(program, options)?;
+        let (pools, offsets) = make_pools(program, blocks)?;
+        let weights = copy_weights(&artifact, options.weights, threads)?;
+        let arrays = StepArrays::new(program.limits.tokens, program.limits.rows);
+        let addresses = Addresses {
+            arena: &arena,
+            pools: offsets.iter().map(|offset| pools.at(*offset)).collect(),
+            weights: weight_addresses(&artifact, weights.as_ref())?,
+            arrays: &arrays,
+        };
+        let executable = Arc::new(Executable::new(image, addresses.bind(program))?);
+        let runs = executable.clone();
+        let team =
+            Team::new(threads, move |job, worker| runs.run(&job, worker.thread, worker.threads, worker.barrier))?;
+        let blocks = Blocks::new(blocks as u32);
+        Ok(Engine { team, executable, arrays, arena, pools, weights, artifact, blocks, slots: vec![] })
+    }
+
+    /// What it runs.
+    pub fn artifact(&self) -> &Arc<Artifact> {
+        &self.artifact
+    }
+
+    /// Bounds of one step and of a sequence.
+    pub fn limits(&self) -> &Limits {
+        &self.program().limits
+    }
+
+    /// Workers.
+    pub fn threads(&self) -> usize {
+        self.team.threads()
+    }
+
+    /// Where kernels read weights from: [`WeightPages::Mapped`] or [`WeightPages::Huge`].
+    pub fn weight_pages(&self) -> WeightPages {
+        if self.weights.is_some() { WeightPages::Huge } else { WeightPages::Mapped }
+    }
+
+    /// Cache blocks of 64 positions that are free, and that there are.
+    pub fn cache_blocks(&self) -> (usize, usize) {
+        (self.blocks.free(), self.blocks.total())
+    }
+
+    /// An empty sequence.
+    pub fn new_sequence(&mut self) -> SequenceId {
+        self.insert(Sequence::default())
+    }
+
+    /// A sequence with the same tokens. They share cache blocks; one in which both go on is copied when that happens.
+    ///
+    /// # Errors
+    /// Where the sequence has been released.
+    pub fn fork(&mut self, sequence: SequenceId) -> Result<SequenceId> {
+        let twin = self.sequence(sequence)?.clone();
+        for block in &twin.table {
+            self.blocks.share(*block);
+        }
+        Ok(self.insert(twin))
+    }
+
+    /// Tokens the sequence has.
+    ///
+    /// # Errors
+    /// Where the sequence has been released.
+    pub fn length(&self, sequence: SequenceId) -> Result<usize> {
+        Ok(self.sequence(sequence)?.length)
+    }
+
+    /// Forgets all tokens but the first `length`.
+    ///
+    /// # Errors
+    /// Where the sequence has been released or is shorter than that.
+    pub fn truncate(&mut self, sequence: SequenceId, length: usize) -> Result<()> {
+        let found = self.sequence(sequence)?.length;
+        if length > found {
+            bail!(Usage, "expected a sequence of at least {length} tokens to cut to that, found {found}");
+        }
+        let sequence = self.sequence_mut(sequence)?;
+        sequence.length = length;
+        for block in sequence.table.split_off(blocks_for(length).min(sequence.table.len())) {
+            self.blocks.put_back(block);
+        }
+        Ok(())
+    }
+
+    /// Ends a sequence and frees its cache blocks.
+    ///
+    /// # Errors
+    /// Where it has been released already.
+    pub fn release(&mut self, sequence: SequenceId) -> Result<()> {
+        self.truncate(sequence, 0)?;
+        let slot = &mut self.slots[sequence.index as usize];
+        *slot = Slot { generation: slot.generation.wrapping_add(1), sequence: None };
+        Ok(())
+    }
+
+    /// Runs one ragged step: all of `work`, in one go.
+    ///
+    /// # Errors
+    /// Before anything has changed, where the work is empty, exceeds [`Engine::limits`], has a token outside the vocabulary
+    /// or needs more cache than is free.
+    pub fn step<'a>(&mut self, work: &[Work<'a>]) -> Result<StepOutput<'_>> {
+        self.check(work)?;
+        for w in work {
+            self.grow(w)?;
+        }
+        let segment = |w: &Work<'a>| {
+            let Sequence { length, table } = find(&self.slots, w.sequence)?;
+            Ok(Segment { tokens: w.tokens, position: *length, table, rows: w.rows })
+        };
+        let segments: Vec<Segment<'_>> = work.iter().map(segment).collect::<Result<_>>()?;
+        self.arrays.fill(&segments, self.artifact.manifest().program.limits.tile);
+        let step = self.arrays.args();
+        let Some(variant) = self.executable.variant_for(self.arrays.tokens.len()) else {
+            bail!(Internal, "no variant for {} tokens", self.arrays.tokens.len());
+        };
+        self.team.run(Job { variant, step });
+        for w in work {
+            self.sequence_mut(w.sequence)?.length += w.tokens.len();
+        }
+        Ok(self.output())
+    }
+
+    /// Appends a prompt of any length, in steps of at most `limits().tokens`; returns the last step's output, whose one
+    /// row is the last token's.
+    ///
+    /// # Errors
+    /// As [`Engine::step`]; a prompt too long for the context or the cache fails before anything runs.
+    pub fn prefill(&mut self, sequence: SequenceId, tokens: &[u32]) -> Result<StepOutput<'_>> {
+        self.fits(sequence, tokens)?;
+        let most = self.limits().tokens;
+        let (first, last) = tokens.split_at(tokens.len().saturating_sub(1) / most * most);
+        for chunk in first.chunks(most) {
+            self.step(&[Work { sequence, tokens: chunk, rows: Rows::None }])?;
+        }
+        self.step(&[Work { sequence, tokens: last, rows: Rows::Last }])
+    }
+
+    /// Appends tokens and gives `visit` every token's index and output row, in steps of at most `limits().rows`.
+    ///
+    /// # Errors
+    /// As [`Engine::prefill`]; and those of `visit`.
+    pub fn each_row(
+        &mut self,
+        sequence: SequenceId,
+        tokens: &[u32],
+        output: &str,
+        mut visit: impl FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        self.fits(sequence, tokens)?;
+        let most = self.limits().tokens.min(self.limits().rows);
+        let mut index = 0;
+        for chunk in tokens.chunks(most) {
+            let step = self.step(&[Work { sequence, tokens: chunk, rows: Rows::All }])?;
+            for row in step.rows(output)?.iter() {
+                visit(index, row)?;
+                index += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses what the context, the cache, or the vocabulary has no room for, before a first chunk runs.
+    fn fits(&self, sequence: SequenceId, tokens: &[u32]) -> Result<()> {
+        let most = self.limits().tokens;
+        if self.artifact.manifest().model.encoder && tokens.len() > most {
+            bail!(
+                Usage,
+                "expected a text of at most {most} tokens, which an encoder reads at once, found {}",
+                tokens.len()
+            );
+        }
+        self.check_work(&Work { sequence, tokens, rows: Rows::None })?;
+        self.check_free(self.blocks_needed(&Work { sequence, tokens, rows: Rows::None })?)
+    }
+
+    fn check(&self, work: &[Work<'_>]) -> Result<()> {
+        let limits = self.limits();
+        let tokens = work.iter().map(|w| w.tokens.len()).sum();
+        let rows = work.iter().map(|w| w.rows.of(w.tokens.len())).sum();
+        let figures = [
+            ("sequences", work.len(), limits.sequences),
+            ("tokens", tokens, limits.tokens),
+            ("rows", rows, limits.rows),
+        ];
+        for (noun, found, most) in figures {
+            if found > most {
+                bail!(Usage, "expected a step of at most {most} {noun}, found {found}");
+            }
+        }
+        if work.is_empty() {
+            bail!(Usage, "expected at least one sequence in a step, found none");
+        }
+        let mut needed = 0;
+        for (i, w) in work.iter().enumerate() {
+            self.check_work(w)?;
+            if work[..i].iter().any(|v| v.sequence == w.sequence) {
+                bail!(Usage, "a sequence occurs twice in a step");
+            }
+            needed += self.blocks_needed(w)?;
+        }
+        self.check_free(needed)
+    }
+
+    fn check_work(&self, work: &Work<'_>) -> Result<()> {
+        let length = self.sequence(work.sequence)?.length;
+        let (count, context) = (work.tokens.len(), self.limits().context);
+        let model = &self.artifact.manifest().model;
+        if count == 0 {
+            bail!(Usage, "expected at least one token, found none");
+        }
+        if model.encoder && length > 0 {
+            bail!(Usage, "an encoder reads a sequence at once: release this one and begin another");
+        }
+        if length.saturating_add(count) > context {
+            let message = format!("{count} tokens after {length} exceed the context of {context}");
+            return Err(Error::new(Kind::Usage, message).help("shorten the prompt or the history"));
+        }
+        if let Some(token) = work.tokens.iter().find(|t| **t as usize >= model.vocab) {
+            bail!(Usage, "expected tokens below {}, found {token}", model.vocab);
+        }
+        Ok(())
+    }
+
+    /// Cache blocks to take before the work can run: for new positions, and for a copy of a shared one.
+    fn blocks_needed(&self, work: &Work<'_>) -> Result<usize> {
+        if self.program().caches.is_empty() {
+            return Ok(0);
+        }
+        let sequence = self.sequence(work.sequence)?;
+        let new = blocks_for(sequence.length + work.tokens.len()) - sequence.table.len();
+        Ok(new + usize::from(self.shared_tail(sequence).is_some()))
+    }
+
+    fn check_free(&self, needed: usize) -> Result<()> {
+        let (free, total) = self.cache_blocks();
+        if needed > free {
+            let message =
+                format!("expected {needed} free cache blocks of {CACHE_BLOCK} positions, found {free} of {total}");
+            return Err(
+                Error::new(Kind::Usage, message).help("release a sequence, or make the engine with more positions")
+            );
+        }
+        Ok(())
+    }
+
+    /// The cache block the next position falls into, where it is filled in part and others hold it too.
+    fn shared_tail(&self, sequence: &Sequence) -> Option<BlockIndex> {
+        let tail = *sequence.table.get(sequence.length / CACHE_BLOCK)?;
+        self.blocks.is_shared(tail).then_some(tail)
+    }
+
+    /// Takes the cache blocks that `work` needs.
+    fn grow(&mut self, work: &Work<'_>) -> Result<()> {
+        if self.program().caches.is_empty() {
+            return Ok(());
+        }
+        let sequence = self.sequence(work.sequence)?;
+        let (length, held) = (sequence.length, sequence.table.len());
+        if let Some(shared) = self.shared_tail(sequence) {
+            let own = self.blocks.take()?;
+            self.copy_block(shared, own);
+            self.blocks.put_back(shared);
+            self.sequence_mut(work.sequence)?.table[length / CACHE_BLOCK] = own;
+        }
+        for _ in held..blocks_for(length + work.tokens.len()) {
+            let block = self.blocks.take()?;
+            self.sequence_mut(work.sequence)?.table.push(block);
+        }
+        Ok(())
+    }
+
+    /// Copies a cache block in every pool.
+    fn copy_block(&mut self, from: BlockIndex, to: BlockIndex) {
+        let mut pool = 0;
+        for cache in &self.artifact.manifest().program.caches {
+            let [from, to] = [from, to].map(|block| pool + block as usize * cache.block_bytes);
+            self.pools.bytes_mut().copy_within(from..from + cache.block_bytes, to);
+            pool += self.blocks.total() * cache.block_bytes;
+        }
+    }
+
+    fn output(&self) -> StepOutput<'_> {
+        let counts = [self.arrays.tokens.len(), self.arrays.sequences.len(), self.arrays.rows.len()];
+        StepOutput { engine: self, counts }
+    }
+
+    fn program(&self) -> &Program {
+        &self.artifact.manifest().program
+    }
+
+    fn insert(&mut self, sequence: Sequence) -> SequenceId {
+        let index = self.slots.iter().position(|s| s.sequence.is_none()).unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            self.slots.len() - 1
+        });
+        self.slots[index].sequence = Some(sequence);
+        SequenceId { index: index as u32, generation: self.slots[index].generation }
+    }
+
+    fn sequence(&self, id: SequenceId) -> Result<&Sequence> {
+        find(&self.slots, id)
+    }
+
+    fn sequence_mut(&mut self, id: SequenceId) -> Result<&mut Sequence> {
+        let slot = self.slots.get_mut(id.index as usize).filter(|s| s.generation == id.generation);
+        slot.and_then(|s| s.sequence.as_mut()).ok_or_else(released)
+    }
+}
+
+fn find(slots: &[Slot], id: SequenceId) -> Result<&Sequence> {
+    let slot = slots.get(id.index as usize).filter(|s| s.generation == id.generation);
+    slot.and_then(|s| s.sequence.as_ref()).ok_or_else(released)
+}
+
+fn released() -> Error {
+    Error::new(Kind::Usage, "the sequence has been released, or is another engine's")
+}
+
+/// What a step leaves behind, until the next one.
+pub struct StepOutput<'a> {
+    engine: &'a Engine,
+    /// Tokens, sequences, rows of the step.
+    counts: [usize; 3],
+}
+
+/// Rows of one output, `f32[count][width]` with some distance from row to row.
+#[derive(Clone, Copy, Debug)]
+pub struct OutputRows<'a> {
+    values: &'a [f32],
+    stride: usize,
+    width: usize,
+    count: usize,
+}
+
+impl<'a> StepOutput<'a> {
+    /// The rows of the output of that name: `logits`; or `hidden` and `embedding` of an encoder. One for each row asked
+    /// for in the order of the work, or for outputs by sequence one for each sequence.
+    ///
+    /// # Errors
+    /// Where the model has no such output; lists those it has.
+    pub fn rows(&self, name: &str) -> Result<OutputRows<'a>> {
+        let program = self.engine.program();
+        let Some(output) = program.outputs.iter().find(|o| o.name == name) else {
+            let names: Vec<&str> = program.outputs.iter().map(|o| o.name.as_str()).collect();
+            bail!(Usage, "expected one of the outputs {}, found `{name}`", names.join(", "));
+        };
+        let buffer = &program.buffers[output.buffer.0 as usize];
+        let count = match buffer.rows {
+            RowCount::Tokens => self.counts[0],
+            RowCount::Sequences => self.counts[1],
+            RowCount::Rows => self.counts[2],
+        };
+        let stride = buffer.row_bytes / 4;
+        let values = self.engine.arena.f32s(buffer.offset, stride * count);
+        Ok(OutputRows { values, stride, width: output.width, count })
+    }
+
+    /// Row `row` of `logits`.
+    ///
+    /// # Errors
+    /// Where the model has no logits or the step no such row.
+    pub fn logits(&self, row: usize) -> Result<&'a [f32]> {
+        let rows = self.rows("logits")?;
+        let count = rows.len();
+        rows.row(row).ok_or_else(|| Error::new(Kind::Usage, format!("expected one of {count} rows, found {row}")))
+    }
+}
+
+impl<'a> OutputRows<'a> {
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// No rows.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Row `index`, of the output's width.
+    pub fn row(&self, index: usize) -> Option<&'a [f32]> {
+        (index < self.count).then(|| &self.values[index * self.stride..][..self.width])
+    }
+
+    /// Every row.
+    pub fn iter(&self) -> impl Iterator<Item = &'a [f32]> + use<'a> {
+        let rows = *self;
+        (0..rows.count).filter_map(move |index| rows.row(index))
+    }
+}
+
+fn block_count(program: &Program, options: &EngineOptions) -> Result<usize> {
+    if program.caches.is_empty() {
+        return Ok(0);
+    }
+    let blocks = blocks_for(options.positions.unwrap_or(program.limits.context));
+    if blocks == 0 || blocks > MAX_BLOCKS {
+        bail!(Usage, "expected 1 to {} positions of cache, found {}", MAX_BLOCKS * CACHE_BLOCK, blocks * CACHE_BLOCK);
+    }
+    Ok(blocks)
+}

@@ -1,0 +1,182 @@
+//! Work -> the arrays of one ragged step.
+//!
+//! ```text
+//!  work        seq 7: 3 tokens from position 64      seq 2: 1 token at position 9
+//!  tokens      a  b  c                               d
+//!  positions   64 65 66                              9
+//!  sequences   [0, 3]                                [3, 1]       first token, number of tokens
+//!  tiles       [0, 2, 0, 67] [2, 1, 0, 67]           [3, 1, 1, 10]     with tiles of at most 2 tokens
+//!  rows        2                                     3            with `Rows::Last`
+//! ```
+
+use crate::blocks::BlockIndex;
+use mansard_ir::layout::CACHE_BLOCK;
+use mansard_ir::plan::StepArgs;
+
+/// Which of a sequence's rows leave the step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// None: the step only fills the cache.
+    None,
+    /// That of the last token, from which the next one is sampled.
+    Last,
+    /// All, as scoring and verification need them.
+    All,
+}
+
+impl Rows {
+    /// Rows out of `tokens` tokens.
+    pub fn of(self, tokens: usize) -> usize {
+        match self {
+            Rows::None => 0,
+            Rows::Last => tokens.min(1),
+            Rows::All => tokens,
+        }
+    }
+}
+
+/// One sequence's part of a step, with its place in the cache resolved.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment<'a> {
+    /// New tokens.
+    pub tokens: &'a [u32],
+    /// Position of the first.
+    pub position: usize,
+    /// Cache blocks of the whole sequence, this step's positions included.
+    pub table: &'a [BlockIndex],
+    /// Rows that leave the step.
+    pub rows: Rows,
+}
+
+/// The arrays behind [`StepArgs`], reused from step to step.
+///
+/// `tokens`, `positions` and `rows` never move: launches hold their addresses.
+#[derive(Debug)]
+pub struct StepArrays {
+    /// `i32[t]`
+    pub tokens: Vec<i32>,
+    /// `i32[t]`
+    pub positions: Vec<i32>,
+    /// `i32[r]`
+    pub rows: Vec<i32>,
+    /// `i32[t]`
+    pub slots: Vec<i32>,
+    /// `i32[tiles][4]`
+    pub tiles: Vec<[i32; 4]>,
+    /// `i32[s][stride]`
+    pub tables: Vec<i32>,
+    /// Entries of a row of `tables`.
+    pub table_stride: usize,
+    /// `i32[s][2]`
+    pub sequences: Vec<[i32; 2]>,
+}
+
+impl StepArrays {
+    /// Arrays for steps of at most `tokens` tokens, of which `rows` leave the step.
+    pub fn new(tokens: usize, rows: usize) -> StepArrays {
+        StepArrays {
+            tokens: Vec::with_capacity(tokens.max(1)),
+            positions: Vec::with_capacity(tokens.max(1)),
+            rows: Vec::with_capacity(rows.max(1)),
+            slots: vec![],
+            tiles: vec![],
+            tables: vec![],
+            table_stride: 0,
+            sequences: vec![],
+        }
+    }
+
+    /// Describes a step of `segments`, in tiles of at most `tile` tokens. The caller has checked the step against the
+    /// limits the arrays were made for, and every table against its segment's length.
+    pub fn fill(&mut self, segments: &[Segment<'_>], tile: usize) {
+        for array in [&mut self.tokens, &mut self.positions, &mut self.rows, &mut self.slots, &mut self.tables] {
+            array.clear();
+        }
+        self.tiles.clear();
+        self.sequences.clear();
+        self.table_stride = segments.iter().map(|s| s.table.len()).max().unwrap_or(0);
+        for (sequence, segment) in segments.iter().enumerate() {
+            let (first, count) = (self.tokens.len(), segment.tokens.len());
+            let length = segment.position + count;
+            self.tokens.extend(segment.tokens.iter().map(|t| *t as i32));
+            self.positions.extend((segment.position..length).map(|p| p as i32));
+            self.slots.extend((segment.position..length).map(|p| slot(segment.table, p)));
+            self.rows.extend((first + count - segment.rows.of(count)..first + count).map(|r| r as i32));
+            self.sequences.push([first as i32, count as i32]);
+            for start in (0..count).step_by(tile) {
+                let part = tile.min(count - start);
+                self.tiles.push([(first + start) as i32, part as i32, sequence as i32, length as i32]);
+            }
+            self.tables.extend(segment.table.iter().map(|b| *b as i32));
+            self.tables.resize((sequence + 1) * self.table_stride, 0);
+        }
+    }
+
+    /// The arrays as kernels see them.
+    pub fn args(&self) -> StepArgs {
+        StepArgs {
+            t: self.tokens.len() as i64,
+            s: self.sequences.len() as i64,
+            r: self.rows.len() as i64,
+            tiles: self.tiles.len() as i64,
+            table_stride: self.table_stride as i64,
+            tokens: self.tokens.as_ptr(),
+            positions: self.positions.as_ptr(),
+            rows: self.rows.as_ptr(),
+            slots: self.slots.as_ptr(),
+            tile: self.tiles.as_ptr().cast(),
+            tables: self.tables.as_ptr(),
+            sequences: self.sequences.as_ptr().cast(),
+        }
+    }
+}
+
+/// Where position `p` of a sequence lies in every pool. Without caches (`table` empty) there is no such place.
+fn slot(table: &[BlockIndex], p: usize) -> i32 {
+    table.get(p / CACHE_BLOCK).map_or(0, |block| *block as i32 * CACHE_BLOCK as i32 + (p % CACHE_BLOCK) as i32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_picture_of_the_front_door() {
+        let mut arrays = StepArrays::new(16, 16);
+        let segments = [
+            Segment { tokens: &[10, 11, 12], position: 64, table: &[4, 9], rows: Rows::Last },
+            Segment { tokens: &[13], position: 9, table: &[2], rows: Rows::Last },
+        ];
+        arrays.fill(&segments, 2);
+        assert_eq!(arrays.tokens, [10, 11, 12, 13]);
+        assert_eq!(arrays.positions, [64, 65, 66, 9]);
+        assert_eq!(arrays.slots, [9 * 64, 9 * 64 + 1, 9 * 64 + 2, 2 * 64 + 9]);
+        assert_eq!(arrays.sequences, [[0, 3], [3, 1]]);
+        assert_eq!(arrays.tiles, [[0, 2, 0, 67], [2, 1, 0, 67], [3, 1, 1, 10]]);
+        assert_eq!(arrays.rows, [2, 3]);
+        assert_eq!((arrays.table_stride, &arrays.tables[..]), (2, &[4, 9, 2, 0][..]));
+    }
+
+    #[test]
+    fn rows_of_some_sequences_only() {
+        let mut arrays = StepArrays::new(16, 16);
+        let segment = |tokens, rows| Segment { tokens, position: 0, table: &[0], rows };
+        arrays.fill(&[segment(&[1, 2], Rows::None), segment(&[3, 4], Rows::All), segment(&[5], Rows::Last)], 8);
+        assert_eq!(arrays.rows, [2, 3, 4]);
+        let args = arrays.args();
+        assert_eq!((args.t, args.s, args.r, args.tiles), (5, 3, 3, 3));
+    }
+
+    #[test]
+    fn tiles_cover_every_token_once() {
+        let tokens: Vec<u32> = (0..100).collect();
+        for tile in [1, 7, 16, 64, 100, 1000] {
+            let mut arrays = StepArrays::new(200, 1);
+            let segment = Segment { tokens: &tokens, position: 5, table: &[0, 1], rows: Rows::None };
+            arrays.fill(&[segment, segment], tile);
+            let covered: Vec<i32> = arrays.tiles.iter().flat_map(|t| t[0]..t[0] + t[1]).collect();
+            assert_eq!(covered, (0..200).collect::<Vec<i32>>());
+            assert!(arrays.tiles.iter().all(|t| t[1] as usize <= tile && t[3] == 105));
+        }
+    }
+}

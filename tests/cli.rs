@@ -1,0 +1,195 @@
+//! The command line as a user meets it: every command on a tiny checkpoint, and damaged, hostile or absurd input: one
+//! clear error, the documented exit code, nothing lost, no panic. (Built as a test of the `mansard` package.)
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+fn goldens(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens").join(family)
+}
+
+fn mansard(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mansard"));
+    command.args(arguments).stdin(Stdio::null()).output().expect("the command runs")
+}
+
+/// Runs and expects success; gives standard output.
+fn done(arguments: &[&str]) -> String {
+    let out = mansard(arguments);
+    assert!(out.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).expect("text")
+}
+
+/// Runs and expects one error with `code` whose text holds every one of `words`.
+fn refused(arguments: &[&str], code: i32, words: &[&str]) {
+    let out = mansard(arguments);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(code), "{arguments:?}: {said}");
+    assert!(!said.contains("panicked"), "{arguments:?}: {said}");
+    assert_eq!(said.matches("error:").count(), 1, "{arguments:?}: {said}");
+    for word in words {
+        assert!(said.contains(word), "{arguments:?}: expected {word:?} in {said}");
+    }
+}
+
+/// A compiled tiny model in a folder of its own.
+fn tiny(family: &str) -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.mansard").display().to_string();
+    done(&["compile", goldens(family).to_str().unwrap(), "-o", &path]);
+    (folder, path)
+}
+
+fn write(folder: &tempfile::TempDir, name: &str, bytes: &[u8]) -> String {
+    let path = folder.path().join(name);
+    fs::write(&path, bytes).unwrap();
+    path.display().to_string()
+}
+
+#[test]
+fn every_command_on_a_tiny_model() {
+    let (folder, m) = tiny("llama");
+    let text = done(&["run", &m, "--tokens", "1,14,51", "-n", "4", "--temp", "0"]);
+    assert!(!text.trim().is_empty());
+    let npy = folder.path().join("out.npy").display().to_string();
+    done(&["logits", &m, "--tokens", "1,14,51", "-o", &npy]);
+    let bytes = fs::read(&npy).unwrap();
+    assert_eq!(&bytes[..6], b"\x93NUMPY");
+    assert!(String::from_utf8_lossy(&bytes[..128]).contains("(3, 256)"));
+    let ids = write(&folder, "ids.json", b"[1, 14, 51]");
+    let same = folder.path().join("same.npy").display().to_string();
+    done(&["logits", &m, "--tokens-file", &ids, "-o", &same]);
+    assert_eq!(fs::read(&same).unwrap(), bytes);
+    let rows: serde_json::Value =
+        serde_json::from_str(&done(&["bench", &m, "-p", "16", "-n", "8", "-t", "1", "-r", "2", "-o", "json"])).unwrap();
+    for test in ["pp16", "tg8"] {
+        let row = rows.as_array().unwrap().iter().find(|r| r["test"] == test).expect(test);
+        assert!(row["tokens_per_second"].as_f64().unwrap() > 0.0 && row["threads"] == 1);
+        assert!(row["stddev"].is_number() && row["roofline_share"].is_number());
+    }
+    assert!(done(&["inspect", &m]).contains("layer"));
+    serde_json::from_str::<serde_json::Value>(&done(&["inspect", &m, "--json"])).unwrap();
+    assert!(done(&["doctor"]).contains("LLVM"));
+}
+
+#[test]
+fn the_same_inputs_give_the_same_bytes() {
+    let (_a, a) = tiny("qwen3");
+    let (_b, b) = tiny("qwen3");
+    assert!(fs::read(a).unwrap() == fs::read(b).unwrap());
+}
+
+#[test]
+fn every_layer_can_be_seen_and_text_comes_back_in() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = goldens("llama");
+    let model = model.to_str().unwrap();
+    for layer in ["graph", "canonical", "optimized", "plan", "mlir", "llvm", "asm"] {
+        assert!(!done(&["compile", model, "--emit", layer]).is_empty(), "{layer}");
+    }
+    let object = folder.path().join("code.o").display().to_string();
+    done(&["compile", model, "--emit", "object", "-o", &object]);
+    assert_eq!(&fs::read(object).unwrap()[..4], b"\x7fELF");
+    let graph = write(&folder, "graph.mir", done(&["compile", model, "--emit", "graph"]).as_bytes());
+    let canonical = done(&["opt", &graph, "--passes", "canonicalize"]);
+    assert!(canonical.contains("stage canonical"));
+    let canonical = write(&folder, "canonical.mir", canonical.as_bytes());
+    assert!(done(&["opt", &canonical, "--passes", "precision,saturate"]).contains("stage optimized"));
+}
+
+#[test]
+fn damaged_models_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.mansard").display().to_string();
+    let compile = |path: &str, words: &[&str]| {
+        refused(&["compile", path, "-o", &out], 3, words);
+        assert!(!Path::new(&out).exists(), "no artifact is left");
+    };
+    compile(&write(&folder, "empty.gguf", b""), &["empty.gguf"]);
+    compile(&write(&folder, "short.gguf", b"GGUF\x03\0\0\0"), &["short.gguf"]);
+    let mut huge = b"GGUF\x03\0\0\0".to_vec();
+    huge.extend((1u64 << 60).to_le_bytes());
+    huge.extend((1u64 << 60).to_le_bytes());
+    compile(&write(&folder, "huge.gguf", &huge), &["huge.gguf"]);
+    // A truncated checkpoint, a missing tensor, a wrong shape.
+    let config = fs::read_to_string(goldens("llama").join("config.json")).unwrap();
+    let weights = fs::read(goldens("llama").join("model.safetensors")).unwrap();
+    for (name, config, weights) in [
+        ("truncated", config.clone(), &weights[..weights.len() / 2]),
+        ("layers", config.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3"), &weights[..]),
+        ("width", config.replace("\"intermediate_size\": 160", "\"intermediate_size\": 192"), &weights[..]),
+    ] {
+        let dir = folder.path().join(name);
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("config.json"), config).unwrap();
+        fs::write(dir.join("model.safetensors"), weights).unwrap();
+        compile(dir.to_str().unwrap(), &[name]);
+    }
+    let dir = folder.path().join("unknown");
+    fs::create_dir(&dir).unwrap();
+    fs::write(dir.join("config.json"), config.replace("\"llama\"", "\"zebra\"")).unwrap();
+    fs::write(dir.join("model.safetensors"), &weights).unwrap();
+    refused(&["compile", dir.to_str().unwrap(), "-o", &out], 4, &["zebra", "llama"]);
+    refused(&["compile", "no-such-file.gguf", "-o", &out], 5, &["no-such-file.gguf"]);
+}
+
+#[test]
+fn damaged_artifacts_are_refused() {
+    let (folder, m) = tiny("llama");
+    let whole = fs::read(&m).unwrap();
+    for at in [0, 7, 9, 200, whole.len() / 3, whole.len() / 2, whole.len() - 1] {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 0x10;
+        let path = write(&folder, "flipped.mansard", &bytes);
+        refused(&["run", &path, "--tokens", "1", "-n", "1"], 3, &["flipped.mansard"]);
+        let path = write(&folder, "cut.mansard", &whole[..at]);
+        refused(&["run", &path, "--tokens", "1", "-n", "1"], 3, &["cut.mansard"]);
+    }
+}
+
+#[test]
+fn absurd_requests_are_refused() {
+    let (folder, m) = tiny("llama");
+    refused(&["run", &m, "--tokens", "1", "-n", "0"], 2, &["-n"]);
+    refused(&["run", &m, "-p", "hello"], 3, &["tokenizer"]);
+    refused(&["run", &m, "--tokens", "1,999999", "-n", "1"], 2, &["999999"]);
+    let long = format!("[{}1]", "1,".repeat(5000));
+    let ids = write(&folder, "long.json", long.as_bytes());
+    let npy = folder.path().join("x.npy").display().to_string();
+    refused(&["logits", &m, "--tokens-file", &ids, "-o", &npy], 2, &["5001", "256"]);
+    assert!(!Path::new(&npy).exists());
+    let case = write(&folder, "bad.mir", b"graph @g(%x: f32[t, 8]) stage imported {\n  %y = nonsense %x\n  return y = %y\n}\n");
+    refused(&["opt", &case, "--passes", "canonicalize"], 3, &["bad.mir:2", "nonsense"]);
+    refused(&["opt", &case, "--passes", "frobnicate"], 2, &["frobnicate"]);
+}
+
+#[test]
+fn a_full_disk_loses_nothing() {
+    // A file system of 64 KiB needs root and a mount; /dev/full answers every write with "no space left".
+    let model = goldens("llama");
+    let out = mansard(&["compile", model.to_str().unwrap(), "-o", "/dev/full"]);
+    assert_eq!(out.status.code(), Some(5), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn a_killed_compilation_leaves_no_artifact() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("killed.mansard");
+    for delay_ms in [5, 50, 150, 300] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_mansard"))
+            .args(["compile", goldens("gemma3").to_str().unwrap(), "-o", path.to_str().unwrap()])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(delay_ms));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if path.exists() {
+            // It had finished before the signal: then the file is whole.
+            done(&["run", path.to_str().unwrap(), "--tokens", "1", "-n", "1"]);
+            fs::remove_file(&path).unwrap();
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! House rules as tests: the star of dependencies, fenced unsafe code, front doors, file sizes, recipes that name real
+//! files, and reference pages that are up to date.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+const CRATES: [&str; 7] = ["ir", "frontend", "passes", "backends", "runtime", "cli", "tests"];
+
+/// Every Rust source of a crate, by path relative to the workspace.
+fn sources(krate: &str) -> Vec<(String, String)> {
+    let mut found = vec![];
+    let mut todo = vec![root().join(krate)];
+    while let Some(dir) = todo.pop() {
+        for entry in fs::read_dir(&dir).expect("a folder").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                todo.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let name = path.strip_prefix(root()).expect("inside").display().to_string();
+                found.push((name, fs::read_to_string(&path).expect("text")));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn all_sources() -> Vec<(String, String)> {
+    CRATES.iter().flat_map(|c| sources(c)).collect()
+}
+
+/// The crates of this workspace that a crate's manifest names, apart from test-only ones.
+fn ours(krate: &str) -> BTreeSet<String> {
+    let manifest = fs::read_to_string(root().join(krate).join("Cargo.toml")).expect("a manifest");
+    let normal = manifest.split("[dev-dependencies]").next().unwrap_or_default();
+    normal.lines().filter_map(|l| l.strip_prefix("mansard-")).map(|l| l.split(['.', ' ']).next().unwrap().into()).collect()
+}
+
+#[test]
+fn dependencies_are_a_star() {
+    for krate in ["frontend", "passes", "runtime"] {
+        assert_eq!(ours(krate), BTreeSet::from(["ir".to_string()]), "{krate} sees only ir");
+    }
+    assert_eq!(ours("backends"), BTreeSet::from(["ir".to_string(), "mlir-c".to_string()]), "backends sees only ir");
+    assert_eq!(ours("ir"), BTreeSet::new(), "ir sees none of ours");
+}
+
+#[test]
+fn the_runtime_links_no_compiler() {
+    let tree = std::process::Command::new(env!("CARGO"))
+        .args(["tree", "--offline", "-p", "mansard-runtime", "-e", "normal", "--prefix", "none"])
+        .current_dir(root())
+        .output()
+        .expect("cargo tree");
+    let tree = String::from_utf8(tree.stdout).expect("text");
+    assert!(tree.contains("mansard-ir"), "cargo tree shows nothing: {tree}");
+    for compiler in ["melior", "mlir-sys", "llvm-sys", "inkwell", "egg ", "mansard-passes", "mansard-backends"] {
+        assert!(!tree.contains(compiler), "the runtime depends on {compiler}:\n{tree}");
+    }
+}
+
+#[test]
+fn files_have_front_doors_and_a_size_one_can_read() {
+    let mut faults = vec![];
+    for (name, text) in all_sources() {
+        if !text.starts_with("//!") {
+            faults.push(format!("{name}: no front door (`//!` on the first line)"));
+        }
+        let lines = text.lines().count();
+        if lines > 600 {
+            faults.push(format!("{name}: {lines} lines, at most 600"));
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+/// The files that may hold unsafe code, as `docs/architecture.md` lists them.
+const UNSAFE: &[&str] = &[
+    "ir/file.rs",
+    "backends/mlir.rs",
+    "backends/llvm.rs",
+    "backends/harness.rs",
+    "runtime/code.rs",
+    "runtime/memory.rs",
+];
+
+#[test]
+fn unsafe_code_is_fenced() {
+    let mut faults = vec![];
+    for (name, text) in all_sources() {
+        let mut safety = false;
+        for (i, line) in text.lines().enumerate() {
+            let code = line.split("//").next().unwrap_or_default();
+            safety = line.contains("SAFETY:") || safety && (line.trim_start().starts_with("//") || !code.contains(';'));
+            if !(code.contains("unsafe {") || code.contains("unsafe impl") || code.contains("unsafe fn")) {
+                continue;
+            }
+            if name.starts_with("tests/tidy") {
+                continue;
+            }
+            if !UNSAFE.contains(&name.as_str()) {
+                faults.push(format!("{name}:{}: unsafe code outside the named files", i + 1));
+            } else if !safety && !code.contains("unsafe fn") {
+                faults.push(format!("{name}:{}: no SAFETY line", i + 1));
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+#[test]
+fn no_unfinished_marks() {
+    let marks = [concat!("todo", "!("), concat!("unimpl", "emented!("), concat!("FIX", "ME"), concat!("allow(dead", "_code)")];
+    for (name, text) in all_sources() {
+        for mark in marks {
+            assert!(!text.contains(mark), "{name} contains {mark}");
+        }
+    }
+}
+
+#[test]
+fn recipes_name_files_that_exist() {
+    let recipes = fs::read_to_string(root().join("docs/recipes.md")).expect("docs/recipes.md");
+    let mut named = 0;
+    for name in recipes.split('`').skip(1).step_by(2) {
+        let is_path = name.contains('/') && !name.contains([' ', '*', '<', '{']) || name.ends_with(".md");
+        if is_path {
+            named += 1;
+            assert!(root().join(name).exists(), "docs/recipes.md names `{name}`, which does not exist");
+        }
+    }
+    assert!(named >= 15, "docs/recipes.md names only {named} files");
+}
+
+/// Compares a generated page with the one in `docs/`; `UPDATE_DOCS=1` rewrites it.
+fn page_is_current(name: &str, generated: &str) {
+    let path = root().join("docs").join(name);
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        fs::write(&path, generated).expect("docs are writable");
+    }
+    let stored = fs::read_to_string(&path).unwrap_or_default();
+    assert!(stored == generated, "docs/{name} is out of date: run `UPDATE_DOCS=1 cargo test -p mansard-tests --test tidy`");
+}
+
+#[test]
+fn reference_pages_are_current() {
+    page_is_current("ops.md", &mansard_ir::docs::ops_markdown());
+    page_is_current("passes.md", &mansard_passes::docs_markdown());
+}
+
+#[test]
+fn every_snapshot_has_its_case() {
+    let mut cases = BTreeSet::new();
+    let mut snapshots = vec![];
+    let mut todo = vec![root().join("tests/cases")];
+    while let Some(dir) = todo.pop() {
+        for path in fs::read_dir(&dir).expect("tests/cases").flatten().map(|e| e.path()) {
+            match path.extension().and_then(|e| e.to_str()) {
+                None => todo.push(path),
+                Some("snap") => snapshots.push(path),
+                _ => {
+                    cases.insert(path.file_name().expect("a name").to_string_lossy().into_owned());
+                }
+            }
+        }
+    }
+    for snapshot in snapshots {
+        let name = snapshot.file_name().expect("a name").to_string_lossy().into_owned();
+        let case = name.trim_end_matches(".snap").rsplit("__").next().unwrap_or_default().rsplit('@').next();
+        assert!(cases.contains(case.unwrap_or_default()), "{name} belongs to no case");
+    }
+}
