@@ -171,9 +171,13 @@ fn manifest(contents: &Contents<'_>, sections: &[Section<'_>]) -> Result<Manifes
         });
     }
     let zeros: BTreeMap<String, String> = sections.iter().map(|s| (s.name.clone(), "0".repeat(64))).collect();
+    let mut model = contents.info.clone();
+    if let Some(tokenizer) = &mut model.tokenizer {
+        tokenizer.json.clear(); // a section of its own
+    }
     Ok(Manifest {
         format_version: FORMAT_VERSION,
-        model: contents.info.clone(),
+        model,
         program: contents.plan.program.clone(),
         code,
         hashes: zeros,

@@ -200,6 +200,18 @@ impl Emitter {
         self.constant(ty, text)
     }
 
+    /// A vector of the integers `first`, `first + 1`...
+    pub fn lanes(&mut self, scalar: Ty, lanes: usize, first: usize) -> Val {
+        let values: Vec<String> = (first..first + lanes).map(|i| i.to_string()).collect();
+        self.constant(scalar.x(lanes), format!("[{}]", values.join(", ")))
+    }
+
+    /// The constant `0, 1, 2, ...` of an integer vector type.
+    pub fn sequence(&mut self, ty: Ty) -> Val {
+        let lanes: Vec<String> = (0..ty.lanes).map(|i| i.to_string()).collect();
+        self.constant(ty, format!("[{}]", lanes.join(", ")))
+    }
+
     fn binary(&mut self, float: &str, int: &str, a: Val, b: Val) -> Val {
         let name = if a.ty.is_float() { float } else { int };
         self.op(a.ty, format_args!("{name} {a}, {b} : {}", a.ty))

@@ -44,6 +44,11 @@ pub struct CodeGenerator {
     target: Target,
 }
 
+/// Version of the LLVM in use: major, minor, patch.
+pub fn version() -> (u32, u32, u32) {
+    inkwell::support::get_llvm_version()
+}
+
 impl CodeGenerator {
     /// A generator for `target`.
     ///

@@ -3,11 +3,11 @@
 use mansard_backends as backends;
 use mansard_frontend as frontend;
 use mansard_ir::artifact::Provenance;
-use mansard_ir::plan::Plan;
-use mansard_ir::{DType, Model, Result, Target};
+use mansard_ir::file::MappedFile;
+use mansard_ir::{DType, Error, Model, Result, Target, bail};
 use mansard_passes as passes;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// What to compile and how.
@@ -78,12 +78,130 @@ pub struct Summary {
 /// # Errors
 /// As [`frontend::open`].
 pub fn import(path: &Path, options: &CompileOptions) -> Result<Model> {
-    let options =
-        frontend::Options { float_weights: options.float_weights, synthetic_seed: options.synthetic_seed };
+    let options = frontend::Options { float_weights: options.float_weights, synthetic_seed: options.synthetic_seed };
     frontend::open(path, &options)
 }
 
 /// The options of the passes for one target.
 pub fn pass_options(target: Target, options: &CompileOptions) -> passes::Options {
     passes::Options { kv: options.kv, limits: options.limits, ..passes::Options::new(target) }
+}
+
+/// Imports, plans and generates code for every target, and writes the artifact at `output`.
+///
+/// # Errors
+/// Whatever a stage says; nothing is left under `output` then.
+pub fn compile(
+    input: &Path,
+    output: &Path,
+    options: &CompileOptions,
+    progress: &mut dyn Progress,
+    hooks: &mut passes::Hooks<'_>,
+) -> Result<Summary> {
+    let mut stages = Stages::new(progress);
+    stages.begin("import", 0);
+    let targets = options.targets.iter().map(|t| backends::target(t)).collect::<Result<Vec<_>>>()?;
+    let Some(first) = targets.first() else { bail!(Usage, "expected at least one target") };
+    let model = import(input, options)?;
+    let sources = sources(input)?;
+    stages.begin("optimize", 0);
+    let (plan, model, report) = passes::compile(model, &pass_options(first.clone(), options), hooks)?;
+    let mut images = vec![];
+    stages.begin("generate code", plan.kernels.len() * targets.len());
+    for (index, target) in targets.iter().enumerate() {
+        let before = index * plan.kernels.len();
+        let image =
+            backends::compile(&plan, target, options.threads, &mut |done, _| stages.progress.advance(before + done))?;
+        images.push((target.clone(), image));
+    }
+    let provenance = Provenance {
+        version: env!("CARGO_PKG_VERSION").into(),
+        sources,
+        passes: passes::PIPELINE.iter().map(|p| p.to_string()).collect(),
+        options: options.recorded(),
+        approximations: report.approximations.clone(),
+    };
+    let contents = backends::artifact::Contents {
+        plan: &plan,
+        info: &model.info,
+        weights: &model.weights,
+        images: &images,
+        provenance: &provenance,
+    };
+    stages.begin("pack weights", plan.program.weights.iter().map(|w| w.bytes).sum());
+    let written =
+        backends::artifact::write(output, &contents, options.threads, &mut |done, _| stages.progress.advance(done))?;
+    Ok(Summary {
+        stages: stages.end(),
+        artifact_bytes: written.bytes,
+        weight_bytes: plan.program.weights.iter().map(|w| w.bytes).sum(),
+        code_bytes: images.iter().map(|(_, image)| image.bytes.len()).sum(),
+        kernels: plan.kernels.len(),
+        passes: report,
+    })
+}
+
+impl CompileOptions {
+    /// What shaped the result, for the provenance.
+    fn recorded(&self) -> BTreeMap<String, String> {
+        let mut options = BTreeMap::from([
+            ("quant".to_string(), if self.float_weights { "none" } else { "file" }.to_string()),
+            ("target".to_string(), self.targets.join(",")),
+        ]);
+        if let Some(kv) = self.kv {
+            options.insert("kv".into(), kv.to_string());
+        }
+        if let Some(context) = self.limits.context {
+            options.insert("context".into(), context.to_string());
+        }
+        if let Some(seed) = self.synthetic_seed {
+            options.insert("synthetic-weights".into(), seed.to_string());
+        }
+        options
+    }
+}
+
+/// Name and hash of the files that decide a model: the file itself, or a checkpoint's configuration and weights.
+fn sources(input: &Path) -> Result<Vec<(String, String)>> {
+    let mut files = vec![input.to_owned()];
+    if input.is_dir() {
+        let entries = std::fs::read_dir(input).map_err(|e| Error::io(input, e))?;
+        let decides = |p: &PathBuf| p.extension().is_some_and(|e| e == "json" || e == "safetensors" || e == "jinja");
+        files = entries.flatten().map(|e| e.path()).filter(decides).collect();
+        files.sort();
+    }
+    let hash = |path: PathBuf| {
+        let file = MappedFile::open(&path)?;
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        Ok((name, blake3::hash(file.all()).to_hex().to_string()))
+    };
+    files.into_iter().map(hash).collect()
+}
+
+/// Times stages as they follow each other.
+struct Stages<'a> {
+    progress: &'a mut dyn Progress,
+    done: Vec<(&'static str, Duration)>,
+    running: Option<(&'static str, Instant)>,
+}
+
+impl<'a> Stages<'a> {
+    fn new(progress: &'a mut dyn Progress) -> Stages<'a> {
+        Stages { progress, done: vec![], running: None }
+    }
+
+    fn begin(&mut self, name: &'static str, total: usize) {
+        self.close();
+        self.running = Some((name, Instant::now()));
+        self.progress.stage(name, total);
+    }
+
+    fn close(&mut self) {
+        self.done.extend(self.running.take().map(|(name, start)| (name, start.elapsed())));
+    }
+
+    fn end(mut self) -> Vec<(&'static str, Duration)> {
+        self.close();
+        self.done
+    }
 }

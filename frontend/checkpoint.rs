@@ -41,7 +41,8 @@ impl Tensor {
     pub fn whole(file: &Arc<MappedFile>, offset: usize, dtype: DType, shape: Vec<usize>) -> Tensor {
         let columns = shape.last().copied().unwrap_or(1);
         let rows = shape.iter().rev().skip(1).product();
-        let part = Part { file: file.clone(), offset, dtype, stored: (rows, columns), transposed: false, rows: 0..rows };
+        let part =
+            Part { file: file.clone(), offset, dtype, stored: (rows, columns), transposed: false, rows: 0..rows };
         Tensor { shape, parts: vec![part], dtype_name: dtype.to_string() }
     }
 
@@ -161,7 +162,8 @@ impl Checkpoint {
                 }
                 Some(all) if all.shape[1..] == tensor.shape => all.parts.extend(tensor.parts),
                 Some(all) => {
-                    let e = format!("expected shape {:?} as its siblings have, found {:?}", &all.shape[1..], tensor.shape);
+                    let e =
+                        format!("expected shape {:?} as its siblings have, found {:?}", &all.shape[1..], tensor.shape);
                     return Err(Error::new(Kind::Input, e).at(format!("tensor `{name}`")));
                 }
             }
@@ -194,7 +196,9 @@ impl Checkpoint {
         let widest = if self.float_weights { Some(DType::F32) } else { dtype };
         if let Some((seed, matrix)) = self.synthetic {
             // A name's own seed, so that layers differ.
-            let seed = name.bytes().fold(seed ^ 0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+            let seed = name
+                .bytes()
+                .fold(seed ^ 0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
             return Ok(Weight { ty: dims(widest.unwrap_or(matrix)), source: Source::Synthetic { seed } });
         }
         let tensor = self.tensors.get(name).ok_or_else(|| self.missing(name))?;

@@ -1,8 +1,8 @@
 //! A typed view on a model's settings, in the spelling of Hugging Face's `config.json`.
 //!
-//! GGUF metadata is translated to the same spelling (see [`crate::names`]), so builders read one vocabulary. Every key that
-//! is read is remembered; [`Config::finish`] then refuses settings nobody read, unless they are off or known to leave
-//! inference unchanged. A published model whose math differs is refused by name rather than run wrongly.
+//! GGUF metadata is translated to the same spelling (see [`crate::names`]), so builders read one vocabulary. Every key
+//! that is read is remembered; [`Config::finish`] then refuses settings nobody read, unless they are off or known to
+//! leave inference unchanged. A published model whose math differs is refused by name rather than run wrongly.
 
 use mansard_ir::{Error, Kind, Result, bail};
 use serde_json::{Map, Value};
@@ -285,9 +285,10 @@ impl Config {
     pub fn only(&self, key: &str, supported: impl Into<Value>) -> Result<()> {
         let supported = supported.into();
         match self.get(key) {
-            Some(found) if *found != supported => {
-                Err(Error::new(Kind::Unsupported, format!("setting `{}{key}` is {found}; supported: {supported}", self.section)))
-            }
+            Some(found) if *found != supported => Err(Error::new(
+                Kind::Unsupported,
+                format!("setting `{}{key}` is {found}; supported: {supported}", self.section),
+            )),
             _ => Ok(()),
         }
     }

@@ -1,8 +1,9 @@
 //! GGUF: `magic, version, counts, metadata, tensor table, padding, data`, all little-endian.
 //!
-//! [`Gguf::read`] walks the header of a mapped file once. Every length and count is checked against the bytes that are left
-//! before anything is allocated; strings and arrays stay in the mapping and are decoded when asked for. After it returns,
-//! every tensor's bytes lie inside the file. Versions 2 and 3 are read (1 had 32-bit lengths and is not found any more).
+//! [`Gguf::read`] walks the header of a mapped file once. Every length and count is checked against the bytes that are
+//! left before anything is allocated; strings and arrays stay in the mapping and are decoded when asked for. After it
+//! returns, every tensor's bytes lie inside the file. Versions 2 and 3 are read (1 had 32-bit lengths and is not found
+//! any more).
 
 use crate::checkpoint::{Checkpoint, Tensor, supported_dtypes};
 use mansard_ir::file::MappedFile;
@@ -148,7 +149,11 @@ impl Gguf {
             None => Ok(None),
             Some(Value::Array { element: TEXT, count, bytes }) => {
                 let mut cursor = Cursor { bytes: self.file.all(), at: bytes.start };
-                (0..*count).map(|_| cursor.text(u64::MAX)).collect::<Result<_>>().map(Some).at(|| format!("metadata `{key}`"))
+                (0..*count)
+                    .map(|_| cursor.text(u64::MAX))
+                    .collect::<Result<_>>()
+                    .map(Some)
+                    .at(|| format!("metadata `{key}`"))
             }
             Some(other) => bail!(Input, "metadata `{key}`: expected an array of strings, found {other:?}"),
         }
@@ -339,7 +344,8 @@ impl<'a> Cursor<'a> {
             bail!(Input, "a name of {n} bytes at byte {at}; at most {longest} are allowed");
         }
         let bytes = self.take(usize::try_from(n).unwrap_or(usize::MAX))?;
-        std::str::from_utf8(bytes).map_err(|e| Error::new(Kind::Input, format!("the string at byte {at} is not UTF-8")).caused_by(e))
+        std::str::from_utf8(bytes)
+            .map_err(|e| Error::new(Kind::Input, format!("the string at byte {at} is not UTF-8")).caused_by(e))
     }
 
     fn value(&mut self) -> Result<Value> {

@@ -1,5 +1,5 @@
-//! Model file -> [`Model`]: opens by content, translates names and settings, builds graphs. Tensor data is mapped, never
-//! read.
+//! Model file -> [`Model`]: opens by content, translates names and settings, builds graphs. Tensor data is mapped,
+//! never read.
 //!
 //! ```text
 //! GGUF                 --gguf-->        settings, tensors --names-->  \
@@ -7,8 +7,8 @@
 //! config.json alone    --------------> settings, seeded values ------/
 //! ```
 //!
-//! Everything here treats the file as hostile: counts are checked before anything is allocated, every shape before it is
-//! used, and a setting that is not understood is refused rather than ignored.
+//! Everything here treats the file as hostile: counts are checked before anything is allocated, every shape before it
+//! is used, and a setting that is not understood is refused rather than ignored.
 #![forbid(unsafe_code)]
 
 mod checkpoint;
@@ -158,7 +158,8 @@ fn open_hugging_face(directory: &Path, weights: Option<&Path>, options: &Options
 
 fn open_config(path: &Path, directory: &Path, weights: Option<&Path>, options: &Options) -> Result<Model> {
     let place = || path.display().to_string();
-    let text = std::fs::read(path).map_err(|e| Error::io(path, e).help("safetensors need their config.json beside them"))?;
+    let text =
+        std::fs::read(path).map_err(|e| Error::io(path, e).help("safetensors need their config.json beside them"))?;
     let config = Config::parse(&text).at(place)?;
     let Some(architecture) = config.text("model_type").at(place)? else {
         return Err(Error::new(Kind::Input, "setting `model_type` is missing")).at(place);
@@ -168,10 +169,13 @@ fn open_config(path: &Path, directory: &Path, weights: Option<&Path>, options: &
         (None, Some(seed)) => Checkpoint::synthetic(seed, stated_dtype(&config)),
         (None, None) => {
             let error = Error::new(Kind::Usage, "a config.json alone has no weights");
-            return Err(error.help("name the directory or the safetensors file, or ask for synthetic weights")).at(place);
+            return Err(error.help("name the directory or the safetensors file, or ask for synthetic weights"))
+                .at(place);
         }
         (Some(_), Some(_)) => return Err(not_synthetic()),
-        (Some(weights), None) if weights.extension().is_some_and(|e| e == "json") => safetensors::read_sharded(weights)?,
+        (Some(weights), None) if weights.extension().is_some_and(|e| e == "json") => {
+            safetensors::read_sharded(weights)?
+        }
         (Some(weights), None) => safetensors::read(weights)?,
     };
     checkpoint.float_weights = options.float_weights;

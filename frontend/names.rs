@@ -5,8 +5,8 @@
 //! llama.attention.head_count ->  num_attention_heads
 //! ```
 //!
-//! A family gives its table of tensor stems; the settings table is common. A setting without a row keeps its GGUF name, is
-//! therefore read by no builder, and is refused by [`Config::finish`] unless it is off.
+//! A family gives its table of tensor stems; the settings table is common. A setting without a row keeps its GGUF name,
+//! is therefore read by no builder, and is refused by [`Config::finish`] unless it is off.
 
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, Origin};

@@ -83,8 +83,12 @@ impl Rope {
         };
         // The tiny summand undoes the rounding of a factor that is itself a quotient of dims.
         let dims = (defaults.head_dim as f64 * partial + 1e-6) as usize;
-        if dims < 2 || dims % 2 != 0 || dims > defaults.head_dim {
-            bail!(Unsupported, "rope over {dims} of {} dims of a head; supported: an even part of it", defaults.head_dim);
+        if dims < 2 || !dims.is_multiple_of(2) || dims > defaults.head_dim {
+            bail!(
+                Unsupported,
+                "rope over {dims} of {} dims of a head; supported: an even part of it",
+                defaults.head_dim
+            );
         }
         let plain: Vec<f64> = (0..dims / 2).map(|i| theta.powf(-2.0 * i as f64 / dims as f64)).collect();
         let Some(section) = section else { return Ok(Rope::new(plain, 1.0)) };
@@ -95,6 +99,7 @@ impl Rope {
                 Rope::new(plain, 1.0)
             }
             "linear" => {
+                section.accept(&["original_max_position_embeddings"]);
                 let factor = factor(section)?;
                 Rope::new(plain.into_iter().map(|f| f / factor).collect(), 1.0)
             }
@@ -210,7 +215,7 @@ mod tests {
         assert!(rope(r#"{"partial_rotary_factor": 0.4}"#).is_err(), "three dims are no pairs");
     }
 
-    // Expected values from the published formulas, evaluated by `transformers`' functions of the same names.
+    // With theta 1e4 and 8 dims the wavelengths are 2 pi times 1, 10, 100 and 1000 positions.
     #[test]
     fn llama3_keeps_short_wavelengths_and_divides_long_ones() {
         let scaled = rope(
@@ -226,7 +231,9 @@ mod tests {
 
     #[test]
     fn yarn_blends_and_scales() {
-        let scaled = rope(r#"{"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}}"#).unwrap();
+        let scaled =
+            rope(r#"{"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}}"#)
+                .unwrap();
         assert!((scaled.scale - (0.1 * 4f64.ln() + 1.0)).abs() < 1e-12);
         // Pairs 1.007 (32 turns) and 2.513 (one turn) bracket the blend: floor 1, ceiling 3.
         assert_eq!(scaled.frequencies[..2], [1.0, 0.1]);

@@ -1,8 +1,9 @@
 //! safetensors: `u64 header length, JSON header, data`; one file, or shards listed by `model.safetensors.index.json`.
 //!
-//! The header is refused unless its tensors tile the data exactly: no holes, no overlaps, nothing left over, every extent
-//! product equal to its byte range. So a truncated file never opens. Element types other than F32, F16 and BF16 are noted
-//! and only refused when a model needs such a tensor (published files carry integer buffers that nothing reads).
+//! The header is refused unless its tensors tile the data exactly: no holes, no overlaps, nothing left over, every
+//! extent product equal to its byte range. So a truncated file never opens. Element types other than F32, F16 and BF16
+//! are noted and only refused when a model needs such a tensor (published files carry integer buffers that nothing
+//! reads).
 
 use crate::checkpoint::{Checkpoint, Tensor};
 use mansard_ir::file::MappedFile;
@@ -88,7 +89,8 @@ pub(crate) fn read_sharded(index: &Path) -> Result<Checkpoint> {
         read_into(&index.with_file_name(shard), &mut checkpoint)?;
     }
     if let Some((name, shard)) = parsed.weight_map.iter().find(|(n, _)| !checkpoint.has(n)) {
-        return Err(Error::new(Kind::Input, format!("tensor `{name}` is in no shard; expected it in {shard}"))).at(place);
+        return Err(Error::new(Kind::Input, format!("tensor `{name}` is in no shard; expected it in {shard}")))
+            .at(place);
     }
     Ok(checkpoint)
 }
@@ -115,7 +117,8 @@ fn add_all(file: &Arc<MappedFile>, checkpoint: &mut Checkpoint) -> Result<()> {
     for (name, Entry { dtype, shape, data_offsets: (begin, end) }) in entries {
         let place = || format!("tensor `{name}`");
         let count = shape.iter().try_fold(1usize, |a, n| a.checked_mul(*n));
-        let expected = count.and_then(|n| n.checked_mul(element_bits(&dtype).unwrap_or(0))).map(|bits| bits.div_ceil(8));
+        let expected =
+            count.and_then(|n| n.checked_mul(element_bits(&dtype).unwrap_or(0))).map(|bits| bits.div_ceil(8));
         let found = end.checked_sub(begin);
         if found.is_none() || end > data.len() || element_bits(&dtype).is_some() && expected != found {
             let e = format!("{dtype} of shape {shape:?} at bytes {begin}..{end} of {} does not add up", data.len());

@@ -5,8 +5,8 @@
 //! GGUF metadata:          tokenizer.ggml.model = gpt2 | llama | bert | t5, with tokens, types, merges or scores
 //! ```
 //!
-//! Two things are settled here for good: a decoder's begin token is named by [`TokenizerInfo::begin`] and never added by the
-//! tokenizer itself; padding and truncation, which are a matter of serving, are taken out.
+//! Two things are settled here for good: a decoder's begin token is named by [`TokenizerInfo::begin`] and never added
+//! by the tokenizer itself; padding and truncation, which are a matter of serving, are taken out.
 
 mod bpe;
 mod unigram;
@@ -195,7 +195,9 @@ struct Added {
 pub(crate) fn from_directory(directory: &Path, config: &Config, encoder: bool) -> Result<Found> {
     let generation = read(&directory.join("generation_config.json"))?;
     let mut end_tokens = vec![];
-    for value in [generation.as_ref().and_then(|g| g.get("eos_token_id")), config.get("eos_token_id")].into_iter().flatten() {
+    for value in
+        [generation.as_ref().and_then(|g| g.get("eos_token_id")), config.get("eos_token_id")].into_iter().flatten()
+    {
         let ids = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
         end_tokens.extend(ids.iter().filter_map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())));
     }
@@ -269,7 +271,8 @@ fn chat_template(directory: &Path, settings: &Value) -> Result<Option<String>> {
     Ok(template.and_then(Value::as_str).map(str::to_owned))
 }
 
-/// Takes a template of the form `begin, text` out of a post-processor and returns the id of `begin`. Other templates stay.
+/// Takes a template of the form `begin, text` out of a post-processor and returns the id of `begin`. Other templates
+/// stay.
 fn without_begin(processor: Value) -> (Value, Option<u32>) {
     match processor.get("type").and_then(Value::as_str) {
         Some("TemplateProcessing") => match begin_of(&processor) {

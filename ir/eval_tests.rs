@@ -1,3 +1,5 @@
+//! The interpreter against values computed by hand, one op at a time, then over the steps of a small model.
+
 use super::*;
 use crate::model::{ModelInfo, Source, Weight, WeightTable};
 use crate::text;

@@ -337,9 +337,9 @@ mod split {
 
     pub fn q2_k(b: &[u8], s: Split<'_>) {
         let (d, dmin) = (f16(&b[80..]), f16(&b[82..]));
-        for g in 0..16 {
-            s.scales[g] = d * (b[g] & 15) as f32;
-            s.mins[g] = -dmin * (b[g] >> 4) as f32;
+        for (g, packed) in b[..16].iter().enumerate() {
+            s.scales[g] = d * (packed & 15) as f32;
+            s.mins[g] = -dmin * (packed >> 4) as f32;
         }
         for (i, code) in s.codes.iter_mut().enumerate() {
             let (half, within) = (i / 128, i % 128);

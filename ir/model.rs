@@ -177,7 +177,7 @@ impl Weight {
         (shape.iter().product::<usize>() / columns.max(1), columns)
     }
 
-    /// All rows have been stored in `dtype` contiguously, so [`Weight::raw_rows`] gives them.
+    /// All rows have been stored in `dtype` contiguously, so [`Weight::raw_row`] gives them.
     pub fn stored_as(&self, dtype: DType) -> bool {
         match &self.source {
             Source::Parts(parts) => parts.iter().all(|p| p.dtype == dtype && !p.transposed),

@@ -32,13 +32,12 @@ impl Random {
         // FNV-1a
         let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ b as u64).wrapping_mul(0x0100_0000_01b3));
         let mut random = Random(seed ^ hash);
-        random.next();
+        random.bits();
         random
     }
 
     /// 64 random bits.
-    #[allow(clippy::should_implement_trait)] // it never ends, and nothing iterates over it
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -48,12 +47,12 @@ impl Random {
 
     /// Below `n`, which is not 0.
     pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
+        (self.bits() % n as u64) as usize
     }
 
     /// In `[0, 1)`.
     pub fn unit(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// In `[-1, 1)`.
@@ -175,7 +174,7 @@ fn bytes(dtype: DType, rows: usize, columns: usize, random: &mut Random) -> Resu
             DType::BF16 => out.extend(half::bf16::from_f32(real).to_le_bytes()),
             _ if format.int.is_none() => bail!(Input, "no weight is stored as {dtype}"),
             _ => {
-                out.extend((0..format.block_bytes).map(|_| random.next() as u8));
+                out.extend((0..format.block_bytes).map(|_| random.bits() as u8));
                 for (offset, unit) in format.scales {
                     let scale = amplitude * unit * (0.5 + random.unit() as f32 / 2.0);
                     let at = start + offset;

@@ -18,12 +18,16 @@ use std::sync::Arc;
 
 /// A value of the interpreter.
 #[derive(Clone, Debug, PartialEq)]
-#[allow(missing_docs)]
 pub enum Value {
+    /// Activations and weights.
     Tensor(Tensor),
+    /// Token ids, positions, rows.
     Ints(Ints),
+    /// Keys or values.
     Cache(Cache),
+    /// The step's description.
     Step(Step),
+    /// Chosen experts.
     Routing(Routing),
 }
 

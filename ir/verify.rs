@@ -167,14 +167,14 @@ fn all_used(graph: &Graph) -> Result<()> {
 }
 
 fn one_spelling(graph: &Graph) -> Result<()> {
-    let mut seen: BTreeMap<(Op, &[ValueId]), Vec<(ValueId, &Node)>> = BTreeMap::new();
+    let mut seen: BTreeMap<(Op, &[ValueId]), Vec<ValueId>> = BTreeMap::new();
     for (index, node) in graph.nodes.iter().enumerate() {
         let v = graph.value_of(index);
         let alike = seen.entry((node.op, &node.operands)).or_default();
-        if let Some((first, _)) = alike.iter().find(|(_, n)| n.attrs == node.attrs) {
+        if let Some(first) = alike.iter().find(|v| graph.node(**v).is_some_and(|n| n.attrs == node.attrs)) {
             bail!(Input, "{v} = {} is {first} again", node.op);
         }
-        alike.push((v, node));
+        alike.push(v);
         if node.op.row().commutative && !node.operands.is_sorted() {
             bail!(Input, "{v} = {}: its operands can be swapped, so they must ascend", node.op);
         }
@@ -511,5 +511,63 @@ mod tests {
         assert_eq!(verify_model(&model).unwrap_err().to_string(), message);
         model.weights.insert("a.table", weight([9, 4]));
         assert!(verify_model(&model).is_ok());
+    }
+
+    /// One kernel over one weight, launched for 1 to 4 tokens.
+    fn plan() -> Plan {
+        use crate::plan::*;
+        let text = "graph @k(%x: f32[t, 32], %w: q8_0[32, 32]) stage planned when t = 1..4 \
+                    { %y = matmul %x, %w return y = %y }";
+        let (body, range) = (parse("k", text).unwrap().graphs.remove(0), TokenRange { min: 1, max: 4 });
+        let (x, w) = (BufferId(0), WeightId(0));
+        let row = 32 * 4;
+        let buffer = |offset| Buffer {
+            name: "x".into(),
+            ty: "f32[t, 32]".into(),
+            offset,
+            row_bytes: row,
+            rows: RowCount::Tokens,
+        };
+        let spec = KernelSpec { name: "k".into(), text: text.into(), flops_per_token: 0.0, weight_bytes: 0 };
+        let args = vec![Arg::Buffer(x), Arg::Weight(w), Arg::Buffer(BufferId(1))];
+        Plan {
+            kernels: vec![Kernel { name: "k".into(), body, range }],
+            packs: vec![Pack { weight: "w".into(), column_scale: None }],
+            program: Program {
+                limits: Limits { tokens: 4, rows: 1, sequences: 1, context: 64, tile: 4 },
+                arena_bytes: 32 * row,
+                buffers: vec![buffer(0), buffer(16 * row)],
+                weights: vec![WeightSpec { name: "w".into(), ty: "q8_0[32, 32]".into(), bytes: 0 }],
+                kernels: vec![spec],
+                variants: vec![Variant {
+                    tokens: range,
+                    launches: vec![Launch { kernel: KernelId(0), args, barrier: true }],
+                }],
+                outputs: vec![Output { name: "y".into(), buffer: BufferId(1), width: 32 }],
+                ..Program::default()
+            },
+        }
+    }
+
+    #[test]
+    fn plans_hang_together() {
+        let says = |change: fn(&mut Plan)| {
+            let mut plan = plan();
+            change(&mut plan);
+            verify_plan(&plan).map_or_else(|e| e.to_string(), |_| "ok".into())
+        };
+        assert_eq!(says(|_| ()), "ok");
+        assert_eq!(says(|p| p.program.limits.tokens = 5), "launches end at 4 tokens, the limit is 5");
+        assert_eq!(says(|p| p.program.arena_bytes -= 1), "buf1 (x) is not aligned or leaves the arena");
+        assert_eq!(says(|p| p.program.variants[0].tokens.min = 2), "expected launches for 1 tokens next, found 2..4");
+        let message = "launch 0 for t = 1..4 of k0: expected 3 arguments, found 2";
+        assert_eq!(says(|p| _ = p.program.variants[0].launches[0].args.pop()), message);
+        let message = "launch 0 for t = 1..4 of k0: argument 1 must be q8_0[32, 32], found Buffer(BufferId(0))";
+        assert_eq!(
+            says(|p| p.program.variants[0].launches[0].args[1] = Arg::Buffer(crate::plan::BufferId(0))),
+            message
+        );
+        let message = "kernel k: graph @k (planned): result x is the input %0: a kernel returns what it computes";
+        assert_eq!(says(|p| p.kernels[0].body.result("x", ValueId(0))), message);
     }
 }

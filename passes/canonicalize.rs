@@ -128,3 +128,47 @@ fn split_operands(b: &Builder, operands: &[ValueId]) -> Option<((Op, Attrs), Vec
     let alike = nodes.iter().all(|n| n.attrs == first.attrs);
     alike.then(|| ((first.op, first.attrs.clone()), nodes.iter().map(|n| n.operands[0]).collect()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The canonical form of a graph over `%x, %y: f32[t, 8]`, without its first and last line.
+    fn canonical_text(body: &str) -> String {
+        let text = format!("graph @g(%x: f32[t, 8], %y: f32[t, 8]) stage imported {{ {body} }}");
+        let model = ir::text::parse("case", &text).unwrap_or_else(|e| panic!("{e}"));
+        let graph = canonical(&model.graphs[0]).unwrap_or_else(|e| panic!("{e}"));
+        ir::verify::verify(&graph).unwrap_or_else(|e| panic!("{e}"));
+        let text = ir::text::print_graph(&graph);
+        let lines = text.lines().skip(1).map(|l| l.split('#').next().unwrap_or("").trim());
+        lines.take_while(|l| *l != "}").collect::<Vec<_>>().join("; ")
+    }
+
+    #[test]
+    fn one_spelling() {
+        let cases = [
+            ("%a = scale %x {by = 2} %b = scale %a {by = 0.5} return y = %b", "return y = %x"),
+            (
+                "%a = scale %x {by = 2} %b = scale %a {by = 2} return a = %a, b = %b",
+                "%2 = scale %x {by = 2.0}; %3 = scale %x {by = 4.0}; return a = %2, b = %3",
+            ),
+            (
+                "%a = offset %x {by = 1} %b = offset %a {by = 2} return y = %b",
+                "%2 = offset %x {by = 3.0}; return y = %2",
+            ),
+            ("%a = add %y, %x %b = add %x, %y return a = %a, b = %b", "%2 = add %x, %y; return a = %2, b = %2"),
+            ("%a = tanh %x %b = relu %x return y = %b", "%2 = relu %x; return y = %2"),
+            (
+                "%a = split_heads %x {heads = 2} %b = merge_heads %a %c = silu %b return y = %c",
+                "%2 = silu %x; return y = %2",
+            ),
+            (
+                "%a = split_heads %x {heads = 2} %b = split_heads %y {heads = 2} %c = mul %a, %b return y = %c",
+                "%2 = mul %x, %y; %3 = split_heads %2 {heads = 2}; return y = %3",
+            ),
+        ];
+        for (before, after) in cases {
+            assert_eq!(canonical_text(before), after, "{before}");
+        }
+    }
+}

@@ -53,7 +53,9 @@ impl Roofline {
             let ops = (choice.op.row().flops)(&types, &choice.attrs, ty, rows, step.context);
             let mut work = Work::default();
             match (choice.op.class(), types.first().and_then(|t| t.as_tensor())) {
-                (Class::Contract | Class::ContractExperts, Some((DType::A8, _))) => work.anchored = ops / machine.peak_i8,
+                (Class::Contract | Class::ContractExperts, Some((DType::A8, _))) => {
+                    work.anchored = ops / machine.peak_i8
+                }
                 (Class::Contract | Class::ContractExperts | Class::Attend, _) => work.anchored = ops / machine.peak_f32,
                 _ => work.scalar = ops / (machine.peak_f32 * SCALAR_SHARE),
             }
@@ -63,7 +65,10 @@ impl Roofline {
         let values = program.values.iter().enumerate();
         Roofline {
             machine,
-            nodes: values.clone().map(|(v, value)| value.choices.iter().map(|c| node(c, &value.ty, rows(v))).collect()).collect(),
+            nodes: values
+                .clone()
+                .map(|(v, value)| value.choices.iter().map(|c| node(c, &value.ty, rows(v))).collect())
+                .collect(),
             bytes: program.values.iter().map(|value| step.bytes(&value.ty)).collect(),
             rows: values.map(|(v, _)| rows(v)).collect(),
         }

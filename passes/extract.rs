@@ -14,13 +14,14 @@
 
 use crate::cost::Roofline;
 use crate::egraph::{Classes, ENode, Tag, value_type};
-use crate::kernels::{Candidate, candidates};
+use crate::kernels::{Candidate, after_anchor, anchored_by, candidates};
 use crate::rebuild::Builder;
 use crate::{Options, SearchLimits};
 use egg::Id;
 use ir::graph::Fused;
+use ir::kernel::KernelKind;
 use ir::{Attrs, Dim, Graph, Op, Result, Stage, Type, ValueId, bail};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// How a class's value comes to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +63,10 @@ pub struct Program {
     pub values: Vec<Value>,
     /// Ranks of the graph's results.
     pub results: Vec<usize>,
+    /// By value: the values it depends on by some choice of nodes, itself included.
+    ancestors: Vec<BTreeSet<usize>>,
+    /// By value: the kinds of kernel, other than rows, that can hold it after an anchor or as one.
+    anchored: Vec<Vec<KernelKind>>,
 }
 
 impl Program {
@@ -69,7 +74,37 @@ impl Program {
     pub fn read(classes: &Classes, results: &[Id]) -> Program {
         let mut reader = Reader { classes, rank: BTreeMap::new(), open: vec![], values: vec![] };
         let results = results.iter().filter_map(|id| reader.visit(*id)).collect();
-        Program { values: reader.values, results }
+        let mut program = Program { values: reader.values, results, ancestors: vec![], anchored: vec![] };
+        for (value, node) in program.values.iter().enumerate() {
+            let mut ancestors = BTreeSet::from([value]);
+            let mut anchored = vec![];
+            for choice in &node.choices {
+                choice.operands.iter().for_each(|o| ancestors.extend(&program.ancestors[*o]));
+                let follows = choice.operands.iter().flat_map(|o| &program.anchored[*o]).copied();
+                anchored.extend(follows.filter(|kind| after_anchor(*kind, choice.op.class())));
+                anchored.extend(anchored_by(choice.op.class()));
+            }
+            anchored.sort();
+            anchored.dedup();
+            program.ancestors.push(ancestors);
+            program.anchored.push(anchored);
+        }
+        program
+    }
+
+    /// `value` needs `other` by some choice of nodes.
+    pub fn depends(&self, value: usize, other: usize) -> bool {
+        self.ancestors[value].contains(&other)
+    }
+
+    /// A kernel of that kind can hold the value after an anchor, or as one.
+    pub fn anchored(&self, value: usize, kind: KernelKind) -> bool {
+        self.anchored[value].contains(&kind)
+    }
+
+    /// Only a rows kernel can hold the value.
+    pub fn rows_only(&self, value: usize) -> bool {
+        self.anchored[value].is_empty()
     }
 
     /// The value is read from memory as an activation or a cache, not bound as a weight.
@@ -144,6 +179,16 @@ pub struct Selection {
     pub limited: bool,
 }
 
+/// A candidate and what taking it would cost.
+struct Priced {
+    /// Own price, and a bound on the price of the rest.
+    bound: f64,
+    own: f64,
+    /// The demand that remains.
+    rest: Vec<usize>,
+    kernel: Candidate,
+}
+
 struct Search<'a> {
     program: &'a Program,
     roofline: &'a Roofline,
@@ -197,10 +242,10 @@ fn remaining(program: &Program, demand: &[usize], kernel: &Candidate) -> Vec<usi
 }
 
 impl Search<'_> {
-    /// A bound on the price of `demand`: what has one value in memory among others costs no less than having it alone.
-    fn at_least(&mut self, demand: &[usize], whole: &[usize]) -> f64 {
-        if demand.len() == 1 || demand == whole {
-            return 0.0; // exact soon enough
+    /// A bound on the price of `demand`: having one value in memory costs no more than having it among others.
+    fn at_least(&mut self, demand: &[usize]) -> f64 {
+        if demand.len() == 1 {
+            return 0.0; // the bound would be the price itself, which may never be asked for
         }
         demand.iter().map(|v| self.price(&[*v])).fold(0.0, f64::max)
     }
@@ -220,22 +265,25 @@ impl Search<'_> {
             self.limits.kernels_per_value
         };
         let found = candidates(self.program, demand, self.prologues, limit);
-        self.limited |= found.len() >= limit;
+        self.limited |= limit > 1 && found.len() >= limit;
         self.considered += found.len();
-        let mut found: Vec<(f64, Vec<usize>, Candidate)> = found
+        let mut priced: Vec<Priced> = found
             .into_iter()
-            .map(|k| (self.roofline.price(self.program, &k), remaining(self.program, demand, &k), k))
-            .map(|(own, rest, kernel)| (own + self.at_least(&rest, demand), rest, kernel))
+            .map(|kernel| {
+                let own = self.roofline.price(self.program, &kernel);
+                let rest = remaining(self.program, demand, &kernel);
+                Priced { bound: own + self.at_least(&rest), own, rest, kernel }
+            })
             .collect();
-        found.sort_by(|a, b| a.0.total_cmp(&b.0)); // stable: ties stay in the order of the grammar
+        priced.sort_by(|a, b| a.bound.total_cmp(&b.bound)); // stable: ties stay in the order of the grammar
         let (mut least, mut chosen) = (f64::INFINITY, None);
-        for (bound, rest, kernel) in found {
-            if bound >= least {
+        for each in priced {
+            if each.bound >= least {
                 break;
             }
-            let price = self.roofline.price(self.program, &kernel) + self.price(&rest);
+            let price = each.own + self.price(&each.rest);
             if price < least {
-                (least, chosen) = (price, Some(kernel));
+                (least, chosen) = (price, Some(each.kernel));
             }
         }
         self.best.insert(demand.to_vec(), (least, chosen));

@@ -26,8 +26,14 @@ pub static KINDS: &[(KernelKind, &str)] = &[
     (KernelKind::Experts, "the same over experts, without computing activations"),
     (KernelKind::Attend, "attention, then views"),
     (KernelKind::Pool, "pooling, then norms"),
-    (KernelKind::Rows, "anything row by row: gathers, norms, elementwise ops, rope, views, quantize, append, route, combine"),
+    (
+        KernelKind::Rows,
+        "anything row by row: gathers, norms, elementwise ops, rope, views, quantize, append, route, combine",
+    ),
 ];
+
+/// Decisions for each kernel that is asked for, before the search gives up on a demand.
+const STEPS: usize = 64;
 
 /// What a value does inside a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,15 +72,14 @@ impl Candidate {
 pub fn candidates(program: &Program, demand: &[usize], prologues: bool, limit: usize) -> Vec<Candidate> {
     let Some(last) = demand.last().copied() else { return vec![] };
     let mut out = vec![];
-    for kind in
-        [KernelKind::Contract, KernelKind::Experts, KernelKind::Attend, KernelKind::Pool, KernelKind::Rows]
-    {
+    for kind in [KernelKind::Contract, KernelKind::Experts, KernelKind::Attend, KernelKind::Pool, KernelKind::Rows] {
         let mut growth = Growth {
             program,
             demand,
             kind,
             prologues: prologues && kind == KernelKind::Contract,
             limit,
+            steps: 0,
             inside: BTreeMap::new(),
             reads: BTreeSet::new(),
             lead: program.lead(last),
@@ -86,12 +91,36 @@ pub fn candidates(program: &Program, demand: &[usize], prologues: bool, limit: u
     out
 }
 
+/// The kind of kernel that nodes of `class` anchor.
+pub fn anchored_by(class: Class) -> Option<KernelKind> {
+    match class {
+        Class::Contract => Some(KernelKind::Contract),
+        Class::ContractExperts => Some(KernelKind::Experts),
+        Class::Attend => Some(KernelKind::Attend),
+        Class::Pool => Some(KernelKind::Pool),
+        _ => None,
+    }
+}
+
+/// Nodes of `class` may stand after the anchor of a kernel of that kind.
+pub fn after_anchor(kind: KernelKind, class: Class) -> bool {
+    match kind {
+        KernelKind::Contract | KernelKind::Experts => {
+            matches!(class, Class::Elementwise | Class::RowBroadcast | Class::View)
+        }
+        KernelKind::Attend => class == Class::View,
+        KernelKind::Pool => class == Class::RowReduce,
+        KernelKind::Rows => false,
+    }
+}
+
 struct Growth<'a> {
     program: &'a Program,
     demand: &'a [usize],
     kind: KernelKind,
     prologues: bool,
     limit: usize,
+    steps: usize,
     inside: BTreeMap<usize, (usize, Place)>,
     reads: BTreeSet<usize>,
     lead: Option<Dim>,
@@ -110,15 +139,17 @@ impl Growth<'_> {
 
     /// Decides `value` and, by recursion, everything below it.
     fn decide(&mut self, value: usize) {
-        if self.out.len() >= self.limit {
+        if self.out.len() >= self.limit || self.steps > STEPS * self.limit {
             return;
         }
-        let program = self.program;
+        self.steps += 1;
+        let (program, mut taken) = (self.program, false);
         for (index, choice) in program.values[value].choices.iter().enumerate() {
             let Some(place) = self.place(value, choice) else { continue };
+            taken = true;
             self.with_inside(value, index, choice, place);
         }
-        if self.inside.is_empty() {
+        if self.inside.is_empty() || taken && self.joins(value) {
             return; // the last value is what the kernel is for
         }
         match self.next(value) {
@@ -133,7 +164,7 @@ impl Growth<'_> {
             self.reads.remove(&value),
             choice.operands.iter().copied().filter(|o| self.program.in_memory(*o) && !self.reads.contains(o)).collect(),
         );
-        if place == Place::Anchor && self.kind != KernelKind::Attend && self.kind != KernelKind::Pool {
+        if place == Place::Anchor {
             self.activations = Some((choice.operands[0], choice.operands.get(2).copied()));
         }
         self.reads.extend(&new);
@@ -165,48 +196,43 @@ impl Growth<'_> {
             _ => false,
         };
         let cache = matches!(program.values[value].ty, Type::Cache { .. });
-        if users.iter().any(from_memory) || cache && !users.is_empty() {
-            return None;
+        if users.iter().any(from_memory) || cache && (!users.is_empty() || self.needed_earlier(value)) {
+            return None; // above all, nothing is appended twice
         }
         let rows = is_row_class(class);
-        match self.kind {
-            KernelKind::Rows => rows.then_some(Place::Body),
-            KernelKind::Attend | KernelKind::Pool => {
-                let anchored = self.inside.values().any(|(_, p)| *p == Place::Anchor);
-                let alone = users.iter().all(|(.., p)| *p == Place::Body) && !anchored;
-                let (anchor, after) = match self.kind {
-                    KernelKind::Attend => (Class::Attend, Class::View),
-                    _ => (Class::Pool, Class::RowReduce),
-                };
-                match class {
-                    _ if !alone || users.is_empty() && !self.inside.is_empty() => None,
-                    c if c == anchor => Some(Place::Anchor),
-                    c if c == after => Some(Place::Body),
-                    _ => None,
-                }
-            }
-            KernelKind::Contract | KernelKind::Experts => {
-                let anchor =
-                    if self.kind == KernelKind::Contract { Class::Contract } else { Class::ContractExperts };
-                let feeds = users.iter().filter(|(.., p)| *p != Place::Body).count();
-                if feeds > 0 {
-                    // activations: inside only as a prologue, and then for contractions and prologues alone
-                    let fits = self.prologues && feeds == users.len() && rows && class != Class::Append;
-                    return fits.then_some(Place::Prologue);
-                }
-                if users.is_empty() && !demanded {
-                    return None;
-                }
-                match class {
-                    Class::Elementwise | Class::RowBroadcast | Class::View => Some(Place::Body),
-                    c if c == anchor => {
-                        let own = (choice.operands[0], choice.operands.get(2).copied());
-                        self.activations.is_none_or(|shared| shared == own).then_some(Place::Anchor)
-                    }
-                    _ => None,
-                }
-            }
+        if self.kind == KernelKind::Rows {
+            return rows.then_some(Place::Body);
         }
+        if users.iter().any(|(.., p)| *p != Place::Body) {
+            // activations: inside only as a prologue, and then for contractions and prologues alone
+            let feeds = users.iter().all(|(.., p)| *p != Place::Body);
+            return (self.prologues && feeds && rows && class != Class::Append).then_some(Place::Prologue);
+        }
+        if !program.anchored(value, self.kind) || users.is_empty() && !demanded {
+            return None;
+        }
+        if anchored_by(class) != Some(self.kind) {
+            return after_anchor(self.kind, class).then_some(Place::Body);
+        }
+        let alone = matches!(self.kind, KernelKind::Attend | KernelKind::Pool);
+        let own = (choice.operands[0], choice.operands.get(2).copied());
+        let fits = self.activations.is_none_or(|shared| !alone && shared == own);
+        fits.then_some(Place::Anchor)
+    }
+
+    /// Row work that no anchor could take joins a rows kernel at once where nothing decided so far needs it earlier:
+    /// that saves a launch, and leaving it to a kernel of its own is not tried.
+    fn joins(&self, value: usize) -> bool {
+        self.kind == KernelKind::Rows
+            && self.program.rows_only(value)
+            && self.demand.binary_search(&value).is_ok()
+            && !self.needed_earlier(value)
+    }
+
+    /// What an earlier kernel has to store depends on `value`.
+    fn needed_earlier(&self, value: usize) -> bool {
+        let earlier = |v: &usize| *v > value && !self.inside.contains_key(v) && self.program.depends(*v, value);
+        self.reads.iter().any(earlier) || self.demand.iter().any(earlier)
     }
 
     fn users(&self, value: usize) -> impl Iterator<Item = (usize, &Choice, Place)> {
@@ -231,9 +257,10 @@ impl Growth<'_> {
         if !whole {
             return;
         }
-        let stored = self.inside.iter().filter(|(v, (_, place))| {
-            *place != Place::Prologue && self.demand.binary_search(v).is_ok()
-        });
+        let stored = self
+            .inside
+            .iter()
+            .filter(|(v, (_, place))| *place != Place::Prologue && self.demand.binary_search(v).is_ok());
         self.out.push(Candidate {
             kind: self.kind,
             stored: stored.map(|(v, _)| *v).collect(),

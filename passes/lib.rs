@@ -79,7 +79,7 @@ pub struct SearchLimits {
 
 impl Default for SearchLimits {
     fn default() -> Self {
-        SearchLimits { nodes: 20_000, iterations: 12, kernels: 400_000, kernels_per_value: 4_000 }
+        SearchLimits { nodes: 20_000, iterations: 12, kernels: 100_000, kernels_per_value: 2_000 }
     }
 }
 
@@ -186,14 +186,13 @@ pub fn docs_markdown() -> String {
         page += &format!("\n## {}\n\n{}\n\n", phase.name, phase.meaning);
         page += "| rule | algebra | left | right | if | tolerance |\n|---|---|---|---|---|---|\n";
         for rule in phase.rules {
-            let condition = if rule.condition().is_empty() { "" } else { rule.condition() };
             page += &format!(
                 "| {} | {} | `{}` | `{}` | {} | {} |\n",
                 rule.name(),
                 rule.algebra,
                 rule.left(),
                 rule.right(),
-                condition,
+                rule.condition(),
                 rule.tolerance_name()
             );
         }

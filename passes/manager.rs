@@ -131,7 +131,8 @@ pub fn run(names: &[&str], mut state: State, options: &Options, hooks: &mut Hook
 
 /// The stage a model is at: that of all its graphs.
 fn takes(pass: &Pass, state: &State) -> Result<()> {
-    let stage = |s: &State| if s.plan.is_some() { Some(Stage::Planned) } else { s.model.graphs.first().map(|g| g.stage) };
+    let stage =
+        |s: &State| if s.plan.is_some() { Some(Stage::Planned) } else { s.model.graphs.first().map(|g| g.stage) };
     match stage(state) {
         Some(found) if found != pass.from => Err(Error::new(
             Kind::Usage,

@@ -29,8 +29,11 @@ use std::collections::BTreeSet;
 pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     let plan = plan(&state.model, &options.limits)?;
     let program = &plan.program;
-    let launches: Vec<String> =
-        program.variants.iter().map(|v| format!("{} for t {}..={}", v.launches.len(), v.tokens.min, v.tokens.max)).collect();
+    let launches: Vec<String> = program
+        .variants
+        .iter()
+        .map(|v| format!("{} for t {}..={}", v.launches.len(), v.tokens.min, v.tokens.max))
+        .collect();
     let weights: usize = program.weights.iter().map(|w| w.bytes).sum();
     let note = format!(
         "{} kernels; launches {}; weights {:.1} MB, arena {:.1} MB",

@@ -92,9 +92,18 @@ pub static PHASES: &[Phase] = &[
                 "scale-after-rope | (rope ?p (scale ?a ?x) ?t) | (scale ?a (rope ?p ?x ?t)) | | reassociates",
                 "R (a x) = a (R x)",
             ),
-            rule("scale-twice | (scale ?a (scale ?b ?x)) | (scale (product ?a ?b) ?x) | | reassociates", "a (b x) = (a b) x"),
-            rule("view-after-unary | (split_heads ?h (@unary ?x)) | (@unary (split_heads ?h ?x)) | | exact", "view (f x) = f (view x)"),
-            rule("merge-after-unary | (merge_heads (@unary ?x)) | (@unary (merge_heads ?x)) | | exact", "view (f x) = f (view x)"),
+            rule(
+                "scale-twice | (scale ?a (scale ?b ?x)) | (scale (product ?a ?b) ?x) | | reassociates",
+                "a (b x) = (a b) x",
+            ),
+            rule(
+                "view-after-unary | (split_heads ?h (@unary ?x)) | (@unary (split_heads ?h ?x)) | | exact",
+                "view (f x) = f (view x)",
+            ),
+            rule(
+                "merge-after-unary | (merge_heads (@unary ?x)) | (@unary (merge_heads ?x)) | | exact",
+                "view (f x) = f (view x)",
+            ),
             rule(
                 "merge-after-binary | (merge_heads (@binary ?x ?y)) | (@binary (merge_heads ?x) (merge_heads ?y)) | | exact",
                 "view (x ∘ y) = view x ∘ view y",
@@ -105,12 +114,18 @@ pub static PHASES: &[Phase] = &[
         name: "select",
         meaning: "only the rows that leave a step are computed",
         rules: &[
-            rule("select-unary | (select_rows (@unary ?x) ?r) | (@unary (select_rows ?x ?r)) | | exact", "(f x)[r] = f (x[r])"),
+            rule(
+                "select-unary | (select_rows (@unary ?x) ?r) | (@unary (select_rows ?x ?r)) | | exact",
+                "(f x)[r] = f (x[r])",
+            ),
             rule(
                 "select-binary | (select_rows (@binary ?x ?y) ?r) | (@binary (select_rows ?x ?r) (select_rows ?y ?r)) | | exact",
                 "(x ∘ y)[r] = x[r] ∘ y[r]",
             ),
-            rule("select-row | (select_rows (@row ?x ?g) ?r) | (@row (select_rows ?x ?r) ?g) | | exact", "(x ∘ g)[r] = x[r] ∘ g"),
+            rule(
+                "select-row | (select_rows (@row ?x ?g) ?r) | (@row (select_rows ?x ?r) ?g) | | exact",
+                "(x ∘ g)[r] = x[r] ∘ g",
+            ),
             rule(
                 "select-reduce | (select_rows (@reduce ?x) ?r) | (@reduce (select_rows ?x ?r)) | | exact",
                 "norm(x)[r] = norm(x[r]), row by row",

@@ -5,7 +5,7 @@
 //! ```
 //! # mod artifact { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/mod.rs")); }
 //! # fn main() -> mansard_ir::Result<()> {
-//! # let file = artifact::counting_model();
+//! # let file = artifact::counting_parts().write();
 //! # let path = file.path();
 //! use mansard_runtime::{EngineOptions, GenerateOptions, Model, generate};
 //!
@@ -36,6 +36,7 @@ mod engine;
 mod generate;
 mod hash;
 mod memory;
+mod probe;
 mod sample;
 mod spmd;
 mod step;
@@ -47,6 +48,8 @@ pub use artifact::{Artifact, OpenOptions, Section};
 pub use code::{cpu_features, has_feature, missing};
 pub use engine::{Engine, EngineOptions, OutputRows, SequenceId, StepOutput, WeightPages, Work};
 pub use generate::{Finish, GenerateOptions, Generated, generate};
+pub use memory::available_memory;
+pub use probe::read_bandwidth;
 pub use sample::{Sampler, SamplerOptions};
 pub use spmd::physical_cores;
 pub use step::Rows;

@@ -31,7 +31,8 @@ pub fn published(name: &str) -> Option<PathBuf> {
 pub fn compiled(model: &Path, options: &CompileOptions) -> Result<(tempfile::TempDir, Arc<Artifact>)> {
     let folder = tempfile::tempdir().map_err(|e| mansard_ir::Error::io("a temporary folder", e))?;
     let path = folder.path().join("model.mansard");
-    driver::compile(model, &path, options, &mut driver::Quiet)?;
+    let mut sink = |_: mansard_passes::Event<'_>| {};
+    driver::compile(model, &path, options, &mut driver::Quiet, &mut mansard_passes::Hooks::new(&mut sink))?;
     let artifact = Artifact::open(&path, &OpenOptions::default())?;
     Ok((folder, Arc::new(artifact)))
 }

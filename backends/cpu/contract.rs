@@ -16,6 +16,7 @@ use crate::cpu::dot::{self, Rows};
 use crate::cpu::{StepField, count_of};
 use crate::emit::{Emitter, F32, KernelArgs, Val};
 use crate::math;
+use mansard_ir::kernel::PROLOGUE_TOKENS;
 use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
@@ -36,9 +37,11 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     for (index, value) in super::arguments(body).into_iter().enumerate() {
         memory[value.0 as usize] = Some(e.arg(k, index));
     }
-    for component in components(body)? {
+    let components = components(body)?;
+    prologue(&mut e, k, kernel, &components, &mut memory)?;
+    for component in &components {
         let Some(first) = component.dots.first() else { continue };
-        let c = Contraction { kernel, body, target, k, memory: &memory, component: &component };
+        let c = Contraction { kernel, body, target, k, memory: &memory, component };
         if first.routing.is_some() { c.emit_experts(&mut e)? } else { c.emit(&mut e)? }
     }
     Ok(e.finish())
@@ -103,6 +106,35 @@ fn components(body: &Graph) -> Result<Vec<Component>> {
         }
     }
     Ok(parts)
+}
+
+/// Computes what contractions read and no buffer holds: every worker fills rows of its own stack. Kernels with a prologue
+/// are for few tokens.
+fn prologue(
+    e: &mut Emitter,
+    k: KernelArgs,
+    kernel: &Kernel,
+    components: &[Component],
+    memory: &mut [Option<Val>],
+) -> Result<()> {
+    let body = &kernel.body;
+    let after = |v: &ValueId| components.iter().any(|c| c.epilogue.contains(v) || c.dots.iter().any(|d| d.value == *v));
+    let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some() && !after(v)).collect();
+    let Some(last) = nodes.last() else { return Ok(()) };
+    if kernel.range.max > PROLOGUE_TOKENS {
+        bail!(Internal, "`{}` computes activations for up to {} tokens", body.name, kernel.range.max);
+    }
+    for v in &nodes {
+        let read = body.values().filter(after).filter_map(|a| body.node(a)).any(|n| n.operands.contains(v));
+        if let (true, Some(bytes)) = (read, row_bytes(body.ty(*v))) {
+            memory[v.0 as usize] = Some(e.stack(bytes * PROLOGUE_TOKENS));
+        }
+    }
+    let rows = count_of(e, k, body.ty(*last))?;
+    let zero = e.i64(0);
+    let mut result = Ok(());
+    e.repeat(zero, rows, 1, |e, row| result = super::rows::emit_row(e, k, body, &nodes, memory, &[], row));
+    result
 }
 
 fn internal(body: &Graph) -> Error {

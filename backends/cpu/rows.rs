@@ -1,12 +1,176 @@
-//! Being written.
+//! Row programs: everything that works row by row with one leading dim, as one loop over rows.
+//!
+//! ```text
+//! for row in this worker's share
+//!   sweep  x + y -> result              one loop over 16-lane vectors, see `sweep`
+//!   stats  mean square of the sum
+//!   sweep  normalized, times the gain -> stack
+//!   node   quantized -> result          gathers, rope, quantization, appends, routing by themselves
+//! ```
+//!
+//! Values between steps live on the stack, which stays in the first-level cache. [`emit_row`] is the program of one row; a
+//! contraction for few tokens uses it to compute its activations itself.
 
+mod append;
+mod gather;
+mod quantize;
+mod rope;
+mod route;
+mod schedule;
+mod sweep;
+#[cfg(test)]
+mod tests;
+pub(crate) mod walk;
+
+use super::count_of;
+use crate::emit::{Emitter, KernelArgs, Val};
+use mansard_ir::layout::row_bytes;
+use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
-use mansard_ir::{Result, Target, bail};
+use mansard_ir::{DType, Graph, Node, Place, Result, Target, Type, ValueId, bail};
+use schedule::{Home, Schedule, Step};
+use std::collections::BTreeMap;
 
-/// Emits the kernel.
+/// Emits a `rows` kernel: workers share the rows.
 ///
 /// # Errors
-/// Always.
-pub fn emit(_: &Kernel, _: &Target) -> Result<String> {
-    bail!(Internal, "being written")
+/// Where a node has no code or the rows need too much stack.
+pub fn emit(kernel: &Kernel, _: &Target) -> Result<String> {
+    let body = &kernel.body;
+    let (mut e, k) = Emitter::kernel(&kernel.name);
+    let mut memory = vec![None; body.len()];
+    for (index, value) in super::arguments(body).into_iter().enumerate() {
+        memory[value.0 as usize] = Some(e.arg(k, index));
+    }
+    let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some()).collect();
+    let count = count_of(&mut e, k, lead(body, &nodes)?)?;
+    let (low, high) = e.share(k, count);
+    let mut result = Ok(());
+    e.repeat(low, high, 1, |e, row| result = emit_row(e, k, body, &nodes, &memory, &[], row));
+    result?;
+    Ok(e.finish())
+}
+
+/// A type whose rows are those of the program; an append has the rows it writes.
+fn lead<'a>(body: &'a Graph, nodes: &[ValueId]) -> Result<&'a Type> {
+    let of = |v: &ValueId| Some(body.ty(*v)).filter(|ty| ty.rows().is_some());
+    let appended = |v: &ValueId| body.node(*v).and_then(|n| n.operands.iter().find_map(of));
+    match nodes.iter().find_map(|v| of(v).or_else(|| appended(v))) {
+        Some(ty) => Ok(ty),
+        None => bail!(Internal, "`{}` has no rows", body.name),
+    }
+}
+
+/// Emits the program of row `row`: computes `nodes` (ascending, of row classes) of `graph`.
+///
+/// `memory[v]` is the start of value `v`'s buffer, row after row ([`row_bytes`] apart). All that the nodes read from outside
+/// must have one, or be in `here`, which gives the address of the row itself; whatever of the nodes' own values has one is
+/// stored there. Rows start on 64 bytes. Stack memory is allocated once, however often the code around runs.
+///
+/// # Errors
+/// Where a node has no code, a value is nowhere, or the rows need too much stack.
+pub fn emit_row(
+    e: &mut Emitter,
+    k: KernelArgs,
+    graph: &Graph,
+    nodes: &[ValueId],
+    memory: &[Option<Val>],
+    here: &[(ValueId, Val)],
+    row: Val,
+) -> Result<()> {
+    let stored = |v: ValueId| memory.get(v.0 as usize).is_some_and(Option::is_some);
+    let Schedule { steps, homes, stack_bytes } = schedule::schedule(graph, nodes, &stored)?;
+    let mut rows = Rows { graph, nodes, memory, k, row, at: here.iter().copied().collect(), stats: BTreeMap::new() };
+    let stack = if stack_bytes > 0 { Some(e.stack(stack_bytes)) } else { None };
+    for (value, home) in homes {
+        if here.iter().any(|(v, _)| *v == value) {
+            continue;
+        }
+        let address = match (home, stack) {
+            (Home::Memory(buffer), _) => {
+                let Some(bytes) = row_bytes(graph.ty(buffer)) else { bail!(Internal, "{buffer} has no rows") };
+                let base = rows.memory(buffer)?;
+                e.row(base, row, bytes)
+            }
+            (Home::Stack(at), Some(stack)) => e.gep_const(stack, at),
+            _ => continue,
+        };
+        rows.at.insert(value, address);
+    }
+    for step in &steps {
+        rows.step(e, step)?;
+    }
+    Ok(())
+}
+
+/// One row's program under construction.
+struct Rows<'a> {
+    graph: &'a Graph,
+    nodes: &'a [ValueId],
+    /// Start of each value's buffer.
+    memory: &'a [Option<Val>],
+    k: KernelArgs,
+    /// Which row.
+    row: Val,
+    /// Address of each value's row; values that stay in registers have none.
+    at: BTreeMap<ValueId, Val>,
+    /// Figures of normalizations, one record a head.
+    stats: BTreeMap<ValueId, Val>,
+}
+
+impl<'a> Rows<'a> {
+    fn step(&mut self, e: &mut Emitter, step: &Step) -> Result<()> {
+        match step {
+            Step::Sweep { heads, nodes } => self.sweep(e, *heads, nodes),
+            Step::Stats(v) => self.stats(e, *v).at(|| v.to_string()),
+            Step::Copy { from, to } => self.copy(e, *from, *to),
+            Step::Node(v) => self.alone(e, *v).at(|| v.to_string()),
+        }
+    }
+
+    /// A node that is no part of a sweep.
+    fn alone(&mut self, e: &mut Emitter, v: ValueId) -> Result<()> {
+        let node = self.node(v)?;
+        match node.op.class() {
+            Class::Gather if self.graph.ty(node.operands[1]).is_static() => self.embed(e, v, node),
+            Class::Gather => self.select(e, v, node),
+            Class::Angles => self.angles(e, v, node),
+            Class::Rope => self.rope(e, v, node),
+            Class::Quantize => self.quantize(e, v, node),
+            Class::Append => self.append(e, node),
+            Class::Route => self.route(e, v, node),
+            _ => bail!(Internal, "`{}` is no part of a row program", node.op),
+        }
+    }
+
+    fn node(&self, v: ValueId) -> Result<&'a Node> {
+        match self.graph.node(v) {
+            Some(node) => Ok(node),
+            None => bail!(Internal, "{v} is no node"),
+        }
+    }
+
+    fn root(&self, v: ValueId) -> ValueId {
+        schedule::root(self.graph, self.nodes, v)
+    }
+
+    /// Where the row of a value starts.
+    fn row_of(&self, v: ValueId) -> Result<Val> {
+        match self.at.get(&self.root(v)) {
+            Some(at) => Ok(*at),
+            None => bail!(Internal, "{v}: {} has no row here", self.graph.ty(v)),
+        }
+    }
+
+    /// Where a node's result goes; `None` where nobody reads it.
+    fn destination(&self, v: ValueId) -> Option<Val> {
+        self.at.get(&v).copied()
+    }
+
+    fn dtype(&self, v: ValueId) -> Result<DType> {
+        match self.graph.ty(v) {
+            Type::Tensor { dtype, .. } | Type::Cache { dtype, .. } => Ok(*dtype),
+            ty => bail!(Internal, "{v}: {ty} has no dtype"),
+        }
+    }
 }

@@ -1,5 +1,5 @@
-//! Gemma 1, 2 and 3 (its text part): gains stored minus one, scaled embeddings, GeGLU, tied table; from 2 on norms after
-//! attention and MLP, local and global layers, soft caps; in 3 norms of heads and a second rope for local layers.
+//! Gemma 1, 2 and 3 (its text part): gains stored minus one, scaled embeddings, GeGLU, tied table; from 2 on norms
+//! after attention and MLP, local and global layers, soft caps; in 3 norms of heads and a second rope for local layers.
 
 use super::decoder::{Decoder, Layer, common, local_layers};
 use super::layers::{Norm, activation};
@@ -51,7 +51,13 @@ fn with_defaults(text: &Map<String, Value>) -> Map<String, Value> {
 }
 
 fn build(architecture: &str, config: &Config, checkpoint: &mut Checkpoint) -> Result<Program> {
-    let generation = if architecture.starts_with("gemma3") { 3 } else if architecture == "gemma2" { 2 } else { 1 };
+    let generation = if architecture.starts_with("gemma3") {
+        3
+    } else if architecture == "gemma2" {
+        2
+    } else {
+        1
+    };
     if generation == 3 && config.origin == Origin::HuggingFace {
         let text = config.section("text_config")?.map(|c| c.settings().clone());
         let filled = with_defaults(text.as_ref().unwrap_or(config.settings()));
@@ -86,7 +92,8 @@ fn program(generation: usize, config: &Config, checkpoint: &mut Checkpoint) -> R
         let scalar = config.positive_or("query_pre_attn_scalar", if gguf { scalar } else { 256.0 })?;
         d.attention_scale = scalar.powf(-0.5);
         let caps = if generation == 2 && !gguf { (50.0, 30.0) } else { (0.0, 0.0) };
-        d.softcaps = (softcap(config, "attn_logit_softcapping", caps.0)?, softcap(config, "final_logit_softcapping", caps.1)?);
+        d.softcaps =
+            (softcap(config, "attn_logit_softcapping", caps.0)?, softcap(config, "final_logit_softcapping", caps.1)?);
         local_and_global(generation, config, &mut d)?;
     }
     d.head_norm = generation == 3;

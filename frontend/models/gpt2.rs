@@ -9,13 +9,8 @@ use crate::config::{Config, Origin};
 use crate::names::Stems;
 use mansard_ir::{Attrs, DType, Dim, Error, Kind, Place, Result, Type};
 
-pub(super) const FAMILY: Family = Family {
-    model_types: &["gpt2"],
-    gguf: &["gpt2"],
-    stems: STEMS,
-    root: ("", "wte.weight"),
-    build,
-};
+pub(super) const FAMILY: Family =
+    Family { model_types: &["gpt2"], gguf: &["gpt2"], stems: STEMS, root: ("", "wte.weight"), build };
 
 const STEMS: Stems = &[
     ("token_embd", "wte"),

@@ -1,8 +1,8 @@
 //! Shared pieces of graphs: norms, linear layers, attention, MLPs, experts.
 //!
-//! [`Net`] is a graph under construction that adds every weight it names to the model's table. What is built here is the
-//! plain spelling that later stages start from: a norm is `rms_normalize` then `mul_row`, a linear layer `matmul` then
-//! `add_row`, and nothing is fused or folded.
+//! [`Net`] is a graph under construction that adds every weight it names to the model's table. What is built here is
+//! the plain spelling that later stages start from: a norm is `rms_normalize` then `mul_row`, a linear layer `matmul`
+//! then `add_row`, and nothing is fused or folded.
 
 use crate::checkpoint::Checkpoint;
 use mansard_ir::graph::Graph;
@@ -107,7 +107,8 @@ impl<'a> Assembly<'a> {
     pub fn call(&mut self, name: &str, prefix: &str, build: impl FnOnce(&mut Net<'_>) -> Result<()>) -> Result<()> {
         let graph = Graph::new(name);
         let mut net = Net { graph, checkpoint: self.checkpoint, weights: &mut self.weights, prefix };
-        build(&mut net).map_err(|e| if prefix.is_empty() { e } else { e.at(prefix.trim_end_matches('.').to_owned()) })?;
+        build(&mut net)
+            .map_err(|e| if prefix.is_empty() { e } else { e.at(prefix.trim_end_matches('.').to_owned()) })?;
         let mut graph = net.graph;
         let same = |g: &&Graph| g.inputs == graph.inputs && g.nodes == graph.nodes && g.results == graph.results;
         let graph = match self.graphs.iter().find(same) {
@@ -269,7 +270,13 @@ impl Net<'_> {
     ///
     /// # Errors
     /// Where a weight is missing or has another shape.
-    pub fn gated_mlp(&mut self, x: ValueId, (hidden, inner): (usize, usize), activation: &str, bias: bool) -> Result<ValueId> {
+    pub fn gated_mlp(
+        &mut self,
+        x: ValueId,
+        (hidden, inner): (usize, usize),
+        activation: &str,
+        bias: bool,
+    ) -> Result<ValueId> {
         let gate = self.linear(x, "mlp.gate_proj", (inner, hidden), bias)?; // [t, inner]
         let up = self.linear(x, "mlp.up_proj", (inner, hidden), bias)?;
         let gate = self.op(activation, &[gate], Attrs::none())?;
@@ -281,7 +288,13 @@ impl Net<'_> {
     ///
     /// # Errors
     /// Where a weight is missing or has another shape.
-    pub fn mlp(&mut self, x: ValueId, (hidden, inner): (usize, usize), names: [&str; 2], activation: &str) -> Result<ValueId> {
+    pub fn mlp(
+        &mut self,
+        x: ValueId,
+        (hidden, inner): (usize, usize),
+        names: [&str; 2],
+        activation: &str,
+    ) -> Result<ValueId> {
         let y = self.linear(x, names[0], (inner, hidden), true)?; // [t, inner]
         let y = self.op(activation, &[y], Attrs::none())?;
         self.linear(y, names[1], (hidden, inner), true)
@@ -344,4 +357,3 @@ pub(crate) fn activation(name: &str) -> Result<&'static str> {
         Error::new(Kind::Unsupported, message).help(format!("supported: {}", names.join(", ")))
     })
 }
-

@@ -1,4 +1,5 @@
-//! Llama and the families that differ from it by settings: Mistral, Mixtral, Qwen 2, Qwen 3 (dense and experts), Granite.
+//! Llama and the families that differ from it by settings: Mistral, Mixtral, Qwen 2, Qwen 3 (dense and experts),
+//! Granite.
 
 use super::decoder::{Decoder, common, local_layers};
 use super::layers::Experts;
@@ -95,10 +96,8 @@ fn experts(architecture: &str, config: &Config, checkpoint: &mut Checkpoint, d: 
 }
 
 /// One expert's tensors under the names their publishers use: gate, up, down.
-const SPELLINGS: &[(&str, [&str; 3])] = &[
-    ("mlp.experts", ["gate_proj", "up_proj", "down_proj"]),
-    ("block_sparse_moe.experts", ["w1", "w3", "w2"]),
-];
+const SPELLINGS: &[(&str, [&str; 3])] =
+    &[("mlp.experts", ["gate_proj", "up_proj", "down_proj"]), ("block_sparse_moe.experts", ["w1", "w3", "w2"])];
 
 /// Brings a layer's experts under `mlp.experts.gate_proj` and so on, each a stack of matrices.
 fn gather(checkpoint: &mut Checkpoint, layer: &str, count: usize) -> Result<()> {

@@ -25,7 +25,8 @@ struct Bpe<'a> {
     merges: Vec<(&'a str, &'a str)>,
 }
 
-/// How text is cut before merging: regexes applied one after the other, and whether a piece that is a token is not merged.
+/// How text is cut before merging: regexes applied one after the other, and whether a piece that is a token is not
+/// merged.
 struct Cut {
     /// Values of `tokenizer.ggml.pre`.
     names: &'static [&'static str],
@@ -41,17 +42,14 @@ struct Cut {
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 const PLAIN: Cut = Cut { names: &[], patterns: &[], digits: false, whole: false, compose: false };
 
 const CUTS: &[Cut] = &[
-    Cut {
-        names: &["default"],
-        patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
-        ..PLAIN
-    },
+    Cut { names: &["default"], patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"], ..PLAIN },
     Cut { names: &["gpt-2", "gpt2", "olmo", "phi-2", "jina-es", "jina-de"], patterns: &[GPT2], ..PLAIN },
     Cut {
         names: &["smollm", "starcoder", "refact", "command-r", "codeshell"],
@@ -59,12 +57,7 @@ const CUTS: &[Cut] = &[
         digits: true,
         ..PLAIN
     },
-    Cut {
-        names: &["llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"],
-        patterns: &[LLAMA3],
-        whole: true,
-        ..PLAIN
-    },
+    Cut { names: &["llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"], patterns: &[LLAMA3], whole: true, ..PLAIN },
     Cut { names: &["qwen2", "deepseek-r1-qwen"], patterns: &[QWEN2], compose: true, ..PLAIN },
     Cut { names: &["tekken"], patterns: &[TEKKEN], whole: true, ..PLAIN },
 ];
@@ -129,7 +122,8 @@ fn pre_tokenizer(cut: &Cut) -> Value {
         steps.push(json!({ "type": "Digits", "individual_digits": true }));
     }
     for pattern in cut.patterns {
-        steps.push(json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false }));
+        steps
+            .push(json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false }));
     }
     steps.push(byte_level_step());
     json!({ "type": "Sequence", "pretokenizers": steps })

@@ -23,7 +23,8 @@ struct Unigram<'a> {
     byte_fallback: bool,
 }
 
-/// `tokenizer.ggml.model = bert`: the file marks the beginnings of words (`▁word`), WordPiece their continuations (`##word`).
+/// `tokenizer.ggml.model = bert`: the file marks the beginnings of words (`▁word`), WordPiece their continuations
+/// (`##word`).
 pub(super) fn word_piece(vocabulary: &Vocabulary<'_>, first: Option<u32>, last: Option<u32>) -> Result<String> {
     let spell = |token: &&str| match token.strip_prefix('▁') {
         Some(word) => word.to_owned(),
@@ -32,7 +33,9 @@ pub(super) fn word_piece(vocabulary: &Vocabulary<'_>, first: Option<u32>, last: 
     };
     let spelled: Vec<String> = vocabulary.tokens.iter().map(spell).collect();
     let tokens: Vec<&str> = spelled.iter().map(String::as_str).collect();
-    let Some(unknown) = tokens.iter().find(|t| **t == "[UNK]") else { bail!(Input, "tokenizer: there is no token `[UNK]`") };
+    let Some(unknown) = tokens.iter().find(|t| **t == "[UNK]") else {
+        bail!(Input, "tokenizer: there is no token `[UNK]`")
+    };
     let model = WordPiece {
         r#type: "WordPiece",
         unk_token: unknown,
@@ -75,7 +78,8 @@ pub(super) fn unigram(
     document.decoder = spaces;
     if let Some((first, last)) = ends {
         let add = |key: &str| gguf.flag(&format!("tokenizer.ggml.add_{key}_token")).unwrap_or(true);
-        document.post_processor = between(&vocabulary.tokens, first.filter(|_| add("bos")), last.filter(|_| add("eos")));
+        document.post_processor =
+            between(&vocabulary.tokens, first.filter(|_| add("bos")), last.filter(|_| add("eos")));
     }
     document.text()
 }

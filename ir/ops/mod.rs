@@ -153,7 +153,9 @@ impl Op {
         for spec in row.attrs {
             match attrs.get(spec.name) {
                 Some(value) if spec.kind.admits(value) => {}
-                Some(value) => bail!(Input, "{}: `{}` must be a {}, found {value:?}", place(), spec.name, spec.kind.name()),
+                Some(value) => {
+                    bail!(Input, "{}: `{}` must be a {}, found {value:?}", place(), spec.name, spec.kind.name())
+                }
                 None => bail!(Input, "{}: attribute `{}` is missing", place(), spec.name),
             }
         }
@@ -216,7 +218,10 @@ const fn string(name: &'static str, meaning: &'static str) -> AttrSpec {
 }
 
 macro_rules! ops {
-    ($($name:literal ($($operand:ident),*) {$($attr:expr),*} $class:ident $($commutes:ident)? : $infer:ident, $eval:expr, $flops:expr, $sample:ident, $meaning:literal;)*) => {
+    ($(
+        $name:literal ($($operand:ident),*) {$($attr:expr),*} $class:ident $($commutes:ident)?:
+        $infer:ident, $eval:expr, $flops:expr, $sample:ident, $meaning:literal;
+    )*) => {
         /// The table. `weight` comes first.
         pub static OPS: &[OpRow] = &[$(OpRow {
             name: $name,
@@ -233,64 +238,80 @@ macro_rules! ops {
     };
 }
 
+// "name" (operands) {attributes} Class [commutes]: type rule, evaluation, operations, sampler, meaning;
 ops! {
-    "weight" () {string("name", "entry of the weight table, under the call's prefix")} Weight: weight, movement::weight, flops::none, none,
-        "a constant tensor of the model file";
+    "weight" () {string("name", "entry of the weight table, under the call's prefix")}
+        Weight: weight, movement::weight, flops::none, none, "a constant tensor of the model file";
     "scale_columns" (w, g) {} WeightFold: scale_columns, contract::scale_columns, flops::none, scale_columns,
         "w[n, k] * g[k]; a weight computed when packing";
 
-    "embed" (tokens, table) {} Gather: embed, movement::embed, flops::none, embed,
-        "row tokens[t] of the table";
-    "select_rows" (x, rows) {} Gather: select_rows, movement::select_rows, flops::none, select_rows,
-        "row rows[r] of x";
-    "rope_table" (positions, frequencies) {float("scale", "multiplies cosines and sines (yarn's attention factor)")} Angles: rope_table, movement::rope_table, flops::made::<2>, rope_table,
+    "embed" (tokens, table) {} Gather: embed, movement::embed, flops::none, embed, "row tokens[t] of the table";
+    "select_rows" (x, rows) {} Gather: select_rows, movement::select_rows, flops::none, select_rows, "row rows[r] of x";
+    "rope_table" (positions, frequencies) {float("scale", "multiplies cosines and sines (yarn's attention factor)")}
+        Angles: rope_table, movement::rope_table, flops::made::<2>, rope_table,
         "cosines, then sines, of position * frequency";
-    "rope" (x, table) {string("pairing", "`half`: d with d + r/2; `adjacent`: 2d with 2d + 1")} Rope: rope, movement::rope, flops::each::<3>, rope,
+    "rope" (x, table) {string("pairing", "`half`: d with d + r/2; `adjacent`: 2d with 2d + 1")}
+        Rope: rope, movement::rope, flops::each::<3>, rope,
         "rotates the first r of each head's dims, r the table's width; the rest passes";
 
     "add" (x, y) {} Elementwise commutes: same_shape, elementwise::add, flops::each::<1>, pair, "x + y";
     "mul" (x, y) {} Elementwise commutes: same_shape, elementwise::mul, flops::each::<1>, pair, "x * y";
-    "scale" (x) {or_nothing("by", "factor", 1.0)} Elementwise: unary, elementwise::scale, flops::each::<1>, factor, "x * by";
-    "offset" (x) {or_nothing("by", "summand", 0.0)} Elementwise: unary, elementwise::offset, flops::each::<1>, factor, "x + by";
-    "softcap" (x) {float("cap", "bound")} Elementwise: unary, elementwise::softcap, flops::each::<6>, cap, "cap * tanh(x / cap)";
+    "scale" (x) {or_nothing("by", "factor", 1.0)} Elementwise: unary, elementwise::scale, flops::each::<1>, factor,
+        "x * by";
+    "offset" (x) {or_nothing("by", "summand", 0.0)} Elementwise: unary, elementwise::offset, flops::each::<1>, factor,
+        "x + by";
+    "softcap" (x) {float("cap", "bound")} Elementwise: unary, elementwise::softcap, flops::each::<6>, cap,
+        "cap * tanh(x / cap)";
     "silu" (x) {} Elementwise: unary, elementwise::silu, flops::each::<5>, unary, "x * sigmoid(x)";
     "gelu" (x) {} Elementwise: unary, elementwise::gelu, flops::each::<8>, unary, "x * (1 + erf(x / sqrt 2)) / 2";
-    "gelu_tanh" (x) {} Elementwise: unary, elementwise::gelu_tanh, flops::each::<12>, unary, "gelu by its tanh approximation";
-    "gelu_sigmoid" (x) {} Elementwise: unary, elementwise::gelu_sigmoid, flops::each::<6>, unary, "x * sigmoid(1.702 x)";
+    "gelu_tanh" (x) {} Elementwise: unary, elementwise::gelu_tanh, flops::each::<12>, unary,
+        "gelu by its tanh approximation";
+    "gelu_sigmoid" (x) {} Elementwise: unary, elementwise::gelu_sigmoid, flops::each::<6>, unary,
+        "x * sigmoid(1.702 x)";
     "relu" (x) {} Elementwise: unary, elementwise::relu, flops::each::<1>, unary, "max(x, 0)";
     "tanh" (x) {} Elementwise: unary, elementwise::tanh, flops::each::<4>, unary, "hyperbolic tangent";
 
-    "add_row" (x, row) {} RowBroadcast: row_vector, elementwise::add, flops::each::<1>, row_vector, "x + row, for every row of x";
-    "mul_row" (x, row) {} RowBroadcast: row_vector, elementwise::mul, flops::each::<1>, row_vector, "x * row, for every row of x";
+    "add_row" (x, row) {} RowBroadcast: row_vector, elementwise::add, flops::each::<1>, row_vector,
+        "x + row, for every row of x";
+    "mul_row" (x, row) {} RowBroadcast: row_vector, elementwise::mul, flops::each::<1>, row_vector,
+        "x * row, for every row of x";
 
-    "rms_normalize" (x) {float("eps", "added to the mean square")} RowReduce: unary, reduce::rms_normalize, flops::each::<4>, eps,
-        "x / sqrt(mean(x^2) + eps) over the last axis";
-    "layer_normalize" (x) {float("eps", "added to the variance")} RowReduce: unary, reduce::layer_normalize, flops::each::<7>, eps,
+    "rms_normalize" (x) {float("eps", "added to the mean square")}
+        RowReduce: unary, reduce::rms_normalize, flops::each::<4>, eps, "x / sqrt(mean(x^2) + eps) over the last axis";
+    "layer_normalize" (x) {float("eps", "added to the variance")}
+        RowReduce: unary, reduce::layer_normalize, flops::each::<7>, eps,
         "(x - mean) / sqrt(variance + eps) over the last axis";
     "l2_normalize" (x) {float("eps", "least norm")} RowReduce: unary, reduce::l2_normalize, flops::each::<4>, eps,
         "x / max(norm(x), eps) over the last axis";
 
-    "split_heads" (x) {int("heads", "number of heads")} View: split_heads, movement::split_heads, flops::none, split_heads, "[t, heads * dim] as [t, heads, dim]";
-    "merge_heads" (x) {} View: merge_heads, movement::merge_heads, flops::none, merge_heads, "[t, heads, dim] as [t, heads * dim]";
+    "split_heads" (x) {int("heads", "number of heads")}
+        View: split_heads, movement::split_heads, flops::none, split_heads, "[t, heads * dim] as [t, heads, dim]";
+    "merge_heads" (x) {} View: merge_heads, movement::merge_heads, flops::none, merge_heads,
+        "[t, heads, dim] as [t, heads * dim]";
 
     "quantize" (x) {} Quantize: quantize, reduce::quantize, flops::each::<4>, quantize,
         "int8 codes per group of 32 of the last axis, scale = max |x| / 127, ties to even";
 
     "matmul" (x, w) {} Contract: matmul, contract::matmul, flops::products, matmul, "x[t, k] w[n, k]^T";
-    "route" (x) {int("top", "experts chosen per token"), flag("normalize", "weights of the chosen sum to 1")} Route: route, reduce::route, flops::each::<5>, route,
+    "route" (x) {int("top", "experts chosen per token"), flag("normalize", "weights of the chosen sum to 1")}
+        Route: route, reduce::route, flops::each::<5>, route,
         "softmax over experts, the top largest (ties: the lower index first)";
-    "matmul_experts" (x, w, routing) {} ContractExperts: matmul_experts, contract::matmul_experts, flops::products, matmul_experts,
+    "matmul_experts" (x, w, routing) {}
+        ContractExperts: matmul_experts, contract::matmul_experts, flops::products, matmul_experts,
         "row [t] or [t, j] of x times w[expert j of t]^T: [t, top, n]";
-    "combine" (x, routing) {} Combine: combine, contract::combine, flops::each::<2>, combine, "sum over j of weight[t, j] * x[t, j]";
+    "combine" (x, routing) {} Combine: combine, contract::combine, flops::each::<2>, combine,
+        "sum over j of weight[t, j] * x[t, j]";
 
-    "append" (cache, x, step) {} Append: append, state::append, flops::none, append, "the cache with this step's rows at their positions";
+    "append" (cache, x, step) {} Append: append, state::append, flops::none, append,
+        "the cache with this step's rows at their positions";
     "attend" (q, keys, values, step) {
-            float("scale", "multiplies scores"),
-            flag("causal", "a token sees no later position"),
-            int("window", "positions seen back from, and with, a token's own; 0 for all"),
-            float("softcap", "scores become cap * tanh(score / cap); 0 for none")
-        } Attend: attend, state::attend, flops::attention, attend,
+        float("scale", "multiplies scores"),
+        flag("causal", "a token sees no later position"),
+        int("window", "positions seen back from, and with, a token's own; 0 for all"),
+        float("softcap", "scores become cap * tanh(score / cap); 0 for none")
+    } Attend: attend, state::attend, flops::attention, attend,
         "softmax(scale q k^T) v; query head h reads key head h * kv_heads / heads";
 
-    "mean_pool" (x, step) {} Pool: mean_pool, reduce::mean_pool, flops::each::<1>, mean_pool, "mean over the tokens of each sequence";
+    "mean_pool" (x, step) {} Pool: mean_pool, reduce::mean_pool, flops::each::<1>, mean_pool,
+        "mean over the tokens of each sequence";
 }

@@ -37,7 +37,9 @@ fn print_nodes(graph: &Graph, out: &mut String) {
     let mut kernel_of = vec![None; graph.len()];
     for (k, kernel) in graph.kernels.iter().enumerate() {
         for v in &kernel.values {
-            kernel_of[v.0 as usize] = Some(k);
+            if let Some(of) = kernel_of.get_mut(v.0 as usize) {
+                *of = Some(k);
+            }
         }
     }
     let mut open = None;

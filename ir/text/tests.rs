@@ -1,3 +1,5 @@
+//! Round trips, the exact words of errors, and texts damaged at every byte.
+
 use super::*;
 use crate::plan::Limits;
 

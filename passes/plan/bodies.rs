@@ -111,9 +111,9 @@ fn cut(graph: &Graph, group: &Fused) -> Result<Cut> {
         to.insert(*value, body.push_op(node.op, &operands, node.attrs.clone())?);
     }
     let read_outside = |v: &ValueId| {
-        let by_node = graph.values().any(|user| {
-            !inside.contains(&user) && graph.node(user).is_some_and(|n| n.operands.contains(v))
-        });
+        let by_node = graph
+            .values()
+            .any(|user| !inside.contains(&user) && graph.node(user).is_some_and(|n| n.operands.contains(v)));
         by_node || graph.results.iter().any(|(_, r)| r == v)
     };
     let results: Vec<ValueId> = inside.iter().copied().filter(read_outside).collect();

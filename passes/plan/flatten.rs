@@ -81,7 +81,8 @@ enum Bound {
     Fixed(Arg),
 }
 
-struct Step {
+/// A launch before values have memory.
+struct Unplaced {
     kernel: KernelId,
     args: Vec<Bound>,
     /// How many of `args` are inputs.
@@ -98,7 +99,7 @@ pub struct Flattened {
     pub outputs: Vec<StepOutput>,
     /// Bytes of all values but the outputs.
     pub temporary_bytes: usize,
-    launches: Vec<Step>,
+    launches: Vec<Unplaced>,
 }
 
 /// Flattens all calls for steps of `range` tokens.
@@ -123,7 +124,8 @@ pub fn flatten(
         let Some((index, graph)) = found else {
             bail!(Internal, "no graph @{} for {} to {} tokens", call.graph, range.min, range.max);
         };
-        let mut flattener = Flattener { graph, prefix: &call.prefix, bound: HashMap::new(), range, limits, tables, out: &mut out };
+        let mut flattener =
+            Flattener { graph, prefix: &call.prefix, bound: HashMap::new(), range, limits, tables, out: &mut out };
         let place = || format!("call {number} of @{}", call.graph);
         flattener.inputs(&environment).at(place)?;
         for site in &bodies.sites[index] {
@@ -209,7 +211,7 @@ impl Flattener<'_> {
             };
             self.bound.insert(*value, bound);
         }
-        self.out.launches.push(Step { kernel: site.kernel, args, inputs, appended });
+        self.out.launches.push(Unplaced { kernel: site.kernel, args, inputs, appended });
         Ok(())
     }
 
@@ -289,7 +291,7 @@ impl Flattened {
             buffers.iter().enumerate().map(|(i, b)| (format!("{b:?}"), i)).collect();
         let ids: Vec<BufferId> = self.values.iter().map(|v| v.intern(buffers, &mut known)).collect();
         let mut hazards = Hazards::default();
-        let launch = |site: &Step| {
+        let launch = |site: &Unplaced| {
             let barrier = hazards.next(self, site);
             let arg = |b: &Bound| match b {
                 Bound::Value(v) => Arg::Buffer(ids[*v]),
@@ -329,7 +331,7 @@ struct Hazards {
 
 impl Hazards {
     /// Whether `site` must wait for the launches since the last barrier; remembers what it touches.
-    fn next(&mut self, step: &Flattened, site: &Step) -> bool {
+    fn next(&mut self, step: &Flattened, site: &Unplaced) -> bool {
         let span = |b: &Bound| match b {
             Bound::Value(v) => Some((step.values[*v].offset, step.values[*v].offset + step.values[*v].bytes)),
             Bound::Fixed(_) => None,
@@ -338,7 +340,8 @@ impl Hazards {
         let writes: Vec<_> = site.args[site.inputs..].iter().filter_map(span).collect();
         let caches = site.args.iter().filter_map(|b| if let Bound::Fixed(Arg::Cache(c)) = b { Some(*c) } else { None });
         let cache_reads: BTreeSet<CacheId> = caches.filter(|c| !site.appended.contains(c)).collect();
-        let meet = |a: &[(usize, usize)], b: &[(usize, usize)]| a.iter().any(|x| b.iter().any(|y| x.0 < y.1 && y.0 < x.1));
+        let meet =
+            |a: &[(usize, usize)], b: &[(usize, usize)]| a.iter().any(|x| b.iter().any(|y| x.0 < y.1 && y.0 < x.1));
         let touched = |a: &BTreeSet<CacheId>, b: &BTreeSet<CacheId>| !a.is_disjoint(b);
         let wait = meet(&reads, &self.written)
             || meet(&writes, &self.written)

@@ -1,13 +1,15 @@
 //! Whole pipelines on graphs of real shapes: the optimized graphs compute what the canonical ones do, kernels are legal,
 //! and buffers that are alive together do not overlap.
 
+extern crate mansard_ir as ir;
+
 mod common;
 
 use common::*;
 use ir::kernel;
 use ir::plan::{Arg, Plan};
 use ir::{DType, Graph, Model};
-use mansard_ir as ir;
+
 use mansard_passes::{Hooks, Options, State, compile, manager};
 use std::collections::BTreeMap;
 

@@ -1,113 +1,133 @@
-//! Random legal graphs through the whole pipeline: what comes out computes the same, and the search stays within bounds.
+//! Random legal models through the whole pipeline: what comes out computes the same over several steps.
+
+extern crate mansard_ir as ir;
 
 mod common;
 
-use common::{Random, difference, evaluate, model, target};
-use ir::ops::Class;
-use ir::{Attr, Attrs, DType, Dim, Graph, Op, Type, ValueId};
-use mansard_ir as ir;
-use mansard_passes::{Hooks, Options, State, manager};
+use common::{difference, target};
+use ir::eval::{Cache, Interpreter, Step, Tensor, Value};
+use ir::plan::{Arg, Plan};
+use ir::{Model, Type, sample, text};
+use mansard_passes::{Hooks, Options, PIPELINE, State, manager};
+use std::collections::{BTreeMap, HashMap};
 
-fn attributes(op: Op, random: &mut Random) -> Attrs {
-    use ir::ops::AttrKind::*;
-    let mut value = |name: &str, kind| match (name, kind) {
-        ("heads" | "top", Int) => Attr::Int(2),
-        (_, Int) => Attr::Int(0),
-        ("softcap", Float) => Attr::Float(0.0),
-        (_, Float) => Attr::Float(0.75 + f64::from(random.next()) * 0.25),
-        (_, Bool) => Attr::Bool(true),
-        (_, Str) => Attr::Str("half".into()),
-    };
-    Attrs::new(op.row().attrs.iter().map(|a| (a.name, value(a.name, a.kind))).collect::<Vec<_>>())
+/// The model's outputs over a prefill of two sequences and a decode of both, one result after the other.
+fn run(model: &Model) -> Vec<Value> {
+    let mut interpreter = Interpreter::new(model);
+    type Asked<'a> = (&'a [(usize, &'a [u32])], &'a [usize]);
+    let steps: [Asked<'_>; 3] = [
+        (&[(0, &[1, 2, 3]), (1, &[0, 1, 2, 3, 1, 2, 3, 0, 2])], &[2, 11, 0]),
+        (&[(0, &[3]), (1, &[2])], &[0, 1]),
+        (&[(1, &[1])], &[0]),
+    ];
+    let outputs = steps.iter().flat_map(|(sequences, rows)| {
+        let outputs = interpreter.step(sequences, rows).unwrap_or_else(|e| panic!("{e}"));
+        outputs.into_values().map(Value::Tensor)
+    });
+    outputs.collect()
 }
 
-fn graph(seed: u64, nodes: usize) -> Graph {
-    let mut random = Random(seed);
-    let mut pick = move |n: usize| ((random.next() + 1.0) * 0.5 * n as f32) as usize % n;
-    let mut attrs_random = Random(seed + 1);
-    let mut g = Graph::new("main");
-    let (t, n) = (Dim::T, Dim::N);
-    g.input("x", Type::f32([t, n(64)]));
-    g.input("y", Type::f32([t, n(64)]));
-    g.input("angles", Type::f32([t, n(16)]));
-    g.input("rows", Type::tensor(DType::I32, [Dim::R]));
-    g.input("step", Type::Step);
-    for (role, name) in [(ir::CacheRole::Keys, "keys"), (ir::CacheRole::Values, "values")] {
-        g.input(name, Type::Cache { role, heads: 2, dim: 32, dtype: DType::F32 });
-    }
-    g.weight("v", Type::f32([n(64)]));
-    g.weight("v32", Type::f32([n(32)]));
-    g.weight("w", Type::f32([n(64), n(64)]));
-    g.weight("q", Type::tensor(DType::Q8_0, [n(64), n(64)]));
-    g.weight("router", Type::f32([n(4), n(64)]));
-    g.weight("e", Type::f32([n(4), n(64), n(64)]));
-    let ops: Vec<Op> = Op::all().filter(|o| !matches!(o.class(), Class::Weight | Class::WeightFold)).collect();
-    while g.nodes.len() < nodes {
-        let op = ops[pick(ops.len())];
-        let recent = |pick: &mut dyn FnMut(usize) -> usize| ValueId(pick(g.len()) as u32);
-        let operands: Vec<ValueId> = op.row().operands.iter().map(|_| recent(&mut pick)).collect();
-        // a cache that is appended to is read by nothing else
-        let spent = |v: &ValueId| matches!(g.ty(*v), Type::Cache { .. }) && g.uses()[v.0 as usize] > 0;
-        if operands.iter().any(spent) {
-            continue;
-        }
-        let attrs = attributes(op, &mut attrs_random);
-        let types: Vec<&Type> = operands.iter().map(|o| g.ty(*o)).collect();
-        // what weights alone compute has no place in a step
-        if op.infer(&types, &attrs).is_ok_and(|ty| !ty.is_static()) {
-            _ = g.push_op(op, &operands, attrs);
-        }
-    }
-    let uses = g.uses();
-    for value in g.values().collect::<Vec<_>>() {
-        let dtype = g.ty(value).as_tensor().map(|(d, _)| d);
-        if uses[value.0 as usize] == 0 && g.node(value).is_some() && dtype == Some(DType::F32) && !g.ty(value).is_static() {
-            g.result(format!("r{}", value.0), value);
-        }
-    }
-    g
-}
-
-#[test]
-fn random_graphs_keep_their_meaning() {
-    let mut sink = |_: manager::Event<'_>| {};
-    let mut kernels = 0;
-    for seed in 0..60u64 {
-        let g = graph(seed * 7919 + 1, 14 + (seed as usize % 40));
-        if g.results.is_empty() {
-            continue;
-        }
-        let mut m = model(vec![g], 1, &[]);
-        // inputs that a step does not have
-        let mut given = Graph::new("given");
-        let p = given.input("positions", Type::tensor(DType::I32, [Dim::T]));
-        for (name, width) in [("x", 64), ("y", 64), ("angles", 16)] {
-            let w = given.weight(name, Type::f32([Dim::N(16), Dim::N(width)]));
-            let x = given.push("embed", &[p, w], Attrs::none()).unwrap();
-            given.result(name, x);
-        }
-        m.graphs.insert(0, given);
-        m.calls.insert(0, ir::model::Call { graph: "given".into(), prefix: "given.".into() });
-        let options = Options::new(target());
-        let run = |names: &[&str], m: ir::Model, sink: &mut dyn FnMut(manager::Event<'_>)| {
-            manager::run(names, State::new(m), &options, &mut Hooks::new(sink))
-                .unwrap_or_else(|e| panic!("seed {seed}: {e}"))
-        };
-        let (before, _) = run(&["canonicalize", "precision"], m.clone(), &mut sink);
-        let start = std::time::Instant::now();
-        let (after, report) = run(mansard_passes::PIPELINE, m, &mut sink);
-        println!("seed {seed}: {} nodes, {:.0} ms", report.passes.len(), start.elapsed().as_secs_f64() * 1e3);
-        report.passes[2].notes.iter().for_each(|n| println!("   {n}"));
-        assert!(start.elapsed().as_secs() < 60, "seed {seed}: {}", report.times());
-        kernels += after.plan.map_or(0, |p| p.kernels.len());
-        let canonical = before.model.graphs.iter().find(|g| g.name == "main").unwrap();
-        for optimized in after.model.graphs.iter().filter(|g| g.name == "main") {
-            let (a, b) = (evaluate(canonical, seed, (4, 2, 3)), evaluate(optimized, seed, (4, 2, 3)));
-            for (name, value) in &a {
-                let off = difference(value, &b[name]);
-                assert!(off < 2e-3, "seed {seed} {name}: off by {off}\n{}", ir::text::print_graph(optimized));
+/// What the program of a plan computes in one step without a past: its kernels interpreted, in order, on its memory.
+fn replay(plan: &Plan, model: &Model, lengths: &[usize], rows: &[i32]) -> BTreeMap<String, Value> {
+    let program = &plan.program;
+    let step = Step::new(&lengths.iter().map(|n| (0, *n)).collect::<Vec<_>>());
+    let tokens: usize = lengths.iter().sum();
+    let variant = program.variants.iter().find(|v| (v.tokens.min..=v.tokens.max).contains(&tokens)).unwrap();
+    let weights: Vec<Value> = plan.packs.iter().map(|p| packed(model, &p.weight, p.column_scale.as_deref())).collect();
+    let empty = |c: &ir::plan::CacheSpec| Cache::empty(&text::parse_type(&c.ty).unwrap(), lengths.len()).unwrap();
+    let mut caches: Vec<Value> = program.caches.iter().map(|c| Value::Cache(empty(c))).collect();
+    let mut buffers: HashMap<u32, Value> = HashMap::new();
+    for launch in &variant.launches {
+        let body = &plan.kernels[launch.kernel.0 as usize].body;
+        let mut args = launch.args.iter();
+        let inputs: Vec<Value> = body
+            .inputs
+            .iter()
+            .map(|input| match input.ty {
+                Type::Step => Value::Step(step.clone()),
+                _ => match args.next().unwrap() {
+                    Arg::Buffer(b) => buffers[&b.0].clone(),
+                    Arg::Weight(w) => weights[w.0 as usize].clone(),
+                    Arg::Cache(c) => caches[c.0 as usize].clone(),
+                    Arg::Tokens => Value::from_ints((0..tokens).map(|i| (i * 3 % 4) as i32).collect::<Vec<_>>()),
+                    Arg::Positions => Value::from_ints(step.positions()),
+                    Arg::Rows => Value::from_ints(rows),
+                },
+            })
+            .collect();
+        let results = ir::eval::graph(body, &inputs, &mut |name, _| panic!("weight {name} in a kernel")).unwrap();
+        let cache_args = body.inputs.iter().filter(|i| i.ty != Type::Step).zip(&launch.args);
+        let cache_args: Vec<_> = cache_args.filter(|(i, _)| matches!(i.ty, Type::Cache { .. })).collect();
+        for ((name, _), value) in body.results.iter().zip(results) {
+            match (&value, cache_args.iter().find(|(i, _)| i.name == *name)) {
+                (Value::Cache(_), Some((_, Arg::Cache(c)))) => caches[c.0 as usize] = value,
+                _ => match args.next() {
+                    Some(Arg::Buffer(b)) => _ = buffers.insert(b.0, value),
+                    other => panic!("{name} goes to {other:?}"),
+                },
             }
         }
     }
+    program.outputs.iter().map(|o| (o.name.clone(), buffers[&o.buffer.0].clone())).collect()
+}
+
+fn packed(model: &Model, name: &str, column_scale: Option<&str>) -> Value {
+    let weight = model.weights.get(name).unwrap();
+    let mut data = weight.read_all().unwrap();
+    if let Some(scale) = column_scale {
+        let scale = model.weights.get(scale).unwrap().read_all().unwrap();
+        data.iter_mut().enumerate().for_each(|(i, x)| *x *= scale[i % scale.len()]);
+    }
+    Value::Tensor(Tensor::new(weight.dtype_shape().1, data))
+}
+
+#[test]
+fn plans_compute_what_models_do() {
+    let mut sink = |_: manager::Event<'_>| {};
+    let options = Options::new(target());
+    for seed in 100..130u64 {
+        let model = sample::graph(seed, 30).unwrap_or_else(|e| panic!("{e}"));
+        let (after, _) = manager::run(PIPELINE, State::new(model), &options, &mut Hooks::new(&mut sink))
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        let (plan, model) = (after.plan.unwrap(), after.model);
+        for (lengths, rows) in [(&[3usize, 9][..], &[2, 11, 0][..]), (&[1, 1], &[0, 1])] {
+            let total: usize = lengths.iter().sum();
+            let tokens: Vec<u32> = (0..total).map(|i| (i * 3 % 4) as u32).collect();
+            let sequences = [(0, &tokens[..lengths[0]]), (1, &tokens[lengths[0]..])];
+            let rows_of: Vec<usize> = rows.iter().map(|r| *r as usize).collect();
+            let expected = Interpreter::new(&model).step(&sequences, &rows_of).unwrap();
+            let found = replay(&plan, &model, lengths, rows);
+            for (name, value) in expected {
+                let off = difference(&Value::Tensor(value), &found[&name]);
+                assert!(off < 1e-6, "seed {seed} {name}: off by {off}");
+            }
+        }
+    }
+}
+
+#[test]
+fn random_models_keep_their_meaning() {
+    let mut sink = |_: manager::Event<'_>| {};
+    let options = Options::new(target());
+    let (mut kernels, mut slowest) = (0, 0.0f64);
+    for seed in 0..60u64 {
+        let model = sample::graph(seed, 10 + seed as usize % 50).unwrap_or_else(|e| panic!("{e}"));
+        let mut passes = |names: &[&str]| {
+            manager::run(names, State::new(model.clone()), &options, &mut Hooks::new(&mut sink))
+                .unwrap_or_else(|e| panic!("seed {seed}: {e}\n{}", ir::text::print_model(&model)))
+        };
+        let (canonical, _) = passes(&["canonicalize"]);
+        let (rounded, _) = passes(&["canonicalize", "precision"]);
+        let (after, report) = passes(PIPELINE);
+        slowest = report.passes.iter().map(|p| p.elapsed.as_secs_f64()).fold(slowest, f64::max);
+        kernels += after.plan.map_or(0, |p| p.kernels.len());
+        for (before, after) in [(&model, &canonical.model), (&rounded.model, &after.model)] {
+            for (a, b) in run(before).iter().zip(&run(after)) {
+                let off = difference(a, b);
+                assert!(off < 5e-3, "seed {seed}: off by {off}\n{}", ir::text::print_model(after));
+            }
+        }
+    }
+    println!("{kernels} kernels, slowest pass {slowest:.2} s");
     assert!(kernels > 200, "{kernels}");
 }

@@ -1,12 +1,14 @@
 //! Every rule proves itself: both sides of it, for every op it stands for and for operands of every type it admits, are
 //! built as graphs and evaluated on the same values.
 
+extern crate mansard_ir as ir;
+
 mod common;
 
 use common::{difference, evaluate};
 use ir::ops::AttrKind;
 use ir::{Attr, Attrs, DType, Dim, Graph, Op, Type, ValueId};
-use mansard_ir as ir;
+
 use mansard_passes::rules::{Tolerance, table};
 use std::collections::BTreeMap;
 

@@ -7,10 +7,10 @@ use mansard_runtime::{
     Engine, EngineOptions, Finish, GenerateOptions, Message, Model, Rows, SamplerOptions, SequenceId, WeightPages,
     Work, generate,
 };
-use support::{counting_model, counting_parts};
+use support::counting_parts;
 
 fn engine(options: EngineOptions) -> Engine {
-    Model::open(counting_model().path()).unwrap().engine(&options).unwrap()
+    Model::open(counting_parts().write().path()).unwrap().engine(&options).unwrap()
 }
 
 fn small(threads: usize) -> EngineOptions {
@@ -208,7 +208,7 @@ fn generation_ends_for_its_reasons() {
 
 #[test]
 fn text_in_and_out() {
-    let model = Model::open(counting_model().path()).unwrap();
+    let model = Model::open(counting_parts().write().path()).unwrap();
     let tokens = model.tokens().unwrap();
     let prompt = tokens.chat_prompt(&[Message::new("user", "one two"), Message::new("user", "three")]).unwrap();
     assert_eq!(tokens.encode(&prompt, false).unwrap(), [1, 2, 3]);
@@ -242,7 +242,7 @@ fn machines_that_cannot_run_the_code_say_why() {
 
 #[test]
 fn engines_come_and_go() {
-    let model = Model::open(counting_model().path()).unwrap();
+    let model = Model::open(counting_parts().write().path()).unwrap();
     for threads in [1, 2, 3, 8] {
         for _ in 0..20 {
             let mut engine = model.engine(&small(threads)).unwrap();

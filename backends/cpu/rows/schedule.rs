@@ -176,7 +176,9 @@ impl Planner<'_> {
                     let mut later = vec![];
                     for item in left {
                         match item {
-                            Item::Swept(v) if self.fits(v, width, &mut shape, (&done, &taken, &known))? => taken.push(v),
+                            Item::Swept(v) if self.fits(v, width, &mut shape, (&done, &taken, &known))? => {
+                                taken.push(v)
+                            }
                             item => later.push(item),
                         }
                     }
@@ -315,8 +317,7 @@ struct Stack {
 
 impl Stack {
     fn place(&mut self, bytes: usize, from: usize, to: usize) -> usize {
-        let mut alive: Vec<(usize, usize)> =
-            self.placed.iter().filter(|p| p.2 >= from).map(|p| (p.0, p.1)).collect();
+        let mut alive: Vec<(usize, usize)> = self.placed.iter().filter(|p| p.2 >= from).map(|p| (p.0, p.1)).collect();
         alive.sort_unstable();
         let mut at = 0;
         for (first, end) in alive {

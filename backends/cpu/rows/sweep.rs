@@ -5,9 +5,9 @@
 //! for 16 lanes: x = load; y = load; a = x + y; store a; n = a * stats[head]; m = n * gain[within]; store m
 //! ```
 
+use super::Rows;
 use super::schedule::{heads, width};
 use super::walk::{self, Chunk};
-use super::Rows;
 use crate::emit::{Emitter, F32, I64, Val};
 use crate::math;
 use mansard_ir::ops::Class;
@@ -152,7 +152,7 @@ impl Rows<'_> {
     fn normalized(&self, e: &mut Emitter, v: ValueId, node: &Node, x: Val, place: Place) -> Result<Val> {
         let Some(stats) = self.stats.get(&v) else { bail!(Internal, "{v} is applied before its figures") };
         let at = e.row(*stats, place.head, STATS_BYTES);
-        let mut figure = |e: &mut Emitter, more: usize| {
+        let figure = |e: &mut Emitter, more: usize| {
             let at = e.gep_const(at, more);
             let value = e.load(at, F32, 4);
             e.broadcast(value, place.chunk.lanes)
@@ -231,13 +231,7 @@ fn sum_of_squares(e: &mut Emitter, dim: usize, load: &mut dyn FnMut(&mut Emitter
 }
 
 /// `1 / sqrt(mean of squares + eps)`.
-fn rsqrt_mean(
-    e: &mut Emitter,
-    dim: usize,
-    n: Val,
-    eps: Val,
-    load: &mut dyn FnMut(&mut Emitter, Chunk) -> Val,
-) -> Val {
+fn rsqrt_mean(e: &mut Emitter, dim: usize, n: Val, eps: Val, load: &mut dyn FnMut(&mut Emitter, Chunk) -> Val) -> Val {
     let total = sum_of_squares(e, dim, load);
     let mean = e.div(total, n);
     let mean = e.add(mean, eps);

@@ -1,7 +1,4 @@
 // Artifacts made by hand, with a few instructions for machine code: what the runtime's tests and examples open.
-//
-// Included as a module by several tests, of which each uses a part.
-#![allow(dead_code)]
 
 use mansard_ir::artifact::{Code, DATA_ALIGN, FORMAT_VERSION, METADATA_KEY, Manifest, Provenance, SECTION_ALIGN};
 use mansard_ir::graph::TokenRange;
@@ -160,9 +157,4 @@ pub fn write(bytes: &[u8]) -> tempfile::NamedTempFile {
     let mut file = tempfile::Builder::new().suffix(".mansard").tempfile().unwrap();
     file.write_all(bytes).unwrap();
     file
-}
-
-/// The model that counts, written.
-pub fn counting_model() -> tempfile::NamedTempFile {
-    counting_parts().write()
 }

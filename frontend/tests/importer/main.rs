@@ -1,5 +1,10 @@
-//! What the importer's tests share.
-#![allow(dead_code)] // each test uses a part
+//! Tests of the importer, and what they share: the real models where they are, references, a reader of NumPy files.
+
+mod files;
+mod goldens;
+mod hostile;
+mod settings;
+mod tokenizers;
 
 use mansard_frontend::{Options, open};
 use mansard_ir::Model;

@@ -1,9 +1,8 @@
 //! Imported programs, interpreted, against the logits of an independent implementation: the importer is right before
 //! anything compiles.
 
-mod common;
-
-use common::{evaluate, ids, import, json, published, read_npy, shared, words};
+use crate::files::{Meta, Tensor, Tensors, converted};
+use crate::{evaluate, ids, import, json, published, read_npy, shared, words};
 use mansard_frontend::{Options, open};
 
 fn check(family: &str) {
@@ -126,4 +125,44 @@ fn float_weights_keep_what_is_stored() {
     let weight = model.weights.get("model.layers.0.mlp.down_proj.weight").unwrap();
     assert_eq!(weight.ty.to_string(), "f32[576, 1536]");
     assert!(weight.stored_as(mansard_ir::DType::Q4_1));
+}
+
+/// The same checkpoints as GGUF files, with that format's names, permutations and transpositions.
+fn check_converted(family: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    std::fs::write(&path, converted(family, vec![], Tensors::new())).unwrap();
+    let tokens = ids(&json(&shared().join("goldens").join(family).join("tokens.json")));
+    let model = import(&path);
+    let output = if model.info.encoder { "hidden" } else { "logits" };
+    let (got, want) = (evaluate(&model, &tokens, output), shared().join("goldens").join(family).join("logits.npy"));
+    let worst = got.iter().zip(read_npy(&want)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst < 2e-4, "{family}: largest difference {worst}");
+}
+
+#[test]
+fn checkpoints_converted_to_gguf_give_the_same() {
+    ["llama", "qwen3", "gemma3", "mixtral", "gpt2", "bert"].into_iter().for_each(check_converted);
+}
+
+#[test]
+fn gguf_scales_rope_by_settings_or_by_factors() {
+    let frequencies = |more: Vec<(&str, Meta)>, extra: Tensors| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        std::fs::write(&path, converted("llama", more, extra)).unwrap();
+        import(&path).weights.get("rope.frequencies").unwrap().read_all().unwrap()
+    };
+    let plain = frequencies(vec![], Tensors::new());
+    let halved: Vec<f32> = plain.iter().map(|f| f / 2.0).collect();
+    let factors = Tensor { shape: vec![8], data: vec![2.0; 8] };
+    assert_eq!(frequencies(vec![], Tensors::from([("rope_freqs.weight".into(), factors)])), halved);
+    let linear = vec![
+        ("llama.rope.scaling.type", Meta::Text("linear")),
+        ("llama.rope.scaling.factor", Meta::Real(2.0)),
+        ("llama.rope.scaling.original_context_length", Meta::Size(128)),
+    ];
+    assert_eq!(frequencies(linear, Tensors::new()), halved);
+    let partial = vec![("llama.rope.dimension_count", Meta::Size(4))];
+    assert_eq!(frequencies(partial, Tensors::new()).len(), 2);
 }

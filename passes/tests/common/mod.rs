@@ -177,11 +177,8 @@ pub fn bert(s: Shape) -> Graph {
     let v = b.op("split_heads", &[v], attrs! { heads = s.heads });
     let keys = b.op("append", &[keys, k, step], Attrs::none());
     let values = b.op("append", &[values, v, step], Attrs::none());
-    let a = b.op(
-        "attend",
-        &[q, keys, values, step],
-        attrs! { scale = 0.2, causal = false, window = 0i64, softcap = 0.0 },
-    );
+    let a =
+        b.op("attend", &[q, keys, values, step], attrs! { scale = 0.2, causal = false, window = 0i64, softcap = 0.0 });
     let a = b.op("merge_heads", &[a], Attrs::none());
     let o = b.linear(a, "o", s.hidden, wide);
     let x = b.op("add", &[o, x], Attrs::none());
@@ -272,12 +269,9 @@ impl Random {
                 Value::from_ints((0..n).map(|_| ((self.next() + 1.0) * 0.5 * below as f32) as i32).collect::<Vec<_>>())
             }
             Type::Tensor { shape, .. } => self.reals(shape.iter().map(extent).collect()),
-            Type::Cache { heads, dim, dtype, .. } => Value::Cache(Cache {
-                heads: *heads,
-                dim: *dim,
-                dtype: *dtype,
-                sequences: vec![Default::default(); s],
-            }),
+            Type::Cache { heads, dim, dtype, .. } => {
+                Value::Cache(Cache { heads: *heads, dim: *dim, dtype: *dtype, sequences: vec![Default::default(); s] })
+            }
             Type::Step => Value::Step(Step::new(&vec![(0, t / s); s])),
             Type::Routing { top, experts } => {
                 let chosen = (0..t).flat_map(|i| (0..*top).map(move |j| (i + j) % experts)).collect();

@@ -1,0 +1,81 @@
+//! Attention against the interpreter: masks, groups, widths, caches, ragged steps.
+
+use super::{ROWS, parts, row_groups};
+use crate::harness;
+
+/// A step of several sequences: prompts, continued prompts, lone tokens, over one and several cache blocks.
+const RAGGED: [(usize, usize); 5] = [(0, 9), (200, 1), (61, 6), (63, 1), (127, 4)];
+
+fn attend(heads: (usize, usize), dim: usize, cache: &str, rules: &str, step: &[(usize, usize)], tolerance: f64) {
+    let (q, kv) = heads;
+    let text = format!(
+        "graph @attend(%q: f32[t, {q}, {dim}], %k: keys<{cache}>[c, {kv}, {dim}], %v: values<{cache}>[c, {kv}, {dim}], \
+         %step: step[s]) stage planned {{ %y = attend %q, %k, %v, %step {{scale = 0.3, {rules}}} return y = %y }}"
+    );
+    harness::case(&text, step, tolerance);
+}
+
+const CAUSAL: &str = "causal = true, window = 0, softcap = 0.0";
+
+#[test]
+fn causal() {
+    attend((3, 1), 64, "f32", CAUSAL, &RAGGED, 1e-5);
+    attend((2, 2), 16, "f32", CAUSAL, &[(0, 150)], 1e-5);
+}
+
+#[test]
+fn every_position() {
+    attend((2, 2), 32, "f32", "causal = false, window = 0, softcap = 0.0", &[(0, 130), (0, 3), (0, 65)], 1e-5);
+}
+
+#[test]
+fn windows() {
+    for window in [1, 5, 64, 100] {
+        let rules = format!("causal = true, window = {window}, softcap = 0.0");
+        attend((2, 1), 16, "f32", &rules, &[(0, 140), (190, 3), (64, 1)], 1e-5);
+    }
+    attend((2, 1), 16, "f32", "causal = false, window = 9, softcap = 0.0", &[(0, 140)], 1e-5);
+}
+
+#[test]
+fn capped_scores() {
+    attend((4, 2), 64, "f32", "causal = true, window = 0, softcap = 2.0", &RAGGED, 1e-5);
+}
+
+#[test]
+fn half_precision_caches() {
+    attend((6, 2), 64, "f16", CAUSAL, &RAGGED, 1e-5);
+    attend((2, 1), 80, "f16", CAUSAL, &RAGGED, 1e-5);
+}
+
+#[test]
+fn widths_of_heads() {
+    for dim in [8, 20, 80, 96, 128, 256] {
+        attend((4, 2), dim, "f32", CAUSAL, &[(60, 7), (3, 1)], 1e-5);
+    }
+}
+
+#[test]
+fn groups() {
+    for group in [4, 7, 8] {
+        attend((group, 1), 64, "f32", CAUSAL, &[(70, 6), (10, 1)], 1e-5);
+    }
+}
+
+#[test]
+fn lone_tokens() {
+    let text = "graph @attend(%q: f32[t, 9, 64], %k: keys<f16>[c, 3, 64], %v: values<f16>[c, 3, 64], %step: step[s]) \
+                stage planned when t = 1..1 { %y = attend %q, %k, %v, %step {scale = 0.125, causal = true, window = 0, \
+                softcap = 0.0} %m = merge_heads %y return m = %m, y = %y }";
+    harness::case(text, &[(300, 1)], 1e-5);
+}
+
+#[test]
+fn work_is_cut_for_the_workers() {
+    assert_eq!(parts(1, 4, 2), 2);
+    assert_eq!(parts(8, 4, 2), 1);
+    for rows in 1..100 {
+        let [(size, count), (rest, _)] = row_groups(rows);
+        assert!(size * count + rest == rows && size <= ROWS && rest < size);
+    }
+}

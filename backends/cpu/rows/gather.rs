@@ -1,0 +1,190 @@
+//! Gathers and angles: a row of a packed table as f32, a row of another value, the rope table of a position.
+//!
+//! A row of a packed table is every sixteenth value of its strip, so this reads four codes (or one float) at a time: slow
+//! for its size, but a token has one such row.
+
+use super::Rows;
+use super::walk::{self, LANES};
+use crate::emit::{BF16, Emitter, F16, F32, I8, I32, I64, Val};
+use crate::math;
+use mansard_ir::formats::{IntFormat, Zero};
+use mansard_ir::layout::{STRIP, StripLayout, code_bytes, high_bytes, row_bytes};
+use mansard_ir::{DType, Node, Result, ValueId, bail};
+
+/// One row inside a strip.
+#[derive(Clone, Copy)]
+struct StripRow {
+    /// The strip's first byte.
+    strip: Val,
+    /// Row number in the strip.
+    row: Val,
+    layout: StripLayout,
+}
+
+impl Rows<'_> {
+    /// `embed`: row `tokens[t]` of a packed table.
+    pub(super) fn embed(&self, e: &mut Emitter, v: ValueId, node: &Node) -> Result<()> {
+        let Some(to) = self.destination(v) else { return Ok(()) };
+        let (table, dtype) = (self.memory(node.operands[1])?, self.dtype(node.operands[1])?);
+        let k = super::schedule::width(self.graph, v)?;
+        let token = self.index(e, node.operands[0])?;
+        let lanes = e.i64(STRIP as i64);
+        let (strip, row) = (e.div(token, lanes), e.rem(token, lanes));
+        let layout = StripLayout::new(dtype, k);
+        let at = StripRow { strip: e.row(table, strip, layout.bytes), row, layout };
+        match (dtype.int(), dtype) {
+            (Some(int), _) => unpack_row(e, int, k, at, to),
+            (None, DType::F32 | DType::F16 | DType::BF16) => float_row(e, dtype, k, at, to),
+            _ => {
+                bail!(Unsupported, "embedding from a table of {dtype}: f32, f16, bf16 or a quantized format is needed")
+            }
+        }
+        Ok(())
+    }
+
+    /// `select_rows`: the row of another value is this value's row.
+    pub(super) fn select(&mut self, e: &mut Emitter, v: ValueId, node: &Node) -> Result<()> {
+        let ty = self.graph.ty(node.operands[0]);
+        let Some(bytes) = row_bytes(ty) else { bail!(Internal, "{ty} has no rows") };
+        let base = self.memory(node.operands[0])?;
+        let index = self.index(e, node.operands[1])?;
+        let at = e.row(base, index, bytes);
+        self.at.insert(v, at);
+        Ok(())
+    }
+
+    /// `rope_table`: cosines, then sines, of position times frequency.
+    pub(super) fn angles(&self, e: &mut Emitter, v: ValueId, node: &Node) -> Result<()> {
+        let Some(to) = self.destination(v) else { return Ok(()) };
+        let frequencies = self.memory(node.operands[1])?;
+        let half = super::schedule::width(self.graph, v)? / 2;
+        let sines = e.gep_const(to, 4 * half);
+        let position = self.index(e, node.operands[0])?;
+        let position = e.convert("sitofp", position, F32);
+        let scale = node.attrs.float("scale") as f32;
+        let align = if half % LANES == 0 { 64 } else { 4 };
+        walk::visit(e, half, &mut |e, chunk| {
+            let frequency = chunk.load(e, frequencies, 64);
+            let position = e.broadcast(position, chunk.lanes);
+            let (cos, sin) = math::cos_sin_of_product(e, position, frequency);
+            let scale = e.float(F32.x(chunk.lanes), scale);
+            let (cos, sin) = (e.mul(cos, scale), e.mul(sin, scale));
+            chunk.store(e, cos, to, 64);
+            chunk.store(e, sin, sines, align);
+        });
+        Ok(())
+    }
+}
+
+/// One float at a time, a cache line apart.
+fn float_row(e: &mut Emitter, dtype: DType, k: usize, at: StripRow, to: Val) {
+    let bytes = dtype.format().block_bytes;
+    let from = e.row(at.strip, at.row, bytes);
+    let (zero, count) = (e.i64(0), e.i64(k as i64));
+    e.repeat(zero, count, 1, |e, i| {
+        let from = e.row(from, i, bytes * STRIP);
+        let value = match dtype {
+            DType::F16 => e.load(from, F16, 2),
+            DType::BF16 => e.load(from, BF16, 2),
+            _ => e.load(from, F32, 4),
+        };
+        let value = if dtype == DType::F32 { value } else { e.convert("extf", value, F32) };
+        let to = e.row(to, i, 4);
+        e.store(value, to, 4);
+    });
+}
+
+/// Group by group, four codes at a time.
+fn unpack_row(e: &mut Emitter, int: IntFormat, k: usize, at: StripRow, to: Val) {
+    let (zero, count) = (e.i64(0), e.i64((k / int.group) as i64));
+    e.repeat(zero, count, 1, |e, group| {
+        let figure = |e: &mut Emitter, region: usize| {
+            let line = e.scaled(group, STRIP * 2, region);
+            let base = e.gep(at.strip, line);
+            let from = e.row(base, at.row, 2);
+            let value = e.load(from, F16, 2);
+            let value = e.convert("extf", value, F32);
+            e.broadcast(value, 4)
+        };
+        let scale = figure(e, at.layout.scales);
+        let min = match int.zero {
+            Zero::Min => Some(figure(e, at.layout.mins)),
+            Zero::Fixed(_) => None,
+        };
+        let to = e.row(to, group, int.group * 4);
+        for (quad, codes) in codes(e, int, group, at).into_iter().enumerate() {
+            let codes = match int.zero {
+                Zero::Fixed(zero) => {
+                    let zero = e.int(codes.ty, zero as i64);
+                    e.sub(codes, zero)
+                }
+                Zero::Min => codes,
+            };
+            let reals = e.convert("sitofp", codes, F32);
+            let mut reals = e.mul(reals, scale);
+            if let Some(min) = min {
+                reals = e.add(reals, min);
+            }
+            let to = e.gep_const(to, quad * 16);
+            e.store(reals, to, 16);
+        }
+    });
+}
+
+/// The codes of one group of the row, a quad of k at a time, as `i32`.
+fn codes(e: &mut Emitter, int: IntFormat, group: Val, at: StripRow) -> Vec<Val> {
+    let quads = int.group / 4;
+    let line = e.scaled(group, code_bytes(int), at.layout.codes);
+    let base = e.gep(at.strip, line);
+    let base = e.row(base, at.row, 4);
+    let load = |e: &mut Emitter, base: Val, line: usize| {
+        let from = e.gep_const(base, line * 64);
+        let bytes = e.load(from, I8.x(4), 4);
+        e.convert("extui", bytes, I32)
+    };
+    if int.bits == 8 {
+        return (0..quads).map(|quad| load(e, base, quad)).collect();
+    }
+    let lines: Vec<Val> = (0..quads / 2).map(|line| load(e, base, line)).collect();
+    let fifteen = e.int(I32.x(4), 15);
+    let low: Vec<Val> = lines.iter().map(|line| e.and(*line, fifteen)).collect();
+    let high = lines.iter().map(|line| e.shr(*line, 4)).collect::<Vec<_>>();
+    let mut codes: Vec<Val> = low.into_iter().chain(high).collect();
+    let line = e.scaled(group, high_bytes(int), at.layout.high);
+    let upper = e.gep(at.strip, line);
+    for (quad, code) in codes.iter_mut().enumerate() {
+        let bits = match int.bits {
+            5 => fifth_bits(e, upper, quad, at.row),
+            6 => upper_pairs(e, upper, quad, at.row),
+            _ => continue,
+        };
+        let bits = e.shl(bits, 4);
+        *code = e.or(*code, bits);
+    }
+    codes
+}
+
+/// Bits `row * 4 ..` of the quad's 64-bit word, one a lane.
+fn fifth_bits(e: &mut Emitter, upper: Val, quad: usize, row: Val) -> Val {
+    let from = e.gep_const(upper, quad * 8);
+    let word = e.load(from, I64, 8);
+    let by = e.shl(row, 2);
+    let word = e.op(I64, format_args!("arith.shrui {word}, {by} : i64"));
+    let word = e.convert("trunci", word, I32);
+    let word = e.broadcast(word, 4);
+    let lanes = e.sequence(I32.x(4));
+    let bits = e.op(I32.x(4), format_args!("arith.shrui {word}, {lanes} : {}", word.ty));
+    let one = e.int(I32.x(4), 1);
+    e.and(bits, one)
+}
+
+/// Bits `2 c ..` of byte `row * 4 + i`, where `quad = 4 line + c`.
+fn upper_pairs(e: &mut Emitter, upper: Val, quad: usize, row: Val) -> Val {
+    let line = e.gep_const(upper, quad / 4 * 64);
+    let from = e.row(line, row, 4);
+    let bytes = e.load(from, I8.x(4), 4);
+    let bits = e.convert("extui", bytes, I32);
+    let bits = e.shr(bits, 2 * (quad % 4) as i64);
+    let three = e.int(I32.x(4), 3);
+    e.and(bits, three)
+}

@@ -1,0 +1,156 @@
+//! Row programs against the interpreter: every op by itself, and the compositions that models have.
+
+use crate::harness;
+
+const STEP: [(usize, usize); 3] = [(0, 5), (70, 1), (126, 4)];
+
+fn case(inputs: &str, body: &str, tolerance: f64) {
+    harness::case(&format!("graph @rows({inputs}) stage planned {{ {body} }}"), &STEP, tolerance);
+}
+
+#[test]
+fn elementwise() {
+    for width in [16, 20, 80, 576, 640] {
+        let x = format!("%x: f32[t, {width}], %y: f32[t, {width}], %g: f32[{width}]");
+        case(&x, "%a = add %x, %y %b = mul %a, %y %c = add_row %b, %g %d = mul_row %c, %g return d = %d, a = %a", 1e-6);
+    }
+}
+
+#[test]
+fn activations() {
+    for op in ["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "relu", "tanh", "softcap"] {
+        let attrs = if op == "softcap" { "{cap = 0.7}" } else { "" };
+        let body =
+            format!("%a = scale %x {{by = 6.0}} %b = offset %a {{by = 0.25}} %y = {op} %b {attrs} return y = %y");
+        case("%x: f32[t, 80]", &body, 1e-6);
+    }
+}
+
+#[test]
+fn normalizations() {
+    for op in ["rms_normalize", "layer_normalize", "l2_normalize"] {
+        for width in [16, 20, 64, 80, 576, 1040] {
+            let body = format!("%y = {op} %x {{eps = 1e-5}} return y = %y");
+            case(&format!("%x: f32[t, {width}]"), &body, 2e-6);
+        }
+        for dim in [8, 20, 64, 80] {
+            let body = format!(
+                "%h = split_heads %x {{heads = 3}} %n = {op} %h {{eps = 1e-5}} %y = mul_row %n, %g return y = %y"
+            );
+            case(&format!("%x: f32[t, {}], %g: f32[{dim}]", 3 * dim), &body, 2e-6);
+        }
+    }
+}
+
+#[test]
+fn quantization() {
+    for width in [32, 64, 160, 224, 576, 640] {
+        case(&format!("%x: f32[t, {width}]"), "%q = quantize %x return q = %q", 0.0);
+    }
+}
+
+#[test]
+fn norm_gain_quantize() {
+    for width in [64, 576, 640] {
+        let inputs = format!("%x: f32[t, {width}], %y: f32[t, {width}], %g: f32[{width}]");
+        let body = "%a = add %x, %y %n = rms_normalize %a {eps = 1e-5} %m = mul_row %n, %g %q = quantize %m \
+                    return a = %a, q = %q";
+        // A value at the border of two codes may go either way.
+        case(&inputs, body, 1.01 / 127.0);
+    }
+}
+
+#[test]
+fn rope() {
+    for pairing in ["half", "adjacent"] {
+        for (heads, dim, width) in [(3, 64, 64), (2, 20, 20), (1, 80, 32), (2, 128, 128), (4, 96, 24), (3, 10, 6)] {
+            let inputs = format!("%x: f32[t, {heads}, {dim}], %f: f32[t, {width}]");
+            let body = format!("%y = rope %x, %f {{pairing = \"{pairing}\"}} return y = %y");
+            case(&inputs, &body, 1e-6);
+        }
+    }
+}
+
+#[test]
+fn angles() {
+    for half in [4, 10, 16, 32, 40] {
+        let inputs = format!("%p: i32[t], %f: f32[{half}]");
+        case(&inputs, "%y = rope_table %p, %f {scale = 1.25} return y = %y", 1e-6);
+    }
+}
+
+#[test]
+fn embedding() {
+    for format in ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+    {
+        let k = if format.ends_with("_k") { 512 } else { 96 };
+        // Packed scales and minima are f16: those of K-quants are rounded once more.
+        let tolerance = if format.ends_with("_k") { 1e-3 } else { 1e-6 };
+        let inputs = format!("%i: i32[t], %w: {format}[37, {k}]");
+        case(&inputs, "%e = embed %i, %w %y = scale %e {by = 2.0} return y = %y", tolerance);
+    }
+}
+
+#[test]
+fn rows_that_leave() {
+    case("%x: f32[t, 80], %rows: i32[r]", "%y = select_rows %x, %rows return y = %y", 0.0);
+    let body = "%y = select_rows %x, %rows %n = rms_normalize %y {eps = 1e-5} %m = mul_row %n, %g return m = %m";
+    case("%x: f32[t, 80], %rows: i32[r], %g: f32[80]", body, 1e-6);
+}
+
+#[test]
+fn appends() {
+    for cache in ["f32", "f16"] {
+        for (heads, dim) in [(3, 64), (1, 80), (2, 20)] {
+            let inputs = format!(
+                "%x: f32[t, {heads}, {dim}], %k: keys<{cache}>[c, {heads}, {dim}], \
+                 %v: values<{cache}>[c, {heads}, {dim}], %step: step[s]"
+            );
+            let body = "%a = append %k, %x, %step %b = append %v, %x, %step return k = %a, v = %b";
+            case(&inputs, body, 0.0);
+        }
+    }
+}
+
+#[test]
+fn queries_keys_and_values() {
+    let inputs = "%q: f32[t, 256], %k: f32[t, 128], %v: f32[t, 128], %gq: f32[64], %gk: f32[64], %p: i32[t], \
+                  %f: f32[32], %keys: keys<f16>[c, 2, 64], %values: values<f16>[c, 2, 64], %step: step[s]";
+    let body = "%table = rope_table %p, %f {scale = 1.0} \
+                %qh = split_heads %q {heads = 4} %qn = rms_normalize %qh {eps = 1e-6} %qg = mul_row %qn, %gq \
+                %kh = split_heads %k {heads = 2} %kn = rms_normalize %kh {eps = 1e-6} %kg = mul_row %kn, %gk \
+                %vh = split_heads %v {heads = 2} \
+                %qr = rope %qg, %table {pairing = \"half\"} %kr = rope %kg, %table {pairing = \"half\"} \
+                %a = append %keys, %kr, %step %b = append %values, %vh, %step return q = %qr, k = %a, v = %b";
+    case(inputs, body, 1e-3);
+}
+
+#[test]
+fn routing() {
+    for (experts, top, normalize) in [(8, 2, true), (8, 2, false), (20, 5, true), (160, 6, false), (3, 3, true)] {
+        let body = format!("%r = route %x {{top = {top}, normalize = {normalize}}} return r = %r");
+        case(&format!("%x: f32[t, {experts}]"), &body, 1e-6);
+    }
+}
+
+#[test]
+fn combinations() {
+    for (top, width) in [(2, 64), (3, 20), (8, 576)] {
+        let inputs = format!("%x: f32[t, {top}, {width}], %r: routing[t, {top}, 9], %y: f32[t, {width}]");
+        case(&inputs, "%c = combine %x, %r %z = add %c, %y return z = %z", 1e-6);
+    }
+}
+
+#[test]
+fn long_rows() {
+    let inputs = "%x: f32[t, 28672], %g: f32[28672]";
+    let body = "%n = rms_normalize %x {eps = 1e-5} %m = mul_row %n, %g %s = silu %m %q = quantize %s return q = %q";
+    case(inputs, body, 1.01 / 127.0);
+}
+
+#[test]
+fn views_that_leave() {
+    let body = "%a = add %x, %x %h = split_heads %a {heads = 4} %m = merge_heads %h return h = %h, m = %m, a = %a";
+    case("%x: f32[t, 80]", body, 0.0);
+    case("%x: f32[t, 80]", "%h = split_heads %x {heads = 4} return h = %h", 0.0);
+}

@@ -1,0 +1,268 @@
+//! `mansard compile`: a model file becomes an artifact, or any layer of it becomes text.
+
+use crate::report;
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
+use mansard::driver::{self, CompileOptions, Progress, Summary};
+use mansard_backends::{self as backends, Layer};
+use mansard_ir::text::{print_model, print_plan};
+use mansard_ir::{DType, Result, Stage, bail};
+use mansard_passes::{self as passes, Event, Hooks, State};
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Compile a model file (GGUF, or safetensors with config.json) into an artifact
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// A GGUF file, or a directory with config.json and safetensors
+    model: PathBuf,
+    /// Where the artifact (or what --emit names) goes
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Show one layer instead of writing an artifact
+    #[arg(long, value_name = "LAYER")]
+    emit: Option<Emit>,
+    #[command(flatten)]
+    choices: Choices,
+    /// Show the program after this pass
+    #[arg(long, value_name = "PASS")]
+    dump_after: Vec<String>,
+    /// Stop after this pass and show the program
+    #[arg(long, value_name = "PASS", conflicts_with = "emit")]
+    stop_after: Option<String>,
+    /// Show what each pass did and how long it took
+    #[arg(long)]
+    time_passes: bool,
+    /// Report in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What shapes a program; shared with `opt`.
+#[derive(clap::Args)]
+pub struct Choices {
+    /// Weights in the file's own formats, or as floats
+    #[arg(long, value_name = "FORMATS", default_value = "file")]
+    quant: Quant,
+    /// What the machine code is for; several make one artifact that runs the best one a machine can
+    #[arg(long, value_name = "TARGET", default_value = "native", value_delimiter = ',')]
+    target: Vec<String>,
+    /// Stored type of caches: f16 or f32 [default: f16 with quantized weights]
+    #[arg(long, value_name = "TYPE")]
+    kv: Option<String>,
+    /// Longest sequence [default: the model's]
+    #[arg(long, value_name = "POSITIONS")]
+    context: Option<usize>,
+    /// Most new tokens of a step
+    #[arg(long, value_name = "TOKENS")]
+    step_tokens: Option<usize>,
+    /// Make up the weights of a config.json, from this seed
+    #[arg(long, value_name = "SEED")]
+    synthetic: Option<u64>,
+    /// Threads of the compilation [default: all]
+    #[arg(short, long, value_name = "N")]
+    threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Quant {
+    File,
+    None,
+}
+
+/// Layers in the order they are made.
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Emit {
+    Graph,
+    Canonical,
+    Optimized,
+    Plan,
+    Mlir,
+    Llvm,
+    Asm,
+    Object,
+}
+
+impl Choices {
+    /// As the driver takes them.
+    ///
+    /// # Errors
+    /// Where a value is none of those there are.
+    pub fn options(&self) -> Result<CompileOptions> {
+        let mut options = CompileOptions {
+            targets: self.target.clone(),
+            float_weights: matches!(self.quant, Quant::None),
+            synthetic_seed: self.synthetic,
+            ..CompileOptions::default()
+        };
+        options.kv = match self.kv.as_deref() {
+            None => None,
+            Some("f16") => Some(DType::F16),
+            Some("f32") => Some(DType::F32),
+            Some(other) => bail!(Usage, "--kv: expected f16 or f32, found `{other}`"),
+        };
+        if let Some(threads) = self.threads {
+            options.threads = threads;
+        }
+        options.limits.context = self.context;
+        if let Some(tokens) = self.step_tokens {
+            options.limits.tokens = tokens;
+        }
+        let figures =
+            [("--threads", Some(options.threads)), ("--context", self.context), ("--step-tokens", self.step_tokens)];
+        if let Some((name, _)) = figures.iter().find(|(_, figure)| *figure == Some(0)) {
+            bail!(Usage, "{name}: expected at least 1, found 0");
+        }
+        Ok(options)
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever a stage says.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let options = arguments.choices.options()?;
+    let mut dumped = Ok(());
+    let mut sink = |event: Event<'_>| {
+        if let Event::Dump(pass, state) = event
+            && dumped.is_ok()
+        {
+            dumped = report::print(format!("# after {}\n{}", pass.name, text(state)));
+        }
+    };
+    let mut hooks = Hooks::new(&mut sink);
+    hooks.dump_after = arguments.dump_after.clone();
+    hooks.stop_after = arguments.stop_after.clone();
+    hooks.reproducer = Some(PathBuf::from("mansard-reproducer.mir"));
+    if arguments.emit.is_some() || arguments.stop_after.is_some() {
+        show(arguments, &options, &mut hooks)?;
+        return dumped;
+    }
+    let Some(output) = &arguments.output else {
+        bail!(Usage, "expected where the artifact goes: -o model.mansard");
+    };
+    let mut progress = Bar::default();
+    let summary = driver::compile(&arguments.model, output, &options, &mut progress, &mut hooks);
+    progress.clear();
+    let summary = summary?;
+    dumped?;
+    if arguments.time_passes {
+        eprint!("{}", summary.passes.times());
+    }
+    report::print(if arguments.json { report::json(&json_of(&summary))? } else { closing_table(&summary) })
+}
+
+/// `--emit` and `--stop-after`.
+fn show(arguments: &Arguments, options: &CompileOptions, hooks: &mut Hooks<'_>) -> Result<()> {
+    let [target] = &options.targets[..] else {
+        bail!(Usage, "--emit: expected one target, found {}", options.targets.len());
+    };
+    let target = backends::target(target)?;
+    let state = State::new(driver::import(&arguments.model, options)?);
+    let last = match arguments.emit {
+        Some(Emit::Graph) => None,
+        Some(Emit::Canonical) => Some(Stage::Canonical),
+        Some(Emit::Optimized) => Some(Stage::Optimized),
+        _ => Some(Stage::Planned),
+    };
+    let names: Vec<&str> = passes::PIPELINE
+        .iter()
+        .copied()
+        .take_while(|name| last.is_some_and(|last| passes::pass(name).is_ok_and(|pass| pass.to <= last)))
+        .collect();
+    let (state, ran) = passes::manager::run(&names, state, &driver::pass_options(target.clone(), options), hooks)?;
+    if arguments.time_passes {
+        eprint!("{}", ran.times());
+    }
+    let layer = match arguments.emit {
+        Some(Emit::Mlir) => Some(Layer::Mlir),
+        Some(Emit::Llvm) => Some(Layer::Llvm),
+        Some(Emit::Asm) => Some(Layer::Asm),
+        Some(Emit::Object) => Some(Layer::Object),
+        _ => None,
+    };
+    let bytes = match (layer, &state.plan) {
+        (Some(layer), Some(plan)) => backends::emit(plan, &target, layer)?,
+        _ => text(&state).into_bytes(),
+    };
+    report::deliver(arguments.output.as_deref(), &bytes)
+}
+
+/// A program as text, at whatever stage it is.
+pub fn text(state: &State) -> String {
+    match &state.plan {
+        Some(plan) => print_plan(plan),
+        None => print_model(&state.model),
+    }
+}
+
+fn closing_table(summary: &Summary) -> String {
+    let seconds = |s: f64| format!("{s:.2} s");
+    let mut rows: Vec<Vec<String>> =
+        summary.stages.iter().map(|(stage, time)| vec![stage.to_string(), seconds(time.as_secs_f64())]).collect();
+    rows.push(vec!["all".into(), seconds(summary.stages.iter().map(|(_, t)| t.as_secs_f64()).sum())]);
+    rows.push(vec!["artifact".into(), report::bytes(summary.artifact_bytes)]);
+    rows.push(vec!["weights".into(), report::bytes(summary.weight_bytes)]);
+    rows.push(vec!["code".into(), report::bytes(summary.code_bytes)]);
+    rows.push(vec!["kernels".into(), summary.kernels.to_string()]);
+    rows.extend(report::peak_memory().map(|peak| vec!["peak memory".into(), report::bytes(peak)]));
+    let mut out = report::table(&rows);
+    for approximation in &summary.passes.approximations {
+        out += &format!("approximation: {approximation}\n");
+    }
+    out
+}
+
+fn json_of(summary: &Summary) -> serde_json::Value {
+    let stages: serde_json::Map<String, serde_json::Value> =
+        summary.stages.iter().map(|(name, time)| (name.to_string(), time.as_secs_f64().into())).collect();
+    let pass = |p: &passes::PassReport| {
+        json!({"pass": p.pass, "seconds": p.elapsed.as_secs_f64(), "verify_seconds": p.verified.as_secs_f64(),
+            "notes": p.notes})
+    };
+    json!({
+        "stage_seconds": stages,
+        "artifact_bytes": summary.artifact_bytes,
+        "weight_bytes": summary.weight_bytes,
+        "code_bytes": summary.code_bytes,
+        "kernels": summary.kernels,
+        "peak_memory_bytes": report::peak_memory(),
+        "passes": summary.passes.passes.iter().map(pass).collect::<Vec<_>>(),
+        "approximations": summary.passes.approximations,
+    })
+}
+
+/// A bar on standard error for each stage; invisible where that is no terminal.
+#[derive(Default)]
+struct Bar(Option<ProgressBar>);
+
+impl Bar {
+    fn clear(&mut self) {
+        if let Some(bar) = self.0.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Progress for Bar {
+    fn stage(&mut self, name: &'static str, total: usize) {
+        self.clear();
+        let bar = if total == 0 { ProgressBar::new_spinner() } else { ProgressBar::new(total as u64) };
+        let template =
+            if total == 0 { "{msg:14} {spinner} {elapsed}" } else { "{msg:14} {bar:40} {percent:>3}% {elapsed}" };
+        // The templates are constants; one that did not parse would leave the bar as it is.
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_message(name);
+        bar.enable_steady_tick(std::time::Duration::from_millis(100));
+        self.0 = Some(bar);
+    }
+
+    fn advance(&mut self, done: usize) {
+        if let Some(bar) = &self.0 {
+            bar.set_position(done as u64);
+        }
+    }
+}

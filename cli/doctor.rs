@@ -1,0 +1,87 @@
+//! `mansard doctor`: what is here, what will be used, and why.
+
+use crate::report;
+use mansard_backends as backends;
+use mansard_ir::Result;
+use mansard_runtime as runtime;
+use serde_json::json;
+
+/// Say what this machine has and what will be used
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Report in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Where output cannot be written.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let (major, minor, patch) = backends::llvm::version();
+    let llvm = format!("{major}.{minor}.{patch}");
+    let logical = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let physical = runtime::physical_cores();
+    let native = backends::target("native");
+    let targets: Vec<(&str, Option<String>)> = backends::target::NAMES
+        .iter()
+        .map(|name| (*name, backends::target(name).map_or_else(|e| Some(e.to_string()), |t| lacks(&t.features))))
+        .collect();
+    let huge = huge_pages();
+    if arguments.json {
+        return report::print(report::json(&json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "llvm": llvm,
+            "arch": std::env::consts::ARCH,
+            "cpu": native.as_ref().ok().map(|t| &t.cpu),
+            "features": native.as_ref().ok().map(|t| &t.features),
+            "cores": {"logical": logical, "physical": physical},
+            "available_memory_bytes": runtime::available_memory(),
+            "huge_pages": huge,
+            "targets": targets.iter().map(|(name, lacks)| json!({"name": name, "runs": lacks.is_none(), "lacks": lacks}))
+                .collect::<Vec<_>>(),
+        }))?);
+    }
+    let mut out = format!("mansard {}\n", env!("CARGO_PKG_VERSION"));
+    out += &format!("LLVM and MLIR {llvm}: linked, used to generate machine code\n");
+    match &native {
+        Ok(t) => {
+            out += &format!("CPU {} ({}): {}\n", t.cpu, t.arch, runtime::cpu_features().join(" "));
+            out += &format!("  used by `--target native`: {}\n", t.features.join(" "));
+            out += &format!("  vectors of {} bytes, {} registers\n", t.vector_bytes, t.registers);
+        }
+        Err(error) => out += &format!("CPU: {error}\n"),
+    }
+    for (name, lacks) in &targets {
+        let verdict = lacks.as_ref().map_or_else(|| "runs here".into(), |l| format!("does not run here: lacks {l}"));
+        out += &format!("target {name}: {verdict}\n");
+    }
+    out += &format!("threads: {physical} of {logical} hardware threads, one for each physical core\n");
+    if let Some(memory) = runtime::available_memory() {
+        out += &format!("memory: {} available\n", report::bytes(memory));
+    }
+    out += &match huge.as_deref() {
+        Some("never") => {
+            "huge pages: switched off; weights are read through small pages, which costs decoding speed\n".into()
+        }
+        Some(mode) => {
+            format!("huge pages: {mode}; weights are copied to them where they fit into half of that memory\n")
+        }
+        None => "huge pages: unknown\n".to_string(),
+    };
+    report::print(out)
+}
+
+/// Features a target uses and this CPU has not.
+fn lacks(features: &[String]) -> Option<String> {
+    let missing: Vec<&str> = features.iter().map(String::as_str).filter(|f| !runtime::has_feature(f)).collect();
+    (!missing.is_empty()).then(|| missing.join(" "))
+}
+
+/// The chosen one of `always [madvise] never`.
+fn huge_pages() -> Option<String> {
+    let text = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
+    let (_, rest) = text.split_once('[')?;
+    Some(rest.split_once(']')?.0.to_string())
+}

@@ -1,0 +1,61 @@
+//! How fast this machine reads memory: the roof over decoding, measured as weights are held and read.
+
+use crate::memory::{Arena, Pages};
+use crate::spmd::{Team, Worker};
+use mansard_ir::Result;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
+/// Times the buffer is read; the fastest counts.
+const READS: usize = 20;
+
+/// Bytes per second at which `threads` workers together read `bytes` bytes on huge pages, again and again, each its own
+/// part: from main memory where they exceed the caches, else from those.
+///
+/// # Errors
+/// Where the system refuses memory or threads.
+pub fn read_bandwidth(bytes: usize, threads: usize) -> Result<f64> {
+    let words = (bytes / 4).next_multiple_of(LANES * threads.max(1));
+    let mut arena = Arena::new("a measurement", words * 4, Pages::Huge)?;
+    // Untouched pages would all be one page of zeros.
+    arena.bytes_mut().fill(1);
+    let sum = Arc::new(AtomicU32::new(0));
+    let sink = sum.clone();
+    let mut team = Team::new(threads, move |(), worker: Worker<'_>| {
+        let share = words / worker.threads;
+        sink.fetch_add(add_up(arena.f32s(worker.thread * share * 4, share)), Ordering::Relaxed);
+    })?;
+    let mut best = f64::INFINITY;
+    for _ in 0..READS {
+        let start = Instant::now();
+        team.run(());
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    std::hint::black_box(sum.load(Ordering::Relaxed));
+    Ok((words * 4) as f64 / best)
+}
+
+/// Sums kept apart, so that loads do not wait for additions.
+const LANES: usize = 64;
+
+fn add_up(values: &[f32]) -> u32 {
+    let mut sums = [0u32; LANES];
+    for line in values.as_chunks::<LANES>().0 {
+        for (sum, value) in sums.iter_mut().zip(line) {
+            *sum = sum.wrapping_add(value.to_bits());
+        }
+    }
+    sums.iter().fold(0, |a, b| a.wrapping_add(*b))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn memory_is_read_at_some_speed() {
+        for threads in [1, 3] {
+            let bandwidth = super::read_bandwidth(10 << 20, threads).unwrap();
+            assert!(bandwidth > 1e8 && bandwidth < 1e13, "{bandwidth}");
+        }
+    }
+}
