@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! harness::case("graph @k(%x: f32[t, 64], %w: q4_0[32, 64]) stage planned when t = 1..8 { ... }", &[(0, 3)], 1e-5)
-//!   text -> kernel, random inputs -> for each target of this machine, for 1, 2 and 3 threads: compile, call, compare
+//!   text -> kernel, random inputs -> for two targets, for 1, 2 and 3 threads: compile, call, compare
 //! ```
 //!
 //! Buffers are laid out as in a step: rows padded to 16, padding full of NaNs, canaries on either side, cache blocks out of
@@ -20,6 +20,8 @@ use mansard_ir::model::Weight;
 use mansard_ir::plan::{Kernel, StepArgs};
 use mansard_ir::{Dim, Target, TokenRange, Type, text, verify};
 use memory::{Memory, Pool, StepArrays};
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
 /// An input of a kernel.
 #[derive(Clone, Debug)]
@@ -45,7 +47,7 @@ pub fn case(text: &str, step: &[(usize, usize)], tolerance: f64) {
     check(&kernel, &inputs(&kernel, &step, 1), &step, tolerance);
 }
 
-/// Compares a kernel with the interpreter on every target that this machine has, with 1, 2 and 3 threads. `tolerance` is
+/// Compares a kernel with the interpreter on [`targets`], with 1, 2 and 3 threads. `tolerance` is
 /// the most that a value may be off, as a share of the largest in its result.
 pub fn check(kernel: &Kernel, inputs: &[Given], step: &Step, tolerance: f64) {
     let reals: Vec<Value> = inputs.iter().map(Given::reals).collect();
@@ -64,20 +66,23 @@ pub fn check(kernel: &Kernel, inputs: &[Given], step: &Step, tolerance: f64) {
     }
 }
 
-/// Those of the known targets that this machine can run.
-pub fn targets() -> Vec<Target> {
-    let native = target::target("native").unwrap_or_else(|e| panic!("{e}"));
-    let named = ["x86-64-v4", "x86-64-v3"].map(|name| target::target(name).unwrap_or_else(|e| panic!("{e}")));
-    let runs = |t: &Target| t.features.iter().all(|f| native.has(f));
-    let mut targets: Vec<Target> = named.into_iter().filter(runs).collect();
-    targets.insert(0, native);
-    targets
+/// This machine with all that it has, and the least that code is generated for.
+pub fn targets() -> [Target; 2] {
+    ["native", "x86-64-v3"].map(|name| target::target(name).unwrap_or_else(|e| panic!("{e}")))
 }
 
-/// Machine code of one kernel.
+/// Machine code of one kernel; made once for all steps that a test tries it on.
 pub fn compile(kernel: &Kernel, target: &Target) -> Image {
+    static KNOWN: Mutex<BTreeMap<String, Image>> = Mutex::new(BTreeMap::new());
+    let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let key = format!("{} {:?}\n{}", target.name, kernel.range, text::print_graph(&kernel.body));
+    if let Some(image) = known().get(&key) {
+        return image.clone();
+    }
     let image = compile_kernels(std::slice::from_ref(kernel), target, 1, &mut |_, _| {});
-    image.unwrap_or_else(|e| panic!("{}: {e}", target.name))
+    let image = image.unwrap_or_else(|e| panic!("{}: {e}", target.name));
+    known().insert(key, image.clone());
+    image
 }
 
 /// Calls an image's only kernel on `threads` workers and gives its results.

@@ -17,9 +17,9 @@ use melior::pass::PassManager;
 use melior::{Context, dialect::DialectRegistry, utility};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What lowers `func`, `scf`, `arith`, `math` and `vector` to the LLVM dialect.
-pub const PIPELINE: &str = "builtin.module(canonicalize,cse,func.func(convert-vector-to-scf),convert-scf-to-cf,\
-                            convert-to-llvm,reconcile-unrealized-casts)";
+/// What lowers `func`, `scf`, `arith`, `math` and one-dimensional `vector` operations to the LLVM dialect. Nothing is
+/// simplified here: LLVM has to do it anyway, and does it faster.
+pub const PIPELINE: &str = "builtin.module(convert-scf-to-cf,convert-to-llvm,reconcile-unrealized-casts)";
 
 /// An MLIR context with every dialect loaded.
 pub struct Mlir {

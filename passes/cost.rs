@@ -9,7 +9,7 @@
 //! inside a kernel is neither written nor read.
 
 use crate::extract::{Choice, Program};
-use crate::kernels::{Candidate, Place};
+use crate::kernels::{Candidate, Place, after_anchor};
 use ir::cost::Workload;
 use ir::kernel::KernelKind;
 use ir::ops::Class;
@@ -85,8 +85,9 @@ impl Roofline {
             let repeats = if *place == Place::Prologue { threads } else { threads / workers };
             compute += work.anchored + work.scalar * repeats;
             streamed += work.streamed;
-            // among equals a node goes with what computes its operand
-            near += f64::from(u8::from(choice.operands.iter().any(|o| kernel.reads.contains(o))));
+            // among equals, what could follow an anchor goes with what computes its operands
+            let follower = after_anchor(KernelKind::Contract, choice.op.class());
+            near += f64::from(u8::from(follower && !choice.operands.iter().any(|o| kernel.inside.contains_key(o))));
         }
         for value in &kernel.reads {
             if matches!(program.values[*value].ty, Type::Cache { .. }) {

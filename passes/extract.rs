@@ -1,15 +1,15 @@
 //! E-graph to kernels: the cheapest program and the cheapest kernels for it, chosen together.
 //!
-//! Kernels are chosen last first. The state is the *demand*, the values that must be in memory; a kernel that stores its
-//! last value removes what it stores and adds what it reads. The price of a demand is the least price of a kernel plus
-//! the price of what then remains, and equal demands are solved once:
+//! Kernels are chosen last first. The state is the *demand*, the values that must be in memory; a kernel that stores some
+//! of them takes those away and adds what it reads. The price of a demand is the least price of a kernel plus the price of
+//! what then remains, and equal demands are solved once:
 //!
 //! ```text
 //! {logits} ──[quantize matmul]──▶ {hidden} ──[rms mul_row]──▶ {x}: an input, done
 //! ```
 //!
 //! This is exact on the DAG: a value that two kernels read is computed once and paid once, or computed inside both where
-//! that is cheaper. The last value's rank falls with every step, so the search ends. Ties go to the candidate found
+//! that is cheaper. Every step replaces values by values of lower rank, so the search ends. Ties go to the candidate found
 //! first, candidates come in a fixed order, and the limits are counts: the same e-graph gives the same kernels.
 
 use crate::cost::Roofline;
@@ -74,7 +74,8 @@ impl Program {
     pub fn read(classes: &Classes, results: &[Id]) -> Program {
         let mut reader = Reader { classes, rank: BTreeMap::new(), open: vec![], values: vec![] };
         let results = results.iter().filter_map(|id| reader.visit(*id)).collect();
-        let mut program = Program { values: reader.values, results, ancestors: vec![], anchored: vec![] };
+        let (values, results) = by_depth(reader.values, results);
+        let mut program = Program { values, results, ancestors: vec![], anchored: vec![] };
         for (value, node) in program.values.iter().enumerate() {
             let mut ancestors = BTreeSet::from([value]);
             let mut anchored = vec![];
@@ -119,6 +120,25 @@ impl Program {
             ty => ty.rows(),
         }
     }
+}
+
+/// Ranks by depth, so that what can share a kernel because it is equally far from the inputs is demanded together.
+fn by_depth(values: Vec<Value>, results: Vec<usize>) -> (Vec<Value>, Vec<usize>) {
+    let mut depth: Vec<usize> = vec![];
+    for value in &values {
+        let operands = value.choices.iter().flat_map(|c| &c.operands);
+        depth.push(operands.map(|o| depth[*o] + 1).max().unwrap_or(0));
+    }
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by_key(|v| (depth[*v], *v));
+    let mut rank = vec![0; values.len()];
+    order.iter().enumerate().for_each(|(new, old)| rank[*old] = new);
+    let mut values: Vec<(usize, Value)> = values.into_iter().enumerate().map(|(old, v)| (rank[old], v)).collect();
+    values.sort_by_key(|(new, _)| *new);
+    for operand in values.iter_mut().flat_map(|(_, v)| &mut v.choices).flat_map(|c| &mut c.operands) {
+        *operand = rank[*operand];
+    }
+    (values.into_iter().map(|(_, v)| v).collect(), results.into_iter().map(|v| rank[v]).collect())
 }
 
 struct Reader<'a> {

@@ -1,8 +1,8 @@
 //! Every legal kernel that could run last: the candidates of the extraction.
 //!
-//! A *demand* is the set of values that must be in memory once some kernel has run. A candidate computes the demand's last
-//! value `h` and any other values the grammar ([`ir::kernel`]) lets it hold: operands pulled inside, down to values left in
-//! memory, and siblings from the demand. It stores what is demanded and needs what it reads:
+//! A *demand* is the set of values that must be in memory once some kernel has run. A candidate computes one of them, on
+//! which none of the others depends, and any other values the grammar ([`ir::kernel`]) lets it hold: operands pulled
+//! inside, down to values left in memory, and siblings from the demand. It stores what is demanded and needs what it reads:
 //!
 //! ```text
 //! demand {gate*up}          candidates: [mul]  [silu mul]  [matmul silu mul]  [matmul matmul silu mul] ...
@@ -18,7 +18,7 @@ use ir::{Dim, Type};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What each kind of kernel may hold, for the reference page.
-pub static KINDS: &[(KernelKind, &str)] = &[
+pub static KINDS: [(KernelKind, &str); 5] = [
     (
         KernelKind::Contract,
         "one or more contractions that share their activations, each growing an epilogue of elementwise ops, row vectors and views; epilogues may meet. For at most 8 tokens also what computes the activations",
@@ -68,25 +68,35 @@ impl Candidate {
     }
 }
 
-/// All candidates for the last value of `demand` (ascending, not empty), at most `limit`; larger kernels come first.
+/// Demands of at most this many values are met in every order; larger ones in order of rank, last first.
+const ORDERED: usize = 6;
+
+/// All candidates that could be the last kernel before `demand` (ascending) is in memory, at most `limit` for each of its
+/// values; larger kernels come first.
 pub fn candidates(program: &Program, demand: &[usize], prologues: bool, limit: usize) -> Vec<Candidate> {
-    let Some(last) = demand.last().copied() else { return vec![] };
     let mut out = vec![];
-    for kind in [KernelKind::Contract, KernelKind::Experts, KernelKind::Attend, KernelKind::Pool, KernelKind::Rows] {
-        let mut growth = Growth {
-            program,
-            demand,
-            kind,
-            prologues: prologues && kind == KernelKind::Contract,
-            limit,
-            steps: 0,
-            inside: BTreeMap::new(),
-            reads: BTreeSet::new(),
-            lead: program.lead(last),
-            activations: None,
-            out: &mut out,
-        };
-        growth.decide(last);
+    let tried = if demand.len() <= ORDERED && limit > 1 { demand.len() } else { 1 };
+    for (index, last) in demand.iter().enumerate().rev().take(tried) {
+        if demand[index + 1..].iter().any(|later| program.depends(*later, *last)) {
+            continue;
+        }
+        let most = out.len() + limit;
+        for kind in KINDS.map(|(kind, _)| kind) {
+            let mut growth = Growth {
+                program,
+                demand,
+                kind,
+                prologues: prologues && kind == KernelKind::Contract,
+                limit: most,
+                steps: STEPS * limit,
+                inside: BTreeMap::new(),
+                reads: BTreeSet::new(),
+                lead: program.lead(*last),
+                activations: None,
+                out: &mut out,
+            };
+            growth.decide(*last);
+        }
     }
     out
 }
@@ -139,10 +149,10 @@ impl Growth<'_> {
 
     /// Decides `value` and, by recursion, everything below it.
     fn decide(&mut self, value: usize) {
-        if self.out.len() >= self.limit || self.steps > STEPS * self.limit {
+        if self.out.len() >= self.limit || self.steps == 0 {
             return;
         }
-        self.steps += 1;
+        self.steps -= 1;
         let (program, mut taken) = (self.program, false);
         for (index, choice) in program.values[value].choices.iter().enumerate() {
             let Some(place) = self.place(value, choice) else { continue };

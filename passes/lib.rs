@@ -14,6 +14,7 @@
 extern crate mansard_ir as ir;
 
 pub mod canonicalize;
+mod constants;
 pub mod cost;
 pub mod egraph;
 pub mod extract;
@@ -79,7 +80,7 @@ pub struct SearchLimits {
 
 impl Default for SearchLimits {
     fn default() -> Self {
-        SearchLimits { nodes: 20_000, iterations: 12, kernels: 100_000, kernels_per_value: 2_000 }
+        SearchLimits { nodes: 20_000, iterations: 12, kernels: 60_000, kernels_per_value: 2_000 }
     }
 }
 
@@ -108,7 +109,7 @@ pub struct Pass {
 pub static PASSES: &[Pass] = &[
     Pass {
         name: "canonicalize",
-        summary: "one spelling for equal things: folded constants, shared and dead nodes, operand order, views",
+        summary: "one spelling for equal things: folded weights and constants, shared and dead nodes, operand order, views",
         from: Stage::Imported,
         to: Stage::Canonical,
         run: canonicalize::run,

@@ -106,12 +106,12 @@ mod tests {
         let step = [(0, 5), (0, 1), (0, 40), (0, 17)];
         for width in [20, 64, 384, 1040] {
             let text = format!(
-                "graph @pool(%x: f32[t, {width}], %step: step[s]) stage planned {{ %m = mean_pool %x, %step \
+                "graph @pool(%x: f32[t, {width}], %step: step[s]) stage planned when t = 1..512 {{ %m = mean_pool %x, %step \
                  %n = l2_normalize %m {{eps = 1e-12}} return n = %n }}"
             );
             harness::case(&text, &step, 2e-6);
             let text = format!(
-                "graph @pool(%x: f32[t, {width}], %step: step[s]) stage planned {{ %m = mean_pool %x, %step \
+                "graph @pool(%x: f32[t, {width}], %step: step[s]) stage planned when t = 1..512 {{ %m = mean_pool %x, %step \
                  %n = rms_normalize %m {{eps = 1e-6}} return n = %n, m = %m }}"
             );
             harness::case(&text, &step, 2e-6);

@@ -154,10 +154,7 @@ fn name(graph: &Graph, body: &Graph) -> String {
         }
     }
     let mut words = vec![graph.name.clone()];
-    words.extend(runs.iter().take(5).map(|(op, n)| if *n > 1 { format!("{op}{n}") } else { op.to_string() }));
-    if runs.len() > 5 {
-        words.push("etc".into());
-    }
+    words.extend(runs.iter().take(6).map(|(op, n)| if *n > 1 { format!("{op}{n}") } else { op.to_string() }));
     let symbol: String = words.join("_").chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
     if symbol.starts_with(|c: char| c.is_ascii_alphabetic()) { symbol } else { format!("k_{symbol}") }
 }

@@ -10,7 +10,7 @@ fn attend(heads: (usize, usize), dim: usize, cache: &str, rules: &str, step: &[(
     let (q, kv) = heads;
     let text = format!(
         "graph @attend(%q: f32[t, {q}, {dim}], %k: keys<{cache}>[c, {kv}, {dim}], %v: values<{cache}>[c, {kv}, {dim}], \
-         %step: step[s]) stage planned {{ %y = attend %q, %k, %v, %step {{scale = 0.3, {rules}}} return y = %y }}"
+         %step: step[s]) stage planned when t = 1..512 {{ %y = attend %q, %k, %v, %step {{scale = 0.3, {rules}}} return y = %y }}"
     );
     harness::case(&text, step, tolerance);
 }

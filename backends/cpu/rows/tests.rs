@@ -5,7 +5,7 @@ use crate::harness;
 const STEP: [(usize, usize); 3] = [(0, 5), (70, 1), (126, 4)];
 
 fn case(inputs: &str, body: &str, tolerance: f64) {
-    harness::case(&format!("graph @rows({inputs}) stage planned {{ {body} }}"), &STEP, tolerance);
+    harness::case(&format!("graph @rows({inputs}) stage planned when t = 1..512 {{ {body} }}"), &STEP, tolerance);
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn queries_keys_and_values() {
                 %kh = split_heads %k {heads = 2} %kn = rms_normalize %kh {eps = 1e-6} %kg = mul_row %kn, %gk \
                 %vh = split_heads %v {heads = 2} \
                 %qr = rope %qg, %table {pairing = \"half\"} %kr = rope %kg, %table {pairing = \"half\"} \
-                %a = append %keys, %kr, %step %b = append %values, %vh, %step return q = %qr, k = %a, v = %b";
+                %a = append %keys, %kr, %step %b = append %values, %vh, %step return q = %qr, keys = %a, values = %b";
     case(inputs, body, 1e-3);
 }
 
