@@ -74,7 +74,10 @@ pub fn write(
             progress(file.written, total);
             Ok(())
         };
-        section.content.stream(contents, threads, &mut sink).at(|| format!("section `{}`", section.name))?;
+        let streamed = section.content.stream(contents, threads, &mut sink);
+        // A full disk is not the section's fault.
+        let place = |e: Error| if e.kind() == Kind::Io { e } else { e.at(format!("section `{}`", section.name)) };
+        streamed.map_err(place)?;
         if written != section.bytes {
             bail!(Internal, "section `{}`: expected {} bytes, found {written}", section.name, section.bytes);
         }
@@ -148,7 +151,6 @@ impl Content<'_> {
                     .map(|name| contents.weights.get(name)?.read_all().at(|| format!("weight `{name}`")));
                 let scale = scale.transpose()?;
                 pack::pack(contents.weights.get(&recipe.weight)?, scale.as_deref(), threads, sink)
-                    .at(|| format!("weight `{}`", recipe.weight))
             }
         }
     }

@@ -136,3 +136,7 @@ pub fn emit(plan: &Plan, target: &Target, layer: Layer) -> Result<Vec<u8>> {
         _ => generator.emit(&module, FileType::Object),
     }
 }
+
+#[cfg(test)]
+#[path = "compile_tests.rs"]
+mod tests;

@@ -23,20 +23,19 @@ pub const PIPELINE: &str = "function(sroa,early-cse<memssa>,simplifycfg,instcomb
                             loop-mssa(loop-rotate,licm),early-cse<memssa>,loop(indvars),loop-unroll<O2>,\
                             instcombine<no-verify-fixpoint>,simplifycfg)";
 
-/// Intrinsics by prefix and the feature that they need; the first that fits counts.
-const INTRINSICS: [(&str, &str); 12] = [
-    ("llvm.x86.avx512.vpdpbusd", "avx512vnni"),
-    ("llvm.x86.avx512.vpdpwssd", "avx512vnni"),
-    ("llvm.x86.avx512bf16.", "avx512bf16"),
-    ("llvm.x86.avx512.pmadd", "avx512bw"),
-    ("llvm.x86.avx512.", "avx512f"),
-    ("llvm.x86.avx.vpdp", "avxvnni"),
-    ("llvm.x86.avx2.", "avx2"),
-    ("llvm.x86.avx.", "avx"),
-    ("llvm.x86.fma.", "fma"),
-    ("llvm.x86.vcvt", "f16c"),
-    ("llvm.x86.sse.", "avx"),
-    ("llvm.x86.sse2.", "avx"),
+/// Intrinsics by prefix and the features of which they need one; the first that fits counts.
+const INTRINSICS: [(&str, &[&str]); 11] = [
+    ("llvm.x86.avx512.vpdpbusd.256", &["avx512vnni", "avxvnni"]),
+    ("llvm.x86.avx512.vpdp", &["avx512vnni"]),
+    ("llvm.x86.avx512bf16.", &["avx512bf16"]),
+    ("llvm.x86.avx512.pmadd", &["avx512bw"]),
+    ("llvm.x86.avx512.", &["avx512f"]),
+    ("llvm.x86.avx2.", &["avx2"]),
+    ("llvm.x86.avx.", &["avx"]),
+    ("llvm.x86.fma.", &["fma"]),
+    ("llvm.x86.vcvt", &["f16c"]),
+    ("llvm.x86.sse.", &["avx"]),
+    ("llvm.x86.sse2.", &["avx"]),
 ];
 
 /// Generates code for one target.
@@ -110,8 +109,10 @@ impl CodeGenerator {
                 continue;
             }
             match INTRINSICS.iter().find(|(prefix, _)| name.starts_with(prefix)) {
-                Some((_, feature)) if self.target.has(feature) => {}
-                Some((_, feature)) => bail!(Internal, "`{name}` needs {feature}, which {} lacks", self.target.name),
+                Some((_, any)) if any.iter().any(|f| self.target.has(f)) => {}
+                Some((_, any)) => {
+                    bail!(Internal, "`{name}` needs {}, which {} lacks", any.join(" or "), self.target.name)
+                }
                 None => bail!(Internal, "no feature is known to cover `{name}`"),
             }
         }
@@ -185,7 +186,7 @@ mod tests {
         let names: Vec<&str> = image.entries.iter().map(|(n, _)| n.as_str()).collect();
         assert_eq!(names, ["clear", "table"]);
         assert_eq!(image.entries[0].1, 0);
-        assert!(image.bytes.len() % 64 == 0 && image.entries.iter().all(|(_, at)| at % 16 == 0));
+        assert!(image.bytes.len().is_multiple_of(64) && image.entries.iter().all(|(_, at)| at % 16 == 0));
         let constants: Vec<u8> = [1.5f32, 2.5, 3.5].iter().flat_map(|x| x.to_le_bytes()).collect();
         assert!(image.bytes.windows(12).any(|w| w == constants), "the table's constants are in the image");
         let twice = link::link(&[objects[0].clone(), objects[0].clone()]).unwrap_err().to_string();

@@ -50,7 +50,7 @@ pub fn pack(weight: &Weight, column_scale: Option<&[f32]>, threads: usize, sink:
             }
             // The sink takes the last chunk while workers pack this one.
             let sunk = if ready.is_empty() { Ok(()) } else { sink(&ready) };
-            let join = |w: std::thread::ScopedJoinHandle<'_, Result<()>>| w.join().unwrap_or_else(|p| resume(p));
+            let join = |w: std::thread::ScopedJoinHandle<'_, Result<()>>| w.join().unwrap_or_else(resume);
             sunk.and_then(|()| workers.into_iter().try_for_each(join))
         });
         packed?;

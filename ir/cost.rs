@@ -7,7 +7,6 @@
 //!
 //! Bytes are those of the layouts that kernels read: padded rows, packed strips, cache blocks at their stored type.
 
-use crate::formats::DType;
 use crate::graph::{Graph, ValueId};
 use crate::layout;
 use crate::ops::Class;
@@ -103,8 +102,10 @@ impl Workload {
         let types: Vec<&Type> = node.operands.iter().map(|o| graph.ty(*o)).collect();
         let rows = types.iter().find_map(|ty| ty.rows()).map_or(0.0, |dim| self.extent(dim));
         let ops = (node.op.row().flops)(&types, &node.attrs, &node.ty, rows, self.context);
-        let integer = matches!(types.first().and_then(|ty| ty.as_tensor()), Some((DType::A8, _)));
-        *(if integer { &mut work.i8_ops } else { &mut work.f32_ops }) += ops;
+        match types.first().and_then(|ty| ty.as_tensor()?.0.planes()) {
+            Some(planes) => work.i8_ops += ops * planes as f64,
+            None => work.f32_ops += ops,
+        }
         if let (Class::Append, [_, x, ..]) = (node.op.class(), types.as_slice()) {
             let Type::Cache { dtype, .. } = node.ty else { return };
             let row = x.row_width().unwrap_or(0) * dtype.format().block_bytes;

@@ -18,6 +18,8 @@ pub enum DType {
     I32,
     /// Activations: int8 per group of 32 along the row, see [`crate::layout::A8`].
     A8,
+    /// Activations in two int8 planes: A8 lines, and A8 lines of what those leave.
+    A16,
     Q4_0,
     Q4_1,
     Q5_0,
@@ -95,6 +97,15 @@ impl DType {
     /// The integer view of a quantized weight format.
     pub fn int(self) -> Option<IntFormat> {
         self.format().int
+    }
+
+    /// Planes of int8 codes that activations of this dtype have.
+    pub fn planes(self) -> Option<usize> {
+        match self {
+            DType::A8 => Some(1),
+            DType::A16 => Some(2),
+            _ => None,
+        }
     }
 
     /// f32, f16 or bf16.
@@ -182,12 +193,13 @@ const fn quant(
 }
 
 /// The table, in the order of [`DType`].
-pub static FORMATS: [Format; 15] = [
+pub static FORMATS: [Format; 16] = [
     row(DType::F32, "f32", 1, 4, "IEEE single precision"),
     row(DType::F16, "f16", 1, 2, "IEEE half precision"),
     row(DType::BF16, "bf16", 1, 2, "the upper half of f32"),
     row(DType::I32, "i32", 1, 4, "token ids, positions"),
     row(DType::A8, "a8", 32, 64, "activations: int8 codes with one scale per 32"),
+    row(DType::A16, "a16", 32, 128, "activations: a8, and a8 of the rounding error"),
     quant(
         DType::Q4_0,
         "q4_0",

@@ -82,7 +82,8 @@ pub fn packed_bytes(dtype: DType, shape: &[usize]) -> usize {
 }
 
 /// One group of 32 activations: a 64-byte line of 32 signed codes followed by what the dot products need of them.
-/// A row of `k` is `k / 32` such lines.
+/// A row of `k` is `k / 32` such lines; with two planes (`a16`) the line of a group's codes is followed by the line of what
+/// they leave.
 pub struct A8;
 
 impl A8 {
@@ -106,7 +107,9 @@ impl A8 {
 /// vectors. A routing row is `i32[top]`, then `f32[top]`.
 pub fn row_bytes(ty: &Type) -> Option<usize> {
     match ty {
-        Type::Tensor { dtype: DType::A8, .. } => Some(ty.row_width()? / A8::GROUP * A8::LINE),
+        Type::Tensor { dtype: dtype @ (DType::A8 | DType::A16), .. } => {
+            Some(ty.row_width()? / A8::GROUP * A8::LINE * dtype.planes()?)
+        }
         Type::Tensor { dtype: DType::F32, .. } => Some(aligned(ty.row_width()? * 4)),
         Type::Tensor { dtype: DType::I32, .. } => Some(4 * ty.row_width()?),
         Type::Routing { top, .. } => Some(aligned(top * 8)),

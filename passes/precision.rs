@@ -11,7 +11,7 @@
 use crate::rebuild::Builder;
 use crate::{Options, State};
 use ir::ops::Class;
-use ir::{Attrs, DType, Error, Graph, Kind, Model, Op, Place, Result, Type, ValueId, bail};
+use ir::{Attrs, DType, Dim, Error, Graph, Kind, Model, Op, Place, Result, Type, ValueId};
 
 /// The pass.
 ///
@@ -52,7 +52,9 @@ fn choose(graph: &Graph, kv: DType) -> Result<(Graph, usize)> {
             *dtype = kv;
         }
     }
-    let Some(quantize) = Op::named("quantize") else { bail!(Internal, "the op table has no `quantize`") };
+    let op =
+        |name: &str| Op::named(name).ok_or_else(|| Error::new(Kind::Internal, format!("the op table has no `{name}`")));
+    let (coarse, fine) = (op("quantize")?, op("quantize_fine")?);
     let mut to: Vec<ValueId> = graph.values().collect();
     for (index, node) in graph.nodes.iter().enumerate() {
         let mut operands: Vec<ValueId> = node.operands.iter().map(|o| to[o.0 as usize]).collect();
@@ -60,7 +62,9 @@ fn choose(graph: &Graph, kv: DType) -> Result<(Graph, usize)> {
             let integer = matches!(graph.ty(node.operands[1]).as_tensor(), Some((d, _)) if d.int().is_some());
             let float = matches!(builder.graph.ty(operands[0]).as_tensor(), Some((DType::F32, _)));
             if integer && float {
-                operands[0] = builder.add(quantize, Attrs::none(), &operands[..1])?;
+                // What leaves the step is read by people and samplers: few rows, so two planes cost nothing.
+                let leaves = builder.graph.ty(operands[0]).rows() == Some(Dim::R);
+                operands[0] = builder.add(if leaves { fine } else { coarse }, Attrs::none(), &operands[..1])?;
             }
         }
         to[graph.value_of(index).0 as usize] = builder.copy(node, &operands)?;

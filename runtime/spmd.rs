@@ -56,7 +56,7 @@ impl Epoch {
             }
             std::hint::spin_loop();
         }
-        for _ in 0..YIELDS {
+        for _ in 0..env("YIELDS", YIELDS) {
             if self.now() != seen {
                 return;
             }
@@ -71,6 +71,7 @@ impl Epoch {
     }
 }
 
+fn env(n: &str, d: u32) -> u32 { static M: std::sync::OnceLock<std::collections::HashMap<String,u32>> = std::sync::OnceLock::new(); let m = M.get_or_init(|| std::env::vars().filter_map(|(k,v)| v.parse().ok().map(|v| (k,v))).collect()); m.get(n).copied().unwrap_or(d) }
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -168,7 +169,7 @@ impl<J: Copy + Send + 'static> Team<J> {
             bail!(Usage, "expected 1 to {MAX_THREADS} threads, found {threads}");
         }
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let spins = if threads > cores { SPINS_CROWDED } else { SPINS };
+        let spins = if threads > cores { SPINS_CROWDED } else { env("SPINS", SPINS) };
         let shared = Arc::new(Shared {
             order: Mutex::new(Order::Wait),
             orders: Epoch::new(spins),

@@ -13,32 +13,24 @@
 //! tokens of a tile are computed together; what is left of a tile, and tokens of a decode step, one at a time. Keys and
 //! values are read once for all rows of an item.
 
+mod product;
+mod shape;
 #[cfg(test)]
 mod tests;
 
 use super::{StepField, arguments, step_field};
 use crate::cpu::rows::walk::{self, LANES, load_index};
-use crate::emit::{Cmp, Emitter, F16, F32, I32, KernelArgs, PTR, Val};
+use crate::emit::{Cmp, Emitter, F32, I32, KernelArgs, Val};
 use crate::math;
-use mansard_ir::layout::{CACHE_BLOCK, cache_block_bytes, row_bytes};
+use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
-use mansard_ir::{DType, Error, Kind, Node, Result, Target, Type, ValueId, bail};
-
-/// Tokens that are computed together.
-const TOKENS: usize = 4;
-
-/// Most rows whose accumulators share the registers.
-const ROWS: usize = 6;
+use mansard_ir::{Error, Kind, Result, Target, ValueId, bail};
+use product::Product;
+use shape::{SCRATCH_BYTES, Shape, TOKENS, row_groups, tokens_together};
 
 /// Below every score, and finite, so that differences of two are numbers.
 const FAR_BELOW: f32 = -1e30;
-
-/// Most bytes of stack for the rows of an item.
-const STACK_LIMIT: usize = 1 << 20;
-
-/// Tokens of a step from which its tiles alone keep the workers busy.
-const MANY_TOKENS: usize = 16;
 
 /// Emits an `attend` kernel.
 ///
@@ -61,7 +53,7 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
         tables: step_field(&mut e, k, StepField::Tables),
         stride: step_field(&mut e, k, StepField::TableStride),
     };
-    let rows = if kernel.range.max < TOKENS { shape.heads } else { TOKENS * shape.heads };
+    let rows = tokens_together(kernel) * shape.heads;
     let attention = Attention {
         q: at(node.operands[0])?,
         keys: at(node.operands[1])?,
@@ -73,101 +65,6 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     };
     attention.items(&mut e, k, rows > attention.shape.heads);
     Ok(e.finish())
-}
-
-/// Extents and rules, all known now.
-struct Shape {
-    /// Width of a head.
-    dim: usize,
-    /// Query heads of an item: a group, or a part of one.
-    heads: usize,
-    /// Items of each key-value head and tile.
-    parts: usize,
-    kv_heads: usize,
-    /// Bytes of a stored key or value.
-    element: usize,
-    cache_block_bytes: usize,
-    /// Bytes from token to token of queries and results.
-    row_bytes: usize,
-    scale: f32,
-    causal: bool,
-    window: usize,
-    softcap: f32,
-    registers: usize,
-    /// Registers that 16 lanes take.
-    per_vector: usize,
-}
-
-impl Shape {
-    fn new(kernel: &Kernel, target: &Target, node: &Node, q: &Type, cache: &Type) -> Result<Shape> {
-        let (Type::Cache { heads: kv_heads, dim, dtype, .. }, Some(width)) = (cache, q.row_width()) else {
-            bail!(Internal, "attention of {q} over {cache}")
-        };
-        let (Some(row_bytes), Some(cache_block_bytes)) = (row_bytes(q), cache_block_bytes(cache)) else {
-            bail!(Internal, "attention of {q} over {cache}")
-        };
-        let element = match dtype {
-            DType::F32 => 4,
-            DType::F16 => 2,
-            other => bail!(Unsupported, "a cache of {other}: f32 or f16 is needed"),
-        };
-        let group = width / dim / kv_heads;
-        let threads = target.machine.threads;
-        let parts = if kernel.range.min >= MANY_TOKENS { 1 } else { parts(*kv_heads, group, threads) };
-        Ok(Shape {
-            dim: *dim,
-            heads: group / parts,
-            parts,
-            kv_heads: *kv_heads,
-            element,
-            cache_block_bytes,
-            row_bytes,
-            scale: node.attrs.float("scale") as f32,
-            causal: node.attrs.bool("causal"),
-            window: node.attrs.size("window"),
-            softcap: node.attrs.float("softcap") as f32,
-            registers: target.registers,
-            per_vector: (LANES * 4).div_ceil(target.vector_bytes),
-        })
-    }
-
-    /// Bytes of a row of scratch: a head in whole vectors.
-    fn stride(&self) -> usize {
-        self.dim.next_multiple_of(LANES) * 4
-    }
-
-    /// Vectors of 16 lanes that go with `rows` rows into one pass of a product.
-    fn vectors(&self, rows: usize) -> usize {
-        let spare = if self.registers >= 32 { 8 } else { 4 };
-        ((self.registers - spare) / (rows * self.per_vector)).max(1)
-    }
-
-    /// How a head's width falls into vectors: `(first element, lanes)`.
-    fn chunks(&self) -> Vec<(usize, usize)> {
-        let mut chunks: Vec<(usize, usize)> = (0..self.dim / LANES).map(|i| (i * LANES, LANES)).collect();
-        let mut first = self.dim / LANES * LANES;
-        for lanes in [8, 4, 2, 1] {
-            if self.dim & lanes != 0 {
-                chunks.push((first, lanes));
-                first += lanes;
-            }
-        }
-        chunks
-    }
-}
-
-/// Into how many parts to cut each group for a lone token: a part more reads the cache once more, which costs as much as
-/// the work of about two rows; a part fewer may leave workers idle.
-fn parts(kv_heads: usize, group: usize, threads: usize) -> usize {
-    let cost = |parts: usize| (kv_heads * parts).div_ceil(threads.max(1)) * (2 + group / parts);
-    let divisors = (1..=group).filter(|p| group.is_multiple_of(*p));
-    divisors.min_by_key(|p| cost(*p)).unwrap_or(1)
-}
-
-/// `(rows, how often)`: as few and as equal groups of rows as go into registers.
-fn row_groups(rows: usize) -> [(usize, usize); 2] {
-    let size = rows.div_ceil(rows.div_ceil(ROWS));
-    [(size, rows / size), (rows % size, 1)]
 }
 
 /// A worker's memory for one item. Rows are those of the item, or of a lone token.
@@ -190,12 +87,15 @@ const START: usize = 8;
 const END: usize = 12;
 
 impl Scratch {
+    fn bytes(rows: usize, dim: usize) -> usize {
+        rows * (2 * dim.next_multiple_of(LANES) * 4 + CACHE_BLOCK * 4 + LANES * 4 + FIGURES_BYTES)
+    }
+
     fn new(e: &mut Emitter, rows: usize, dim: usize) -> Result<Scratch> {
-        let stride = dim.next_multiple_of(LANES) * 4;
-        let bytes = rows * (2 * stride + CACHE_BLOCK * 4 + LANES * 4 + FIGURES_BYTES);
-        if bytes > STACK_LIMIT {
-            bail!(Unsupported, "{rows} rows of {dim} need {bytes} bytes of stack, {STACK_LIMIT} are the limit");
+        if Scratch::bytes(rows, dim) > SCRATCH_BYTES {
+            bail!(Unsupported, "attention heads of {dim}: {rows} rows of it do not fit {SCRATCH_BYTES} bytes of stack");
         }
+        let stride = dim.next_multiple_of(LANES) * 4;
         Ok(Scratch {
             q: e.stack(rows * stride),
             out: e.stack(rows * stride),
@@ -586,54 +486,5 @@ impl Attention {
         if rest > 0 {
             body(e, end, rest);
         }
-    }
-}
-
-/// `sums[row][chunk] += sum over k of a[row][k] * b[k][chunk]`, `a` in f32, `b` as cached.
-struct Product<'a> {
-    rows: usize,
-    depth: Val,
-    a: Val,
-    a_stride: usize,
-    b: Val,
-    b_stride: usize,
-    /// Bytes of an element of `b`.
-    element: usize,
-    /// Alignment of whole vectors of `b`.
-    align: usize,
-    /// `(first element, lanes)`.
-    chunks: &'a [(usize, usize)],
-}
-
-impl Product<'_> {
-    fn emit(&self, e: &mut Emitter, sums: &[Val]) -> Vec<Val> {
-        let (zero, one) = (e.i64(0), e.i64(1));
-        debug_assert_eq!(self.b.ty, PTR);
-        e.for_loop((zero, self.depth, one), sums, |e, k, sums| {
-            let mut sums = sums.to_vec();
-            let line = e.row(self.b, k, self.b_stride);
-            let b: Vec<Val> = self.chunks.iter().map(|c| self.load(e, line, *c)).collect();
-            let column = e.row(self.a, k, 4);
-            for row in 0..self.rows {
-                let at = e.gep_const(column, row * self.a_stride);
-                let a = e.load(at, F32, 4);
-                for (i, b) in b.iter().enumerate() {
-                    let a = e.broadcast(a, b.ty.lanes);
-                    let sum = &mut sums[row * self.chunks.len() + i];
-                    *sum = e.fma(a, *b, *sum);
-                }
-            }
-            sums
-        })
-    }
-
-    fn load(&self, e: &mut Emitter, line: Val, (first, lanes): (usize, usize)) -> Val {
-        let at = e.gep_const(line, first * self.element);
-        let align = if lanes == LANES { self.align } else { self.element };
-        if self.element == 4 {
-            return e.load(at, F32.x(lanes), align);
-        }
-        let narrow = e.load(at, F16.x(lanes), align);
-        e.convert("extf", narrow, F32)
     }
 }

@@ -17,7 +17,7 @@ use crate::cpu::{StepField, count_of};
 use crate::emit::{Emitter, F32, KernelArgs, Val};
 use crate::math;
 use mansard_ir::kernel::PROLOGUE_TOKENS;
-use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
+use mansard_ir::layout::{A8, STRIP, StripLayout, row_bytes};
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
 use mansard_ir::{DType, Error, Graph, Kind, Result, Target, Type, ValueId, bail};
@@ -57,6 +57,8 @@ struct Dot {
     dtype: DType,
     /// Columns.
     k: usize,
+    /// Planes of int8 codes of the activations.
+    planes: usize,
 }
 
 /// Contractions that meet in the epilogue, and the nodes where they do.
@@ -79,7 +81,9 @@ fn components(body: &Graph) -> Result<Vec<Component>> {
                 let extent = |i: usize| if let Some(mansard_ir::Dim::N(n)) = shape.get(i) { *n } else { 0 };
                 let (n, columns) = (extent(shape.len() - 2), extent(shape.len() - 1));
                 let routing = node.operands.get(2).copied();
-                let dot = Dot { value, x: node.operands[0], weight: node.operands[1], routing, dtype, k: columns };
+                let planes = body.ty(node.operands[0]).as_tensor().and_then(|(d, _)| d.planes()).unwrap_or(1);
+                let (x, weight) = (node.operands[0], node.operands[1]);
+                let dot = Dot { value, x, weight, routing, dtype, k: columns, planes };
                 home[value.0 as usize] = Some(parts.len());
                 parts.push(Component { dots: vec![dot], epilogue: vec![], n });
             }
@@ -274,7 +278,7 @@ impl Contraction<'_> {
             let weight = self.pointer(dot.weight)?;
             let stride = row_bytes(self.body.ty(dot.x)).ok_or_else(|| internal(self.body))?;
             let x = self.pointer(dot.x)?;
-            let rows = Rows { first: e.row(x, first, stride), stride, count: shape.tokens };
+            let rows = Rows { first: e.row(x, first, stride), stride, count: shape.tokens, planes: dot.planes };
             let base = dot::strip_at(e, weight, strip, dot.dtype, dot.k);
             let bytes = StripLayout::new(dot.dtype, dot.k).bytes;
             let strips: Vec<Val> = (0..shape.strips).map(|s| e.gep_const(base, s * bytes)).collect();
@@ -377,9 +381,10 @@ impl Contraction<'_> {
             let x = e.row(x, token, stride);
             // Rows [t, top, k] hold the j-th expert's activations one after another.
             let own = ty.as_tensor().is_some_and(|(_, shape)| shape.len() == 3);
-            let width = if ty.as_tensor().is_some_and(|(d, _)| d == DType::A8) { dot.k * 2 } else { dot.k * 4 };
+            let planes = ty.as_tensor().and_then(|(d, _)| d.planes());
+            let width = planes.map_or(dot.k * 4, |planes| dot.k / A8::GROUP * A8::LINE * planes);
             let first = e.gep_const(x, if own { j * width } else { 0 });
-            let rows = Rows { first, stride, count: 1 };
+            let rows = Rows { first, stride, count: 1, planes: dot.planes };
             products.insert(dot.value, dot::tile(e, self.target, dot.dtype, dot.k, &[strip], rows)[0]);
         }
         let (offset, column) = (e.scaled(strip, STRIP * 4, j * n * 4), e.scaled(strip, STRIP * 4, 0));

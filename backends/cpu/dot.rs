@@ -25,6 +25,8 @@ pub struct Rows {
     pub stride: usize,
     /// How many.
     pub count: usize,
+    /// Planes of int8 codes, for integer formats.
+    pub planes: usize,
 }
 
 /// Products of `rows` and of each strip: `result[strip * rows.count + row]` is an f32 vector of 16 outputs.
@@ -37,7 +39,7 @@ pub fn tile(e: &mut Emitter, target: &Target, dtype: DType, k: usize, strips: &[
             let (low, high, step) = (e.i64(0), e.i64((k / A8::GROUP) as i64), e.i64(1));
             e.for_loop((low, high, step), &accumulators, |e, line, acc| {
                 let mut acc = acc.to_vec();
-                let x = e.row(rows.first, line, A8::LINE);
+                let x = e.row(rows.first, line, A8::LINE * rows.planes);
                 for (s, strip) in strips.iter().enumerate() {
                     let acc = &mut acc[s * rows.count..][..rows.count];
                     integer_line(e, target, int, &layout, *strip, line, Rows { first: x, ..rows }, acc);
@@ -103,32 +105,51 @@ fn integer_line(
         let min = (int.zero == Zero::Min).then(|| group.real(e, layout.mins));
         let codes = group.codes(e);
         for (r, acc) in acc.iter_mut().enumerate() {
-            let x = e.gep_const(rows.first, r * rows.stride);
-            let (neg_sum, real_sum) = match halves {
-                1 => (A8::NEG_SUM, A8::REAL_SUM),
-                _ => (A8::NEG_SUM_16 + 4 * half, A8::REAL_SUM_16 + 4 * half),
-            };
-            let mut sum = match int.zero {
-                Zero::Min => e.int(I32.x(STRIP), 0),
-                Zero::Fixed(zero) => {
-                    let neg = splat(e, x, neg_sum, I32);
-                    e.shl(neg, zero.trailing_zeros() as i64)
-                }
-            };
-            for (quad, codes) in codes.iter().enumerate() {
-                let dword = splat(e, x, half * int.group + 4 * quad, I32);
-                let bytes = e.bitcast(dword, I8.x(4 * STRIP));
-                sum = dot4(e, target, sum, *codes, bytes);
-            }
-            let sum = e.convert("sitofp", sum, F32);
-            let x_scale = splat(e, x, A8::SCALE, F32);
-            let both = e.mul(scale, x_scale);
-            *acc = e.fma(sum, both, *acc);
-            if let Some(min) = min {
-                let real_sum = splat(e, x, real_sum, F32);
-                *acc = e.fma(min, real_sum, *acc);
+            for plane in 0..rows.planes {
+                let x = e.gep_const(rows.first, r * rows.stride + plane * A8::LINE);
+                *acc = group_product(e, target, &group, &codes, (scale, min), x, *acc);
             }
         }
+    }
+}
+
+/// Adds the product of a weight group and one line of activations.
+fn group_product(
+    e: &mut Emitter,
+    target: &Target,
+    group: &GroupAt<'_>,
+    codes: &[Val],
+    (scale, min): (Val, Option<Val>),
+    x: Val,
+    acc: Val,
+) -> Val {
+    let GroupAt { int, halves, half, .. } = *group;
+    let (neg_sum, real_sum) = match halves {
+        1 => (A8::NEG_SUM, A8::REAL_SUM),
+        _ => (A8::NEG_SUM_16 + 4 * half, A8::REAL_SUM_16 + 4 * half),
+    };
+    let mut sum = match int.zero {
+        Zero::Min => e.int(I32.x(STRIP), 0),
+        Zero::Fixed(zero) => {
+            let neg = splat(e, x, neg_sum, I32);
+            e.shl(neg, zero.trailing_zeros() as i64)
+        }
+    };
+    for (quad, codes) in codes.iter().enumerate() {
+        let dword = splat(e, x, half * int.group + 4 * quad, I32);
+        let bytes = e.bitcast(dword, I8.x(4 * STRIP));
+        sum = dot4(e, target, sum, *codes, bytes);
+    }
+    let sum = e.convert("sitofp", sum, F32);
+    let x_scale = splat(e, x, A8::SCALE, F32);
+    let both = e.mul(scale, x_scale);
+    let acc = e.fma(sum, both, acc);
+    match min {
+        Some(min) => {
+            let real_sum = splat(e, x, real_sum, F32);
+            e.fma(min, real_sum, acc)
+        }
+        None => acc,
     }
 }
 

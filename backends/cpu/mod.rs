@@ -1,8 +1,6 @@
 //! CPU kernels: each kind of kernel in the plan's table has one emitter.
 
 pub mod attend;
-#[cfg(test)]
-mod attend_tests;
 pub mod contract;
 #[cfg(test)]
 mod contract_tests;

@@ -323,7 +323,7 @@ fn close(found: &[f32], expected: &[f32], width: usize, tolerance: f64) -> Resul
     let most = expected.iter().fold(0f64, |m, x| m.max(x.abs() as f64));
     let off = |(_, (f, e)): &(usize, (&f32, &f32))| {
         let difference = (**f as f64 - **e as f64).abs();
-        !(difference <= tolerance * most)
+        difference.is_nan() || difference > tolerance * most
     };
     let wrong: Vec<_> = found.iter().zip(expected).enumerate().filter(off).collect();
     let Some((i, (f, e))) = wrong.first() else { return Ok(()) };

@@ -146,20 +146,28 @@ pub fn merge_heads(o: &[&Type], _: &Attrs) -> Rule {
 }
 
 pub fn quantize(o: &[&Type], _: &Attrs) -> Rule {
+    planes(o, DType::A8)
+}
+
+pub fn quantize_fine(o: &[&Type], _: &Attrs) -> Rule {
+    planes(o, DType::A16)
+}
+
+fn planes(o: &[&Type], dtype: DType) -> Rule {
     f32s(o[0])?;
     let (lead, rest) = rows(o[0])?;
     if rest.last().is_none_or(|k| k % A8::GROUP != 0) {
         bail!(Input, "expected a last axis that is a multiple of {}", A8::GROUP);
     }
-    Ok(Type::tensor(DType::A8, with_dims(lead, rest)))
+    Ok(Type::tensor(dtype, with_dims(lead, rest)))
 }
 
-/// A contraction's activations are f32, or a8 over an integer format.
+/// A contraction's activations are f32, or int8 planes over an integer format.
 fn contraction(x: &Type, w: DType) -> Result<(Dim, Vec<usize>)> {
     let (dtype, _) = x.as_tensor().unwrap_or((DType::I32, &[]));
     match dtype {
         DType::F32 if w.is_float() || w.int().is_some() => rows(x),
-        DType::A8 if w.int().is_some() => rows(x),
+        DType::A8 | DType::A16 if w.int().is_some() => rows(x),
         _ => bail!(Input, "{dtype} activations do not go with {w} weights"),
     }
 }

@@ -292,6 +292,9 @@ ops! {
     "quantize" (x) {} Quantize: quantize, reduce::quantize, flops::each::<4>, quantize,
         "int8 codes per group of 32 of the last axis, scale = max |x| / 127, ties to even";
 
+    "quantize_fine" (x) {} Quantize: quantize_fine, reduce::quantize_fine, flops::each::<8>, quantize,
+        "quantize, and quantize of the rounding error: two planes of int8 codes";
+
     "matmul" (x, w) {} Contract: matmul, contract::matmul, flops::products, matmul, "x[t, k] w[n, k]^T";
     "route" (x) {int("top", "experts chosen per token"), flag("normalize", "weights of the chosen sum to 1")}
         Route: route, reduce::route, flops::each::<5>, route,

@@ -154,7 +154,7 @@ pub fn quantize(r: &mut Random, x: Option<&Type>) -> Sample {
 pub fn matmul(r: &mut Random, x: Option<&Type>) -> Sample {
     let (dtype, lead, rest) = rows(r, x, 2)?;
     let w = fixed(dtype_for(r, dtype, rest[0]), &[r.pick(&WIDTHS), rest[0]]);
-    let fits = dtype == DType::F32 || dtype == DType::A8;
+    let fits = dtype == DType::F32 || dtype.planes().is_some();
     fits.then(|| (vec![activation(dtype, lead, &rest), w], Attrs::none()))
 }
 
@@ -173,7 +173,7 @@ pub fn matmul_experts(r: &mut Random, x: Option<&Type>) -> Sample {
     let top = if rank == 3 { rest[0] } else { 1 + r.below(2) };
     let (k, experts) = (rest[rest.len() - 1], top.max(r.pick(&[4, 8])));
     let w = fixed(dtype_for(r, dtype, k), &[experts, r.pick(&WIDTHS), k]);
-    let fits = (dtype == DType::F32 || dtype == DType::A8) && lead == Dim::T;
+    let fits = (dtype == DType::F32 || dtype.planes().is_some()) && lead == Dim::T;
     fits.then(|| (vec![activation(dtype, lead, &rest), w, Type::Routing { top, experts }], Attrs::none()))
 }
 

@@ -1,6 +1,6 @@
 //! Attention against the interpreter: masks, groups, widths, caches, ragged steps.
 
-use super::{ROWS, parts, row_groups};
+use super::shape::{ROWS, parts, row_groups};
 use crate::harness;
 
 /// A step of several sequences: prompts, continued prompts, lone tokens, over one and several cache blocks.
@@ -57,7 +57,7 @@ fn widths_of_heads() {
 
 #[test]
 fn groups() {
-    for group in [4, 7, 8] {
+    for group in [4, 7, 8, 72] {
         attend((group, 1), 64, "f32", CAUSAL, &[(70, 6), (10, 1)], 1e-5);
     }
 }
@@ -72,8 +72,11 @@ fn lone_tokens() {
 
 #[test]
 fn work_is_cut_for_the_workers() {
-    assert_eq!(parts(1, 4, 2), 2);
-    assert_eq!(parts(8, 4, 2), 1);
+    let any = |_| true;
+    assert_eq!(parts(1, 4, Some(2), &any), 2);
+    assert_eq!(parts(8, 4, Some(2), &any), 1);
+    assert_eq!(parts(1, 4, None, &any), 1);
+    assert_eq!(parts(1, 12, None, &|heads| heads <= 5), 3);
     for rows in 1..100 {
         let [(size, count), (rest, _)] = row_groups(rows);
         assert!(size * count + rest == rows && size <= ROWS && rest < size);

@@ -62,7 +62,7 @@ impl Rows<'_> {
         let position = self.index(e, node.operands[0])?;
         let position = e.convert("sitofp", position, F32);
         let scale = node.attrs.float("scale") as f32;
-        let align = if half % LANES == 0 { 64 } else { 4 };
+        let align = if half.is_multiple_of(LANES) { 64 } else { 4 };
         walk::visit(e, half, &mut |e, chunk| {
             let frequency = chunk.load(e, frequencies, 64);
             let position = e.broadcast(position, chunk.lanes);

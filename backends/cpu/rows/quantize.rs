@@ -4,6 +4,8 @@
 //! scale = max |x| / 127     code = roundeven(x / scale)     neg_sum = -sum(codes)     real_sum = scale * sum(codes)
 //! ```
 //!
+//! With two planes, the line of what those codes leave follows, made the same way.
+//!
 //! Four groups at a time: the horizontal maxima and sums of several vectors share one tree of shuffles. Codes are those of
 //! the interpreter to the bit.
 
@@ -18,36 +20,46 @@ use mansard_ir::{Node, Result, ValueId, bail};
 const TOGETHER: usize = 4;
 
 impl Rows<'_> {
-    /// Emits `quantize` for this row.
+    /// Emits `quantize` or `quantize_fine` for this row.
     pub(super) fn quantize(&self, e: &mut Emitter, v: ValueId, node: &Node) -> Result<()> {
         let (Some(to), from) = (self.destination(v), self.row_of(node.operands[0])?) else {
             bail!(Internal, "{v} is quantized for nobody")
         };
-        let lines = width(self.graph, v)? / A8::GROUP;
+        let Some(planes) = self.dtype(v)?.planes() else { bail!(Internal, "{v} has no planes") };
+        let (lines, bytes) = (width(self.graph, v)? / A8::GROUP, A8::LINE * planes);
         let whole = lines - lines % TOGETHER;
         let (zero, end) = (e.i64(0), e.i64(whole as i64));
         if whole > 0 {
             e.repeat(zero, end, TOGETHER as i64, |e, line| {
-                let (from, to) = (e.row(from, line, A8::GROUP * 4), e.row(to, line, A8::LINE));
-                quantize_lines(e, from, to, TOGETHER);
+                let (from, to) = (e.row(from, line, A8::GROUP * 4), e.row(to, line, bytes));
+                quantize_lines(e, from, to, TOGETHER, planes);
             });
         }
         if whole < lines {
-            let (from, to) = (e.gep_const(from, whole * A8::GROUP * 4), e.gep_const(to, whole * A8::LINE));
-            quantize_lines(e, from, to, lines - whole);
+            let (from, to) = (e.gep_const(from, whole * A8::GROUP * 4), e.gep_const(to, whole * bytes));
+            quantize_lines(e, from, to, lines - whole, planes);
         }
         Ok(())
     }
 }
 
-/// Up to four neighbouring groups. In vectors of figures, lane `i` is group `i`, and lanes repeat every four.
-fn quantize_lines(e: &mut Emitter, from: Val, to: Val, count: usize) {
-    let x: Vec<Val> = (0..2 * count)
+/// Up to four neighbouring groups, in all their planes.
+fn quantize_lines(e: &mut Emitter, from: Val, to: Val, count: usize, planes: usize) {
+    let mut x: Vec<Val> = (0..2 * count)
         .map(|i| {
             let at = e.gep_const(from, i * LANES * 4);
             e.load(at, F32.x(LANES), 64)
         })
         .collect();
+    for plane in 0..planes {
+        let to = e.gep_const(to, plane * A8::LINE);
+        x = quantize_plane(e, &x, to, A8::LINE * planes);
+    }
+}
+
+/// One plane of some groups, two vectors each, whose lines lie `stride` bytes apart; gives what the codes leave. In vectors
+/// of figures, lane `i` is group `i`, and lanes repeat every four.
+fn quantize_plane(e: &mut Emitter, x: &[Val], to: Val, stride: usize) -> Vec<Val> {
     let most: Vec<Val> = x
         .chunks(2)
         .map(|pair| {
@@ -58,16 +70,21 @@ fn quantize_lines(e: &mut Emitter, from: Val, to: Val, count: usize) {
     let most = across(e, &padded(most, TOGETHER), &mut |e, a, b| e.max(a, b));
     let by = e.float(most.ty, 127.0);
     let scales = e.div(most, by);
-    let mut sums = vec![];
+    let (mut sums, mut left) = (vec![], vec![]);
     for (i, x) in x.iter().enumerate() {
         let codes = codes(e, *x, scales, i / 2);
         sums.push(codes);
+        let scale = e.shuffle(scales, scales, &[i / 2; LANES]);
+        let reals = e.convert("sitofp", codes, F32);
+        let reals = e.mul(scale, reals);
+        left.push(e.sub(*x, reals));
         let codes = e.convert("trunci", codes, I8);
-        let to = e.gep_const(to, i / 2 * A8::LINE + i % 2 * LANES);
+        let to = e.gep_const(to, i / 2 * stride + i % 2 * LANES);
         e.store(codes, to, LANES);
     }
     let halves = across(e, &padded(sums, 2 * TOGETHER), &mut |e, a, b| e.add(a, b));
-    figures(e, scales, halves, to, count);
+    figures(e, scales, halves, to, (x.len() / 2, stride));
+    left
 }
 
 /// Codes of 16 elements of a group as `i32`.
@@ -85,7 +102,7 @@ fn codes(e: &mut Emitter, x: Val, scales: Val, group: usize) -> Val {
 }
 
 /// Writes scale, sums and real sums after the codes. Lane `2 i + h` of `halves` is the sum of half `h` of group `i`.
-fn figures(e: &mut Emitter, scales: Val, halves: Val, to: Val, count: usize) {
+fn figures(e: &mut Emitter, scales: Val, halves: Val, to: Val, (count, stride): (usize, usize)) {
     let zero = e.int(halves.ty, 0);
     let even: Vec<usize> = (0..LANES).map(|i| i * 2 % 8).collect();
     let odd: Vec<usize> = even.iter().map(|i| i + 1).collect();
@@ -111,7 +128,7 @@ fn figures(e: &mut Emitter, scales: Val, halves: Val, to: Val, count: usize) {
     for i in 0..count {
         let h = LANES + 2 * i;
         let line = e.shuffle(whole, half, &[i, 4 + i, 8 + i, 8 + i, h, h + 1, h + 8, h + 9]);
-        let to = e.gep_const(to, i * A8::LINE + A8::SCALE);
+        let to = e.gep_const(to, i * stride + A8::SCALE);
         e.store(line, to, 32);
     }
     const { assert!(A8::NEG_SUM == A8::SCALE + 4 && A8::REAL_SUM == A8::SCALE + 8) };

@@ -40,7 +40,7 @@ impl Rows<'_> {
                 rotate_halves(e, head)
             }
             let (from, to) = (e.gep_const(head.from, 8 * half), e.gep_const(head.to, 8 * half));
-            let align = if half % (walk::LANES / 2) == 0 { align } else { 4 };
+            let align = if half.is_multiple_of(walk::LANES / 2) { align } else { 4 };
             walk::visit(e, dim - 2 * half, &mut |e, chunk| {
                 let x = chunk.load(e, from, align);
                 chunk.store(e, x, to, align);
@@ -53,8 +53,8 @@ impl Rows<'_> {
 fn rotate_halves(e: &mut Emitter, head: Head) {
     let sines = e.gep_const(head.table, 4 * head.half);
     let (second, to_second) = (e.gep_const(head.from, 4 * head.half), e.gep_const(head.to, 4 * head.half));
-    let second_align = if head.half % walk::LANES == 0 { head.align } else { 4 };
-    let sine_align = if head.half % walk::LANES == 0 { 64 } else { 4 };
+    let second_align = if head.half.is_multiple_of(walk::LANES) { head.align } else { 4 };
+    let sine_align = if head.half.is_multiple_of(walk::LANES) { 64 } else { 4 };
     walk::visit(e, head.half, &mut |e, chunk| {
         let (cos, sin) = (chunk.load(e, head.table, 64), chunk.load(e, sines, sine_align));
         let (x0, x1) = (chunk.load(e, head.from, head.align), chunk.load(e, second, second_align));

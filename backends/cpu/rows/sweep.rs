@@ -8,7 +8,7 @@
 use super::Rows;
 use super::schedule::{heads, width};
 use super::walk::{self, Chunk};
-use crate::emit::{Emitter, F32, I64, Val};
+use crate::emit::{Emitter, F32, Val};
 use crate::math;
 use mansard_ir::ops::Class;
 use mansard_ir::{Node, Result, Type, ValueId, bail};
@@ -216,9 +216,7 @@ impl Rows<'_> {
     /// A loaded index of this row: of a token, a position, a row.
     pub(super) fn index(&self, e: &mut Emitter, value: ValueId) -> Result<Val> {
         let base = self.memory(value)?;
-        let index = walk::load_index(e, base, self.row);
-        debug_assert_eq!(index.ty, I64);
-        Ok(index)
+        Ok(walk::load_index(e, base, self.row))
     }
 }
 

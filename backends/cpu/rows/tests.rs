@@ -154,3 +154,15 @@ fn views_that_leave() {
     case("%x: f32[t, 80]", body, 0.0);
     case("%x: f32[t, 80]", "%h = split_heads %x {heads = 4} return h = %h", 0.0);
 }
+
+#[test]
+fn rows_beyond_the_stack_are_refused() {
+    let width = 200_000;
+    let text = format!(
+        "graph @rows(%x: f32[t, {width}]) stage planned when t = 1..512 {{ %a = l2_normalize %x {{eps = 1e-5}} \
+         %b = l2_normalize %a {{eps = 1e-5}} %c = l2_normalize %b {{eps = 1e-5}} return c = %c }}"
+    );
+    let target = crate::target("x86-64-v3").unwrap();
+    let error = crate::cpu::emit(&harness::kernel(&text), &target).unwrap_err();
+    assert_eq!(error.kind(), mansard_ir::Kind::Unsupported);
+}

@@ -82,13 +82,11 @@ impl Chunk {
     }
 }
 
+/// Gets a chunk and the carried values, gives their next values.
+type Body<'a> = dyn FnMut(&mut Emitter, Chunk, &[Val]) -> Vec<Val> + 'a;
+
 /// Visits `width` elements; carries values from chunk to chunk.
-pub fn walk(
-    e: &mut Emitter,
-    width: usize,
-    carried: &[Val],
-    body: &mut dyn FnMut(&mut Emitter, Chunk, &[Val]) -> Vec<Val>,
-) -> Vec<Val> {
+pub fn walk(e: &mut Emitter, width: usize, carried: &[Val], body: &mut Body<'_>) -> Vec<Val> {
     let whole = width / LANES;
     let mut carried = carried.to_vec();
     let looped = if whole <= STRAIGHT { 0 } else { whole - whole % UNROLL };
@@ -108,7 +106,7 @@ pub fn walk(
     }
     let mut first = whole * LANES;
     for lanes in [8, 4, 2, 1] {
-        if width % LANES & lanes != 0 {
+        if (width % LANES) & lanes != 0 {
             carried = body(e, Chunk { offset: None, more: first * 4, lanes, turn: 0 }, &carried);
             first += lanes;
         }

@@ -1,0 +1,57 @@
+//! The loop that both products of attention are: rows times lanes, with every accumulator in a register.
+//!
+//! ```text
+//! for k: line = b[k][chunks]                    a few vectors, widened to f32
+//!        for row: sums[row][chunks] += a[row][k] * line
+//! ```
+
+use crate::cpu::rows::walk::LANES;
+use crate::emit::{Emitter, F16, F32, Val};
+
+/// `sums[row][chunk] += sum over k of a[row][k] * b[k][chunk]`, `a` in f32, `b` as cached.
+pub(super) struct Product<'a> {
+    pub(super) rows: usize,
+    pub(super) depth: Val,
+    pub(super) a: Val,
+    pub(super) a_stride: usize,
+    pub(super) b: Val,
+    pub(super) b_stride: usize,
+    /// Bytes of an element of `b`.
+    pub(super) element: usize,
+    /// Alignment of whole vectors of `b`.
+    pub(super) align: usize,
+    /// `(first element, lanes)`.
+    pub(super) chunks: &'a [(usize, usize)],
+}
+
+impl Product<'_> {
+    pub(super) fn emit(&self, e: &mut Emitter, sums: &[Val]) -> Vec<Val> {
+        let (zero, one) = (e.i64(0), e.i64(1));
+        e.for_loop((zero, self.depth, one), sums, |e, k, sums| {
+            let mut sums = sums.to_vec();
+            let line = e.row(self.b, k, self.b_stride);
+            let b: Vec<Val> = self.chunks.iter().map(|c| self.load(e, line, *c)).collect();
+            let column = e.row(self.a, k, 4);
+            for row in 0..self.rows {
+                let at = e.gep_const(column, row * self.a_stride);
+                let a = e.load(at, F32, 4);
+                for (i, b) in b.iter().enumerate() {
+                    let a = e.broadcast(a, b.ty.lanes);
+                    let sum = &mut sums[row * self.chunks.len() + i];
+                    *sum = e.fma(a, *b, *sum);
+                }
+            }
+            sums
+        })
+    }
+
+    fn load(&self, e: &mut Emitter, line: Val, (first, lanes): (usize, usize)) -> Val {
+        let at = e.gep_const(line, first * self.element);
+        let align = if lanes == LANES { self.align } else { self.element };
+        if self.element == 4 {
+            return e.load(at, F32.x(lanes), align);
+        }
+        let narrow = e.load(at, F16.x(lanes), align);
+        e.convert("extf", narrow, F32)
+    }
+}
