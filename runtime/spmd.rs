@@ -1,8 +1,8 @@
 //! One program, many workers: every worker runs the whole step and takes its share of every launch.
 //!
 //! Workers stay alive between steps. They meet at barriers by spinning, which costs less than a microsecond where each has
-//! a core; a wait that lasts gives the core away, and then sleeps, so that a busy neighbour does not stop the team and an
-//! idle engine uses no processor time. The thread that calls [`Team::run`] is worker 0.
+//! a core; a wait that lasts becomes a sleep, so that a busy neighbour does not stop the team and an idle engine uses no
+//! processor time. The thread that calls [`Team::run`] is worker 0.
 
 use mansard_ir::{Error, Kind, Result, bail};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -12,12 +12,14 @@ use std::thread::JoinHandle;
 /// The most workers a team may have.
 pub const MAX_THREADS: usize = 1024;
 
-/// Rounds of spinning before a waiting worker gives its core away: longer than workers' shares of a launch differ.
-const SPINS: u32 = 4000;
+/// Rounds of spinning before a waiting worker sleeps: some ten microseconds, by which workers' shares of a launch differ.
+/// Sleeping at once when they have passed, rather than yielding, keeps the scheduler's favour: after it has yielded, a
+/// worker waits for its neighbours' whole time slices, and the team for it.
+const SPINS: u32 = 1000;
+/// The same between steps, while a token is sampled.
+const IDLE_SPINS: u32 = 4000;
 /// The same where workers outnumber cores, and whoever is waited for may need this very core.
 const SPINS_CROWDED: u32 = 100;
-/// Times a worker gives its core away before it sleeps.
-const YIELDS: u32 = 100;
 
 /// A counter that threads wait on. On cache lines of its own.
 #[repr(align(128))]
@@ -56,12 +58,6 @@ impl Epoch {
             }
             std::hint::spin_loop();
         }
-        for _ in 0..env("YIELDS", YIELDS) {
-            if self.now() != seen {
-                return;
-            }
-            std::thread::yield_now();
-        }
         let mut guard = locked(&self.lock);
         self.sleepers.fetch_add(1, Ordering::SeqCst);
         while self.value.load(Ordering::SeqCst) == seen {
@@ -71,7 +67,6 @@ impl Epoch {
     }
 }
 
-fn env(n: &str, d: u32) -> u32 { static M: std::sync::OnceLock<std::collections::HashMap<String,u32>> = std::sync::OnceLock::new(); let m = M.get_or_init(|| std::env::vars().filter_map(|(k,v)| v.parse().ok().map(|v| (k,v))).collect()); m.get(n).copied().unwrap_or(d) }
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -169,10 +164,10 @@ impl<J: Copy + Send + 'static> Team<J> {
             bail!(Usage, "expected 1 to {MAX_THREADS} threads, found {threads}");
         }
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let spins = if threads > cores { SPINS_CROWDED } else { env("SPINS", SPINS) };
+        let (spins, idle_spins) = if threads > cores { (SPINS_CROWDED, SPINS_CROWDED) } else { (SPINS, IDLE_SPINS) };
         let shared = Arc::new(Shared {
             order: Mutex::new(Order::Wait),
-            orders: Epoch::new(spins),
+            orders: Epoch::new(idle_spins),
             barrier: Barrier::new(threads as u32, spins),
             program: Box::new(program),
             threads,

@@ -2,6 +2,8 @@
 //! measures of faithfulness.
 #![forbid(unsafe_code)]
 
+pub mod oracle;
+
 use mansard::driver::{self, CompileOptions};
 use mansard_ir::Result;
 use mansard_runtime::{Artifact, Engine, EngineOptions, OpenOptions};

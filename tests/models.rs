@@ -115,7 +115,8 @@ fn minilm() {
         serde_json::from_slice(&std::fs::read(here().join("reference/minilm.json")).unwrap()).unwrap();
     let loaded = Model::open(artifact.path()).unwrap();
     let tokenizer = loaded.tokens().unwrap();
-    let mut engine = Engine::new(artifact.clone(), &EngineOptions::default()).unwrap();
+    let positions = Some(16 * 64); // a cache block for each sentence
+    let mut engine = Engine::new(artifact.clone(), &EngineOptions { positions, ..EngineOptions::default() }).unwrap();
     let sentences = reference["sentences"].as_array().unwrap();
     let tokens: Vec<Vec<u32>> =
         sentences.iter().map(|s| tokenizer.encode(s["text"].as_str().unwrap(), true).unwrap()).collect();

@@ -154,7 +154,7 @@ impl Op {
             match attrs.get(spec.name) {
                 Some(value) if spec.kind.admits(value) => {}
                 Some(value) => {
-                    bail!(Input, "{}: `{}` must be a {}, found {value:?}", place(), spec.name, spec.kind.name())
+                    bail!(Input, "{}: `{}` is of kind {}, found {value:?}", place(), spec.name, spec.kind.name())
                 }
                 None => bail!(Input, "{}: attribute `{}` is missing", place(), spec.name),
             }
