@@ -56,9 +56,9 @@ pub struct Choices {
     /// Most new tokens of a step
     #[arg(long, value_name = "TOKENS")]
     step_tokens: Option<usize>,
-    /// Make up the weights of a config.json, from this seed
-    #[arg(long, value_name = "SEED")]
-    synthetic: Option<u64>,
+    /// Make up the weights of a config.json, from a seed
+    #[arg(long, value_name = "SEED", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
+    synthetic_weights: Option<u64>,
     /// Threads of the compilation [default: all]
     #[arg(short, long, value_name = "N")]
     threads: Option<usize>,
@@ -92,7 +92,7 @@ impl Choices {
         let mut options = CompileOptions {
             targets: self.target.clone(),
             float_weights: matches!(self.quant, Quant::None),
-            synthetic_seed: self.synthetic,
+            synthetic_seed: self.synthetic_weights,
             ..CompileOptions::default()
         };
         options.kv = match self.kv.as_deref() {

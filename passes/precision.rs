@@ -33,6 +33,9 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     if rounded > 0 {
         state.approximations.push("activations of integer contractions: int8 with one scale per 32".into());
     }
+    if has_weight(&state.model, |d| d.int().is_some_and(|int| d.format().block > 32 && int.group < d.format().block)) {
+        state.approximations.push("scales of k-quants: products of two stored scales, rounded to f16".into());
+    }
     if caches > 0 && kv != DType::F32 {
         state.approximations.push(format!("keys and values: {kv}"));
     }
@@ -40,7 +43,11 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
 }
 
 fn quantized(model: &Model) -> bool {
-    let of = |g: &Graph| g.nodes.iter().any(|n| matches!(n.ty.as_tensor(), Some((d, _)) if d.int().is_some()));
+    has_weight(model, |d| d.int().is_some())
+}
+
+fn has_weight(model: &Model, is: impl Fn(DType) -> bool) -> bool {
+    let of = |g: &Graph| g.nodes.iter().any(|n| matches!(n.ty.as_tensor(), Some((d, _)) if is(d)));
     model.graphs.iter().any(of)
 }
 

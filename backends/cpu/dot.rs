@@ -138,7 +138,7 @@ fn group_product(
     for (quad, codes) in codes.iter().enumerate() {
         let dword = splat(e, x, half * int.group + 4 * quad, I32);
         let bytes = e.bitcast(dword, I8.x(4 * STRIP));
-        sum = dot4(e, target, sum, *codes, bytes);
+        sum = dot4(e, target, int.bits, sum, *codes, bytes);
     }
     let sum = e.convert("sitofp", sum, F32);
     let x_scale = splat(e, x, A8::SCALE, F32);
@@ -243,7 +243,7 @@ impl GroupAt<'_> {
 }
 
 /// `sum + dot4(codes, x)` in each 32-bit lane: unsigned times signed bytes.
-fn dot4(e: &mut Emitter, target: &Target, sum: Val, codes: Val, x: Val) -> Val {
+fn dot4(e: &mut Emitter, target: &Target, bits: u8, sum: Val, codes: Val, x: Val) -> Val {
     if target.has("avx512vnni") && target.vector_bytes == 64 {
         return e.intrinsic("llvm.x86.avx512.vpdpbusd.512", &[sum, codes, x], I32.x(16));
     }
@@ -253,7 +253,7 @@ fn dot4(e: &mut Emitter, target: &Target, sum: Val, codes: Val, x: Val) -> Val {
         });
     }
     if target.has("avx2") {
-        return by_halves(e, sum, codes, x, dot4_avx2);
+        return by_halves(e, sum, codes, x, if bits < 8 { dot4_avx2_small } else { dot4_avx2 });
     }
     dot4_plain(e, sum, codes, x)
 }
@@ -271,6 +271,14 @@ fn by_halves(e: &mut Emitter, sum: Val, codes: Val, x: Val, step: impl Fn(&mut E
         sides.push(step(e, s, c, x));
     }
     e.shuffle(sides[0], sides[1], &(0..16).collect::<Vec<_>>())
+}
+
+/// Without VNNI, for codes of at most 6 bits: sums of two products stay below 63 * 127 * 2 and fit 16 bits.
+fn dot4_avx2_small(e: &mut Emitter, sum: Val, codes: Val, x: Val) -> Val {
+    let pairs = e.intrinsic("llvm.x86.avx2.pmadd.ub.sw", &[codes, x], I16.x(16));
+    let ones = e.int(I16.x(16), 1);
+    let quads = e.intrinsic("llvm.x86.avx2.pmadd.wd", &[pairs, ones], I32.x(8));
+    e.add(sum, quads)
 }
 
 /// Without VNNI: even and odd bytes as 16-bit values, two `pmaddwd`. (`pmaddubsw` would saturate on 8-bit codes.)
