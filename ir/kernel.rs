@@ -75,8 +75,8 @@ pub fn is_row_class(class: Class) -> bool {
     }
 }
 
-/// What may follow an anchor.
-fn follows(kind: KernelKind, class: Class) -> bool {
+/// Nodes of `class` may stand after the anchor of a kernel of that kind.
+pub fn after_anchor(kind: KernelKind, class: Class) -> bool {
     match kind {
         KernelKind::Contract | KernelKind::Experts => {
             matches!(class, Class::Elementwise | Class::RowBroadcast | Class::View)
@@ -189,7 +189,7 @@ fn prologue(graph: &Graph, v: ValueId, node: &Node, kind: KernelKind, of: &dyn F
 }
 
 fn epilogue(v: ValueId, node: &Node, kind: KernelKind, of: &dyn Fn(&ValueId) -> Role) -> Result<()> {
-    if !follows(kind, node.op.class()) {
+    if !after_anchor(kind, node.op.class()) {
         bail!(Input, "{v} = {} cannot follow the anchor of a {kind} kernel", node.op);
     }
     if node.operands.iter().all(|o| of(o) == Role::Outside) {

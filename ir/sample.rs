@@ -60,6 +60,11 @@ impl Random {
         (self.unit() * 2.0 - 1.0) as f32
     }
 
+    /// As many in `[-1, 1)`.
+    pub fn reals(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.real()).collect()
+    }
+
     /// True with that probability.
     pub fn chance(&mut self, probability: f64) -> bool {
         self.unit() < probability
@@ -330,12 +335,12 @@ impl Builder {
         ValueId(index.map_or(u32::MAX, |i| i as u32))
     }
 
-    /// A weight; now and then a float matrix with its columns scaled.
+    /// A weight; now and then an f32 matrix with its columns scaled.
     fn weight(&mut self, ty: Type, random: &mut Random) -> Result<ValueId> {
         self.weights += 1;
         let w = self.graph.weight(format!("w{}", self.weights), ty.clone());
         match ty.as_tensor() {
-            Some((dtype, [_, .., columns])) if dtype.is_float() && random.chance(0.25) => {
+            Some((DType::F32, [_, .., columns])) if random.chance(0.25) => {
                 let gain = self.graph.weight(format!("w{}.columns", self.weights), Type::f32([*columns]));
                 self.graph.push("scale_columns", &[w, gain], Attrs::none())
             }

@@ -9,9 +9,9 @@
 //! inside a kernel is neither written nor read.
 
 use crate::extract::{Choice, Program};
-use crate::kernels::{Candidate, Place, after_anchor};
+use crate::kernels::{Candidate, Place};
 use ir::cost::Workload;
-use ir::kernel::KernelKind;
+use ir::kernel::{KernelKind, after_anchor};
 use ir::ops::Class;
 use ir::{Dim, Machine, Type};
 

@@ -14,12 +14,12 @@
 
 use crate::cost::Roofline;
 use crate::egraph::{Classes, ENode, Tag, value_type};
-use crate::kernels::{Candidate, after_anchor, anchored_by, candidates};
+use crate::kernels::{Candidate, candidates};
 use crate::rebuild::Builder;
 use crate::{Options, SearchLimits};
 use egg::Id;
 use ir::graph::Fused;
-use ir::kernel::KernelKind;
+use ir::kernel::{KernelKind, after_anchor};
 use ir::{Attrs, Dim, Graph, Op, Result, Stage, Type, ValueId, bail};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -83,7 +83,7 @@ impl Program {
                 choice.operands.iter().for_each(|o| ancestors.extend(&program.ancestors[*o]));
                 let follows = choice.operands.iter().flat_map(|o| &program.anchored[*o]).copied();
                 anchored.extend(follows.filter(|kind| after_anchor(*kind, choice.op.class())));
-                anchored.extend(anchored_by(choice.op.class()));
+                anchored.extend(KernelKind::of_anchor(choice.op.class()));
             }
             anchored.sort();
             anchored.dedup();

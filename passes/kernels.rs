@@ -12,7 +12,7 @@
 //! kernel comes up once, and no kernel can depend on itself through another: what is needed comes earlier by rank.
 
 use crate::extract::{Choice, Program, Role};
-use ir::kernel::{KernelKind, is_row_class};
+use ir::kernel::{KernelKind, after_anchor, is_row_class};
 use ir::ops::Class;
 use ir::{Dim, Type};
 use std::collections::{BTreeMap, BTreeSet};
@@ -99,29 +99,6 @@ pub fn candidates(program: &Program, demand: &[usize], prologues: bool, limit: u
         }
     }
     out
-}
-
-/// The kind of kernel that nodes of `class` anchor.
-pub fn anchored_by(class: Class) -> Option<KernelKind> {
-    match class {
-        Class::Contract => Some(KernelKind::Contract),
-        Class::ContractExperts => Some(KernelKind::Experts),
-        Class::Attend => Some(KernelKind::Attend),
-        Class::Pool => Some(KernelKind::Pool),
-        _ => None,
-    }
-}
-
-/// Nodes of `class` may stand after the anchor of a kernel of that kind.
-pub fn after_anchor(kind: KernelKind, class: Class) -> bool {
-    match kind {
-        KernelKind::Contract | KernelKind::Experts => {
-            matches!(class, Class::Elementwise | Class::RowBroadcast | Class::View)
-        }
-        KernelKind::Attend => class == Class::View,
-        KernelKind::Pool => class == Class::RowReduce,
-        KernelKind::Rows => false,
-    }
 }
 
 struct Growth<'a> {
@@ -221,7 +198,7 @@ impl Growth<'_> {
         if !program.anchored(value, self.kind) || users.is_empty() && !demanded {
             return None;
         }
-        if anchored_by(class) != Some(self.kind) {
+        if KernelKind::of_anchor(class) != Some(self.kind) {
             return after_anchor(self.kind, class).then_some(Place::Body);
         }
         let alone = matches!(self.kind, KernelKind::Attend | KernelKind::Pool);

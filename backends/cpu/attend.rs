@@ -18,7 +18,7 @@ mod shape;
 #[cfg(test)]
 mod tests;
 
-use super::{StepField, arguments, step_field};
+use super::{StepField, step_field};
 use crate::cpu::rows::walk::{self, LANES, load_index};
 use crate::emit::{Cmp, Emitter, F32, I32, KernelArgs, Val};
 use crate::math;
@@ -40,10 +40,7 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let body = &kernel.body;
     let broken = || Error::new(Kind::Internal, format!("`{}` is no attention over caches in memory", body.name));
     let (mut e, k) = Emitter::kernel(&kernel.name);
-    let mut memory = vec![None; body.len()];
-    for (index, value) in arguments(body).into_iter().enumerate() {
-        memory[value.0 as usize] = Some(e.arg(k, index));
-    }
+    let memory = super::memory(&mut e, k, body);
     let attends = |v: &ValueId| body.node(*v).filter(|n| n.op.class() == Class::Attend);
     let (value, node) = body.values().find_map(|v| Some((v, attends(&v)?))).ok_or_else(broken)?;
     let at = |v: ValueId| memory[v.0 as usize].ok_or_else(broken);

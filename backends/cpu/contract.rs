@@ -33,10 +33,7 @@ const CACHE_TILE_BYTES: usize = 256 << 10;
 pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let body = &kernel.body;
     let (mut e, k) = Emitter::kernel(&kernel.name);
-    let mut memory = vec![None; body.len()];
-    for (index, value) in super::arguments(body).into_iter().enumerate() {
-        memory[value.0 as usize] = Some(e.arg(k, index));
-    }
+    let mut memory = super::memory(&mut e, k, body);
     let components = components(body)?;
     prologue(&mut e, k, kernel, &components, &mut memory)?;
     for component in &components {

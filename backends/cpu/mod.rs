@@ -35,6 +35,15 @@ pub fn arguments(body: &Graph) -> Vec<ValueId> {
     inputs.chain(results).collect()
 }
 
+/// Loads the address of every value that has a buffer; `memory[v]` is value `v`'s.
+pub fn memory(e: &mut Emitter, k: KernelArgs, body: &Graph) -> Vec<Option<Val>> {
+    let mut memory = vec![None; body.len()];
+    for (index, value) in arguments(body).into_iter().enumerate() {
+        memory[value.0 as usize] = Some(e.arg(k, index));
+    }
+    memory
+}
+
 /// A field of [`StepArgs`].
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)] // named as there

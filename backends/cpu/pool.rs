@@ -19,10 +19,7 @@ use mansard_ir::{Error, Kind, Result, Target, Type};
 pub fn emit(kernel: &Kernel, _: &Target) -> Result<String> {
     let body = &kernel.body;
     let (mut e, k) = Emitter::kernel(&kernel.name);
-    let mut memory = vec![None; body.len()];
-    for (index, value) in super::arguments(body).into_iter().enumerate() {
-        memory[value.0 as usize] = Some(e.arg(k, index));
-    }
+    let memory = super::memory(&mut e, k, body);
     let (mut nodes, mut pooled) = (vec![], None);
     for value in body.values() {
         match body.node(value) {

@@ -38,10 +38,7 @@ use std::collections::BTreeMap;
 pub fn emit(kernel: &Kernel, _: &Target) -> Result<String> {
     let body = &kernel.body;
     let (mut e, k) = Emitter::kernel(&kernel.name);
-    let mut memory = vec![None; body.len()];
-    for (index, value) in super::arguments(body).into_iter().enumerate() {
-        memory[value.0 as usize] = Some(e.arg(k, index));
-    }
+    let memory = super::memory(&mut e, k, body);
     let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some()).collect();
     let count = count_of(&mut e, k, lead(body, &nodes)?)?;
     let (low, high) = e.share(k, count);

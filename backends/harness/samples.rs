@@ -6,43 +6,10 @@ use mansard_ir::file::MappedFile;
 use mansard_ir::model::{Part, Source, Weight};
 use mansard_ir::ops::{Class, Op};
 use mansard_ir::plan::Kernel;
+pub use mansard_ir::sample::Random;
 use mansard_ir::{Attrs, DType, Dim, Graph, Type, ValueId};
 use std::io::Write;
 use std::sync::Arc;
-
-/// SplitMix64.
-pub struct Random(u64);
-
-impl Random {
-    /// Same seed, same numbers.
-    pub fn new(seed: u64) -> Random {
-        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
-    }
-
-    /// Any 64 bits.
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    /// Less than `bound`.
-    pub fn below(&mut self, bound: usize) -> usize {
-        (self.bits() % bound.max(1) as u64) as usize
-    }
-
-    /// In -1..1.
-    pub fn real(&mut self) -> f32 {
-        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-
-    /// Reals in -1..1.
-    pub fn reals(&mut self, count: usize) -> Vec<f32> {
-        (0..count).map(|_| self.real()).collect()
-    }
-}
 
 /// Rounds a real to what a float dtype can hold.
 fn stored(dtype: DType, x: f32) -> f32 {

@@ -67,8 +67,9 @@ pub fn weight(_: &[&Type], _: &Attrs) -> Rule {
 pub fn scale_columns(o: &[&Type], _: &Attrs) -> Rule {
     let (dtype, shape) = fixed(o[0])?;
     let k = vector(o[1])?;
-    if !dtype.is_float() || shape.len() < 2 || shape.last() != Some(&k) {
-        bail!(Input, "expected a float matrix with {k} columns, found {}", o[0]);
+    // Into a narrower format the products would have to be rounded.
+    if dtype != DType::F32 || shape.len() < 2 || shape.last() != Some(&k) {
+        bail!(Input, "expected an f32 matrix with {k} columns, found {}", o[0]);
     }
     Ok(o[0].clone())
 }

@@ -99,12 +99,9 @@ pub fn row_vector(r: &mut Random, x: Option<&Type>) -> Sample {
 pub fn scale_columns(r: &mut Random, x: Option<&Type>) -> Sample {
     let k = r.pick(&WIDTHS);
     let w = match x {
-        Some(w) if w.is_static() && w.as_tensor().is_some_and(|(d, s)| d.is_float() && s.len() > 1) => w.clone(),
+        Some(w) if w.is_static() && w.as_tensor().is_some_and(|(d, s)| d == DType::F32 && s.len() > 1) => w.clone(),
         Some(_) => return None,
-        None => {
-            let dtypes = weight_dtypes(k, true);
-            fixed(r.pick(&dtypes), &[r.pick(&WIDTHS), k])
-        }
+        None => fixed(DType::F32, &[r.pick(&WIDTHS), k]),
     };
     let columns = *w.as_tensor()?.1.last()?;
     Some((vec![w, Type::f32([columns])], Attrs::none()))
