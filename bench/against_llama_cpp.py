@@ -63,6 +63,13 @@ def mansard(artifact):
     return rate[f"pp{a.pp}"], rate[f"tg{a.tg}"]
 
 
+def processor():
+    with open("/proc/cpuinfo") as f:
+        facts = dict(line.split(":", 1) for line in f.read().split("\n\n")[0].splitlines() if ":" in line)
+    fact = {k.strip(): v.strip() for k, v in facts.items()}
+    return f"{fact.get('model name', platform.machine())}, family {fact.get('cpu family')}, model {fact.get('model')}"
+
+
 with tempfile.TemporaryDirectory() as folder:
     artifact = os.path.join(folder, "model.mansard")
     subprocess.run([a.mansard, "compile", a.model, "-o", artifact], check=True, capture_output=True)
@@ -75,7 +82,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 report = {
     "date": datetime.date.today().isoformat(),
-    "machine": platform.processor() or platform.machine(),
+    "machine": processor(),
     "cores": os.cpu_count(),
     "model": os.path.basename(a.model),
     "threads": a.threads,
