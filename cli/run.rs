@@ -91,8 +91,13 @@ impl Sampling {
 pub fn run(arguments: &Arguments) -> Result<()> {
     let options = arguments.sampling.options()?;
     let model = arguments.engine.open(&arguments.artifact)?;
-    let prompt = prompt(arguments, &model)?;
-    let mut engine = model.engine(&arguments.engine.options())?;
+    // Copying weights and loading a large tokenizer both take time; they do so side by side.
+    let (prompt, engine) = std::thread::scope(|scope| {
+        let prompt = scope.spawn(|| prompt(arguments, &model));
+        let engine = model.engine(&arguments.engine.options());
+        (prompt.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), engine)
+    });
+    let (prompt, mut engine) = (prompt?, engine?);
     let sequence = engine.new_sequence();
     // Token ids need no tokenizer: without one, ids come out too.
     let tokens = if model.info().tokenizer.is_some() { Some(model.tokens()?) } else { None };

@@ -56,6 +56,7 @@ const HARMLESS: &[&str] = &[
     "chunk_size_feed_forward",
     "dtype",
     "torch_dtype",
+    "finetuned",
     "finetuning_task",
     "gradient_checkpointing",
     "id2label",
@@ -83,6 +84,8 @@ const HARMLESS: &[&str] = &[
     "type_vocab_size",
     "use_bfloat16",
     "use_cache",
+    "use_flash_attention_2",
+    "use_flash_attn",
     "unsloth_fixed",
     "unsloth_version",
     // Options of `generate` that old configs carry.

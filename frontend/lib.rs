@@ -86,7 +86,10 @@ pub fn open(path: &Path, options: &Options) -> Result<Model> {
     let head = &head[..read];
     let Some(kind) = KINDS.iter().find(|k| (k.is)(path, head)) else {
         let names: Vec<&str> = KINDS.iter().map(|k| k.name).collect();
-        let error = Error::new(Kind::Unsupported, "this is no model file Mansard knows");
+        let error = match read {
+            0 => Error::new(Kind::Input, "this is no model file: it is empty"),
+            _ => Error::new(Kind::Unsupported, "this is no model file Mansard knows"),
+        };
         return Err(error.help(format!("supported: {}", names.join("; "))).at(path.display().to_string()));
     };
     (kind.open)(path, options)
@@ -181,7 +184,8 @@ fn open_config(path: &Path, directory: &Path, weights: Option<&Path>, options: &
     checkpoint.float_weights = options.float_weights;
     let (root, probe) = family.root;
     checkpoint.reroot(root, probe).at(place)?;
-    let program = (family.build)(architecture, &config, &mut checkpoint).at(|| directory.display().to_string())?;
+    let program = (family.build)(architecture, &config, &mut checkpoint)
+        .at(|| weights.map_or(path, |_| directory).display().to_string())?;
     if program.encoder {
         check_pooling(directory)?;
     }

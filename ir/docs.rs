@@ -1,7 +1,7 @@
 //! The reference page of ops, generated from the op table so that it cannot drift: `docs/ops.md`.
 //!
 //! ```text
-//! | `matmul` x, w | | `f32[t, 64], q8_0[96, 64] -> f32[t, 96]` | `x[t, k] w[n, k]^T` |
+//! | `matmul x, w` | | `f32[t, 64], q8_0[96, 64] -> f32[t, 96]` | x\[t, k] w\[n, k]^T |
 //! ```
 
 use crate::ops::{Class, Op};
@@ -11,8 +11,9 @@ use std::fmt::Write;
 /// The page as Markdown: one table for each class, in the order of the op table.
 pub fn ops_markdown() -> String {
     let mut out = String::from(
-        "# Ops\n\nEvery op is one row of the table in `ir/ops`; this page is generated from it. Dims: `t` new tokens, `s` \
-         sequences, `r` rows asked for, `c` context. The example is a random one that the type rule accepts.\n",
+        "# Ops\n\nEvery op is one row of the table in `ir/ops/mod.rs`; this page is generated from it, do not edit. Dims: `t` \
+         new tokens, `s` sequences, `r` rows asked for, `c` context. The headings are classes: fusion goes by them. The \
+         example is a random one that the type rule accepts.\n",
     );
     let mut classes: Vec<Class> = vec![];
     for op in Op::all() {
@@ -58,8 +59,8 @@ fn row(op: Op) -> String {
     let attrs: Vec<String> =
         row.attrs.iter().map(|a| format!("`{}` ({}): {}", a.name, a.kind.name(), text(a.meaning))).collect();
     let commutes = if row.commutative { "; commutes" } else { "" };
-    let (name, operands, meaning) = (row.name, row.operands.join(", "), text(row.meaning));
-    format!("| `{name}` {operands} | {} | `{}` | {meaning}{commutes} |\n", attrs.join("<br>"), example(op))
+    let (name, meaning) = (format!("{} {}", row.name, row.operands.join(", ")), text(row.meaning));
+    format!("| `{}` | {} | `{}` | {meaning}{commutes} |\n", name.trim_end(), attrs.join("<br>"), example(op))
 }
 
 /// Text for a cell: what Markdown would take for markup is escaped, but code stays code.
@@ -92,7 +93,8 @@ mod tests {
     fn every_op_has_a_row() {
         let page = super::ops_markdown();
         for op in crate::Op::all() {
-            assert!(page.contains(&format!("| `{op}` ")), "{op}");
+            let row = |after: char| page.contains(&format!("| `{op}{after}"));
+            assert!(row(' ') || row('`'), "{op}");
         }
         assert!(page.contains("`adjacent`: 2d with 2d + 1"));
     }

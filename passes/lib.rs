@@ -171,32 +171,39 @@ pub fn compile(model: Model, options: &Options, hooks: &mut Hooks<'_>) -> Result
 
 /// The reference page of passes and rules, `docs/passes.md`.
 pub fn docs_markdown() -> String {
-    let mut page = String::from("# Passes\n\nGenerated from the pass table and the rule table; do not edit.\n\n");
-    page += "| pass | from | to | what it does |\n|---|---|---|---|\n";
+    let mut page = String::from("# Passes\n\nGenerated from the tables in `passes/lib.rs`, `passes/kernels.rs` and ");
+    page += "`passes/rules.rs`; do not edit.\n\n| pass | from | to | what it does |\n|---|---|---|---|\n";
     for pass in PASSES {
         page += &format!("| `{}` | {} | {} | {} |\n", pass.name, pass.from, pass.to, pass.summary);
     }
-    page += &format!("\nOrder of a compilation: {}.\n", PIPELINE.join(", "));
-    page += "\n# Kernels\n\nWhat one kernel may hold; the search composes any kernel of these kinds.\n\n";
+    let order: Vec<String> = PIPELINE.iter().map(|p| format!("`{p}`")).collect();
+    page += &format!("\nOrder of a compilation: {}.\n", order.join(", "));
+    page += "\n## Kernels\n\nWhat one kernel may hold; the search composes any kernel of these kinds.\n\n";
     page += "| kind | composition |\n|---|---|\n";
     for (name, meaning) in kernels::KINDS {
         page += &format!("| {} | {meaning} |\n", name.name());
     }
-    page += "\n# Rules\n\n`@unary`, `@binary`, `@row` and `@reduce` stand for every op of that class.\n";
+    page += RULES_PREFACE;
     for phase in rules::PHASES {
-        page += &format!("\n## {}\n\n{}\n\n", phase.name, phase.meaning);
+        page += &format!("\n### {}: {}\n\n", phase.name, phase.meaning);
         page += "| rule | algebra | left | right | if | tolerance |\n|---|---|---|---|---|---|\n";
         for rule in phase.rules {
-            page += &format!(
-                "| {} | {} | `{}` | `{}` | {} | {} |\n",
-                rule.name(),
-                rule.algebra,
-                rule.left(),
-                rule.right(),
-                rule.condition(),
-                rule.tolerance_name()
-            );
+            let cells = [rule.name(), rule.algebra, &code(rule.left()), &code(rule.right()), rule.condition()];
+            page += &format!("| {} | {} |\n", cells.join(" | "), rule.tolerance_name());
         }
     }
     page
 }
+
+fn code(term: &str) -> String {
+    format!("`{term}`")
+}
+
+const RULES_PREFACE: &str = "
+## Rules
+
+Equations of the e-graph, in phases that run in this order. A rule adds its right side to what equals its left one, where the
+types fit; what is worth taking is decided afterwards, by price. `@unary`, `@binary`, `@row` and `@reduce` stand for every op
+of that class. Conditions: `f32 ?w`: the weight is stored as f32; `unshared ?w`: it is a weight of the model file that nothing
+else in the model reads. Tolerance: *exact*: the same roundings; *reassociates*: equal as reals, rounded in another order.
+";

@@ -217,9 +217,10 @@ fn condition(text: &str) -> Result<Condition> {
     let holds: fn(&Classes, Id) -> bool = match name {
         // a fold into a narrower float would round the weight again
         "f32" => |classes, id| matches!(value_type(classes, id).and_then(|t| t.as_tensor()), Some((DType::F32, _))),
+        // a weight as the file has it: packing folds one vector into it and no second
         "unshared" => |classes, id| {
-            !classes[id].nodes.iter().any(|n| match n.tag {
-                Tag::Op(Op::WEIGHT) => classes.analysis.shared.contains(n.attrs(classes).str("name")),
+            classes[id].nodes.iter().any(|n| match n.tag {
+                Tag::Op(Op::WEIGHT) => !classes.analysis.shared.contains(n.attrs(classes).str("name")),
                 _ => false,
             })
         },

@@ -159,17 +159,31 @@ fn absurd_requests_are_refused() {
     let npy = folder.path().join("x.npy").display().to_string();
     refused(&["logits", &m, "--tokens-file", &ids, "-o", &npy], 2, &["5001", "256"]);
     assert!(!Path::new(&npy).exists());
-    let case = write(&folder, "bad.mir", b"graph @g(%x: f32[t, 8]) stage imported {\n  %y = nonsense %x\n  return y = %y\n}\n");
+    let case = write(
+        &folder,
+        "bad.mir",
+        b"graph @g(%x: f32[t, 8]) stage imported {\n  %y = nonsense %x\n  return y = %y\n}\n",
+    );
     refused(&["opt", &case, "--passes", "canonicalize"], 3, &["bad.mir:2", "nonsense"]);
     refused(&["opt", &case, "--passes", "frobnicate"], 2, &["frobnicate"]);
 }
 
 #[test]
 fn a_full_disk_loses_nothing() {
-    // A file system of 64 KiB needs root and a mount; /dev/full answers every write with "no space left".
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.mansard");
+    fs::write(&path, "what was there").unwrap();
+    // A limit of 100 blocks stands for the full disk: a write beyond it fails, once the signal is ignored.
+    let limited = format!("trap '' XFSZ; ulimit -f 100; exec {} \"$@\"", env!("CARGO_BIN_EXE_mansard"));
     let model = goldens("llama");
-    let out = mansard(&["compile", model.to_str().unwrap(), "-o", "/dev/full"]);
-    assert_eq!(out.status.code(), Some(5), "{}", String::from_utf8_lossy(&out.stderr));
+    let arguments = ["compile", model.to_str().unwrap(), "-o", path.to_str().unwrap()];
+    let out = Command::new("sh").args(["-c", &limited, "sh"]).args(arguments).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(5), "{said}");
+    assert!(said.contains("model.mansard") && !said.contains("panicked"), "{said}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), "what was there");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing partial is left");
+    refused(&["compile", model.to_str().unwrap(), "-o", "/dev/full"], 2, &["/dev/full"]);
 }
 
 #[test]

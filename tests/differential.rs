@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const NODES: usize = 40;
 
 fn seeds() -> std::ops::Range<u64> {
-    let Ok(text) = std::env::var("MANSARD_SEEDS") else { return 0..16 };
+    let Ok(text) = std::env::var("MANSARD_SEEDS") else { return 0..40 };
     let bounds = text.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
     let (first, end) = bounds.expect("MANSARD_SEEDS is FIRST..END");
     first..end
@@ -22,7 +22,7 @@ fn seeds() -> std::ops::Range<u64> {
 const TARGETS: [&str; 2] = ["native", "x86-64-v3"];
 
 fn check(seed: u64) -> Result<Agreement, String> {
-    let forced = std::env::var("T").ok(); let target = forced.as_deref().unwrap_or(TARGETS[seed as usize % TARGETS.len()]);
+    let target = TARGETS[seed as usize % TARGETS.len()];
     let place = |e: mansard_ir::Error| format!("seed {seed}, {target}: {e}");
     let model = sample::graph(seed, NODES).map_err(place)?;
     oracle::check(model, mansard_backends::target(target).map_err(place)?).map_err(place)
@@ -30,12 +30,17 @@ fn check(seed: u64) -> Result<Agreement, String> {
 
 #[test]
 fn random_models_agree_with_the_interpreter() {
-    let (seeds, next) = (seeds(), AtomicU64::new(0));
+    let seeds = seeds();
+    let next = AtomicU64::new(seeds.start);
     let (failed, went) = (Mutex::new(vec![]), Mutex::new(vec![]));
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, |n| n.get().min(4)) {
             scope.spawn(|| {
-                while let Some(seed) = Some(seeds.start + next.fetch_add(1, Ordering::Relaxed)).filter(|s| *s < seeds.end) {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= seeds.end {
+                        break;
+                    }
                     match std::panic::catch_unwind(|| check(seed)) {
                         Ok(Ok(agreement)) => went.lock().unwrap().push(agreement),
                         Ok(Err(message)) => failed.lock().unwrap().push(message),
@@ -49,7 +54,7 @@ fn random_models_agree_with_the_interpreter() {
     assert!(failed.is_empty(), "{} of {} seeds:\n{}", failed.len(), seeds.end - seeds.start, failed.join("\n"));
     // A model that noise throws about says little; most must not be like that.
     let loose = went.iter().filter(|a| a.bound > 0.1).count();
-    let worst = went.iter().map(|a| a.off).fold(0.0, f32::max);
-    println!("{} models, {loose} of them with a bound over 0.1; largest difference {worst:.2e}", went.len());
-    assert!(loose * 5 <= went.len(), "{loose} of {} models check next to nothing", went.len());
+    let (worst, runs) = went.iter().fold((0.0, 0), |(off, runs), a| (a.off.max(off), a.runs.max(runs)));
+    println!("{} models, {loose} with a bound over 0.1; largest difference {worst:.2e}, most runs {runs}", went.len());
+    assert!(loose * 10 <= went.len(), "{loose} of {} models check next to nothing", went.len());
 }

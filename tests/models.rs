@@ -121,10 +121,8 @@ fn minilm() {
     let tokens: Vec<Vec<u32>> =
         sentences.iter().map(|s| tokenizer.encode(s["text"].as_str().unwrap(), true).unwrap()).collect();
     // All ten in one ragged step.
-    let work: Vec<Work<'_>> = tokens
-        .iter()
-        .map(|tokens| Work { sequence: engine.new_sequence(), tokens, rows: Rows::None })
-        .collect();
+    let work: Vec<Work<'_>> =
+        tokens.iter().map(|tokens| Work { sequence: engine.new_sequence(), tokens, rows: Rows::None }).collect();
     let out = engine.step(&work).unwrap();
     let embeddings = out.rows("embedding").unwrap();
     for (i, sentence) in sentences.iter().enumerate() {

@@ -201,7 +201,7 @@ fn errors_say_what_was_found_and_what_is_supported() {
     let claimed = [&(1u64 << 60).to_le_bytes()[..], &file[8..]].concat();
     assert_eq!(refused("model.safetensors", &claimed, "the header claims 1152921504606846976 bytes"), 3);
     assert_eq!(refused("model.bin", b"neither", "supported: GGUF; a directory"), 4);
-    assert_eq!(refused("empty", b"", "no model file"), 4);
+    assert_eq!(refused("empty", b"", "no model file"), 3);
     assert_eq!(open(Path::new("/nonexistent"), &Options::default()).unwrap_err().exit_code(), 5);
 }
 
