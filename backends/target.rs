@@ -25,6 +25,18 @@ const EXTRA: [&str; 7] =
 /// Worker threads that named targets are priced for. Fixed, so that the same inputs give the same plan on any machine.
 const NAMED_THREADS: usize = 4;
 
+/// CPUs, as LLVM names them, with two vector units of the full 512 bits: twice the rates of [`machine`].
+const TWO_WIDE_UNITS: [&str; 8] = [
+    "znver5",
+    "skylake-avx512",
+    "cascadelake",
+    "cooperlake",
+    "icelake-server",
+    "sapphirerapids",
+    "emeraldrapids",
+    "graniterapids",
+];
+
 /// Every name that [`target`] knows.
 pub const NAMES: [&str; 3] = ["native", "x86-64-v3", "x86-64-v4"];
 
@@ -69,15 +81,16 @@ fn x86(name: &str, cpu: &str, mut features: Vec<&str>, threads: usize) -> Target
         features: features.into_iter().map(String::from).collect(),
         registers: if wide { 32 } else { 16 },
         vector_bytes: if wide { 64 } else { 32 },
-        machine: machine(wide, threads),
+        machine: machine(wide, TWO_WIDE_UNITS.contains(&cpu), threads),
     }
 }
 
-/// Rates of one core of a current server, times the cores. Measured on Zen 4 where that could be done (AVX-512: 118 GFLOP/s
-/// and 471 GOP/s of u8 x s8 a core, 33 GB/s of main memory for one core and 66 GB/s for two); without VNNI a dot product takes
-/// three instructions for a quarter of the lanes.
-fn machine(wide: bool, threads: usize) -> Machine {
+/// Rates of one core of a current server, times the cores. Measured where that could be done (AVX-512 on Zen 4: 118 GFLOP/s
+/// and 471 GOP/s of u8 x s8 a core, 33 GB/s of main memory for one core and 66 GB/s for two; on Zen 5, with two full units,
+/// 255 GFLOP/s and 1020 GOP/s); without VNNI a dot product takes three instructions for a quarter of the lanes.
+fn machine(wide: bool, two_units: bool, threads: usize) -> Machine {
     let cores = threads as f64;
+    let units = if wide && two_units { 2.2 } else { 1.0 };
     // A handful of cores saturate the memory of a socket.
     let readers = cores.min(8.0);
     Machine {
@@ -85,8 +98,8 @@ fn machine(wide: bool, threads: usize) -> Machine {
         bandwidth: 30e9 * readers,
         cache_bandwidth: 60e9 * cores,
         cache_bytes: 32e6,
-        peak_f32: 110e9 * cores,
-        peak_i8: if wide { 440e9 } else { 150e9 } * cores,
+        peak_f32: 115e9 * units * cores,
+        peak_i8: if wide { 460e9 * units } else { 150e9 } * cores,
         barrier: 0.5e-6,
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! `MANSARD_SEEDS=1000..2000 cargo test -p mansard-tests --test differential` runs more of them.
 
-use mansard_ir::sample;
+use mansard_ir::model::Source;
+use mansard_ir::{Model, Op, sample};
 use mansard_tests::oracle::{self, Agreement};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,4 +58,23 @@ fn random_models_agree_with_the_interpreter() {
     let (worst, runs) = went.iter().fold((0.0, 0), |(off, runs), a| (a.off.max(off), a.runs.max(runs)));
     println!("{} models, {loose} with a bound over 0.1; largest difference {worst:.2e}, most runs {runs}", went.len());
     assert!(loose * 10 <= went.len(), "{loose} of {} models check next to nothing", went.len());
+}
+
+/// One weight of the interpreter's is 1 % larger: no bound is so wide that this passes.
+#[test]
+fn a_wrong_weight_is_found() {
+    for seed in 0..4 {
+        let model = sample::graph(seed, NODES).unwrap();
+        let last = model.graphs.iter().flat_map(|g| &g.nodes).rfind(|n| n.op == Op::WEIGHT);
+        let prefix = model.calls.last().map_or("", |c| c.prefix.as_str());
+        let name = format!("{prefix}{}", last.unwrap().attrs.str("name"));
+        let grow = |model: &mut Model| {
+            let weight = model.weights.get_mut(&name).unwrap();
+            let values: Vec<f32> = weight.read_all().unwrap().iter().map(|x| x * 1.01).collect();
+            weight.source = Source::Values(values.into());
+        };
+        let target = mansard_backends::target("x86-64-v3").unwrap();
+        let outcome = oracle::check_against(model, target, grow);
+        assert!(outcome.is_err(), "seed {seed}: {outcome:?} with another `{name}`");
+    }
 }

@@ -57,12 +57,21 @@ type Outputs = Vec<BTreeMap<String, Tensor>>;
 /// # Errors
 /// Whatever the pipeline says; or the value that is further off than anything explains.
 pub fn check(model: Model, target: Target) -> Result<Agreement> {
+    check_against(model, target, |_| ())
+}
+
+/// [`check`] with another model for the interpreter: what `change` makes of the optimized one.
+///
+/// # Errors
+/// As [`check`]; and those are the point: it shows which differences are found.
+pub fn check_against(model: Model, target: Target, change: impl Fn(&mut Model)) -> Result<Agreement> {
     let folder = tempfile::tempdir().map_err(|e| Error::io("a temporary folder", e))?;
     let path = folder.path().join("model.mansard");
     let optimized = assemble(model, target, &CompileOptions::default(), &path)?;
     let steps = steps(optimized.info.vocab);
     let found = engine(&path, &steps)?;
-    let optimized = as_packed(&optimized)?;
+    let mut optimized = as_packed(&optimized)?;
+    change(&mut optimized);
     let want = interpreter(&optimized, &steps)?;
     let mut rows = compare(&want, &found)?;
     let off = rows.iter().map(|r| r.off).fold(0.0, f32::max);
