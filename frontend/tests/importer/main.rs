@@ -9,6 +9,7 @@ mod tokenizers;
 use mansard_frontend::{Options, open};
 use mansard_ir::Model;
 use mansard_ir::eval::Interpreter;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// The repository's `tests` folder: tiny checkpoints and references.
@@ -23,7 +24,9 @@ pub fn published(name: &str) -> Option<PathBuf> {
     if path.exists() {
         return Some(path);
     }
-    eprintln!("skipped: {} is not there (`make models` fetches it from PyPI)", path.display());
+    // Straight to the stream: what tests print is shown only when they fail.
+    let reason = format!("skipped: {} is not there (`make models` fetches it from PyPI)\n", path.display());
+    let _ = std::io::stderr().write_all(reason.as_bytes());
     None
 }
 
