@@ -3,7 +3,6 @@
 use mansard_backends as backends;
 use mansard_frontend as frontend;
 use mansard_ir::artifact::Provenance;
-use mansard_ir::file::MappedFile;
 use mansard_ir::{DType, Error, Model, Result, Target, bail};
 use mansard_passes as passes;
 use std::collections::BTreeMap;
@@ -171,9 +170,11 @@ fn sources(input: &Path) -> Result<Vec<(String, String)>> {
         files.sort();
     }
     let hash = |path: PathBuf| {
-        let file = MappedFile::open(&path)?;
+        // Read, not mapped: pages that are only hashed should not count as memory in use.
+        let file = std::fs::File::open(&path).map_err(|e| Error::io(&path, e))?;
+        let hash = blake3::Hasher::new().update_reader(file).map_err(|e| Error::io(&path, e))?.finalize();
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        Ok((name, blake3::hash(file.all()).to_hex().to_string()))
+        Ok((name, hash.to_hex().to_string()))
     };
     files.into_iter().map(hash).collect()
 }

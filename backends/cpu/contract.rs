@@ -336,7 +336,7 @@ impl Contraction<'_> {
     /// Experts: every chosen pair (token, j) against its expert's strips, one row at a time.
     fn emit_experts(&self, e: &mut Emitter) -> Result<()> {
         let component = self.component;
-        if component.n % STRIP != 0 {
+        if !component.n.is_multiple_of(STRIP) {
             bail!(Unsupported, "experts with {} output rows: a multiple of {STRIP} is needed", component.n);
         }
         let strips = e.i64((component.n / STRIP) as i64);
