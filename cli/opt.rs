@@ -5,7 +5,8 @@ use crate::report;
 use mansard::driver;
 use mansard_backends as backends;
 use mansard_ir::text::parse;
-use mansard_ir::{Error, Result, bail};
+use mansard_ir::verify;
+use mansard_ir::{Error, Place, Result, bail};
 use mansard_passes::{self as passes, Event, Hooks, State};
 use std::path::PathBuf;
 
@@ -14,7 +15,7 @@ use std::path::PathBuf;
 pub struct Arguments {
     /// A file of text IR
     case: PathBuf,
-    /// Passes in order [default: those the file names in a line `# passes: a,b`]
+    /// Passes in order [default: those the file names in a line `# passes: a,b`; none only verifies]
     #[arg(long, value_name = "PASSES", value_delimiter = ',')]
     passes: Vec<String>,
     /// Where the result goes [default: standard output]
@@ -32,22 +33,22 @@ pub struct Arguments {
 /// # Errors
 /// Where a pass is unknown, the text is no program, or a pass fails.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let named: Vec<&str> = arguments.passes.iter().map(String::as_str).collect();
+    let named: Vec<&str> = arguments.passes.iter().map(String::as_str).filter(|name| !name.is_empty()).collect();
     for name in &named {
         passes::pass(name)?;
     }
     let case = std::fs::read(&arguments.case).map_err(|e| Error::io(&arguments.case, e))?;
     let case = String::from_utf8_lossy(&case);
     let names = if named.is_empty() { header(&case) } else { named };
-    if names.is_empty() {
-        bail!(Usage, "expected passes: --passes {}", passes::PIPELINE.join(","));
-    }
     let options = arguments.choices.options()?;
     let [target] = &options.targets[..] else {
         bail!(Usage, "--target: expected one target, found {}", options.targets.len());
     };
     let target = backends::target(target)?;
     let model = parse(&arguments.case.display().to_string(), &case)?;
+    for graph in &model.graphs {
+        verify::verify(graph).at(|| arguments.case.display().to_string())?;
+    }
     let mut sink = |_: Event<'_>| {};
     let pass_options = driver::pass_options(target, &options);
     let (state, ran) = passes::manager::run(&names, State::new(model), &pass_options, &mut Hooks::new(&mut sink))?;

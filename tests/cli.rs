@@ -96,6 +96,11 @@ fn every_layer_can_be_seen_and_text_comes_back_in() {
     assert!(canonical.contains("stage canonical"));
     let canonical = write(&folder, "canonical.mir", canonical.as_bytes());
     assert!(done(&["opt", &canonical, "--passes", "precision,saturate"]).contains("stage optimized"));
+    for layer in ["graph", "canonical", "optimized", "plan"] {
+        let text = done(&["compile", model, "--emit", layer]);
+        let file = write(&folder, "again.mir", text.as_bytes());
+        done(&["opt", &file]);
+    }
 }
 
 #[test]

@@ -201,7 +201,7 @@ fn numbers(text: &str) -> impl Iterator<Item = (&str, &str, &str)> {
     })
 }
 
-/// The plan as text: each kernel's body, then the program.
+/// The plan as text: each kernel's body, then the program as comments, so that the bodies parse back.
 pub fn print_plan(plan: &Plan) -> String {
     let mut out = String::new();
     for (k, kernel) in plan.kernels.iter().enumerate() {
@@ -212,7 +212,10 @@ pub fn print_plan(plan: &Plan) -> String {
             put!(out, "# {} is {:?} with its columns times {gain:?}\n", name(&spec.name), pack.weight);
         }
     }
-    out + &print_program(&plan.program)
+    for line in print_program(&plan.program).lines() {
+        put!(out, "# {line}\n");
+    }
+    out
 }
 
 /// The program as text: limits, buffers, weights, caches, kernels, launches, outputs. For people; it does not parse back.
