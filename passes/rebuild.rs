@@ -22,7 +22,8 @@ impl Builder {
 
     /// The value of this node, a new one only where there is none yet.
     pub fn add(&mut self, op: Op, attrs: Attrs, operands: &[ValueId]) -> Result<ValueId> {
-        let key = format!("{op}{attrs:?}{operands:?}");
+        // Zeros of both signs are equal, so nodes with them are.
+        let key = format!("{op}{attrs:?}{operands:?}").replace("Float(-0.0)", "Float(0.0)");
         if let Some(value) = self.seen.get(&key) {
             return Ok(*value);
         }

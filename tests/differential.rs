@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const NODES: usize = 40;
 
 fn seeds() -> std::ops::Range<u64> {
-    let Ok(text) = std::env::var("MANSARD_SEEDS") else { return 0..40 };
+    let Ok(text) = std::env::var("MANSARD_SEEDS") else { return 0..32 };
     let bounds = text.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
     let (first, end) = bounds.expect("MANSARD_SEEDS is FIRST..END");
     first..end

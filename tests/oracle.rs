@@ -194,9 +194,10 @@ fn compare(want: &Outputs, found: &Outputs) -> Result<Vec<Row>> {
             let largest = want.data.iter().fold(1e-3f32, |most, x| most.max(x.abs()));
             for (r, (x, y)) in want.rows().zip(found.rows()).enumerate() {
                 let place = format!("step {step} of {} tokens: `{name}` row {r}", want.shape[0]);
-                // `f32::max` would pass over a NaN
-                let further = |most: f32, d: f32| if d <= most { most } else { d };
-                let off = x.iter().zip(y).map(|(x, y)| (x - y).abs() / largest).fold(0.0, further);
+                let differences = x.iter().zip(y).map(|(x, y)| (x - y).abs() / largest);
+                // `f32::max` passes over a NaN, which is the furthest off of all.
+                let off =
+                    differences.fold(0.0, |most: f32, d| if (most + d).is_nan() { f32::NAN } else { most.max(d) });
                 rows.push(Row { place, off, spread: 0.0 });
             }
         }

@@ -20,7 +20,7 @@ use mansard_ir::kernel::PROLOGUE_TOKENS;
 use mansard_ir::layout::{A8, STRIP, StripLayout, row_bytes};
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
-use mansard_ir::{DType, Error, Graph, Kind, Result, Target, Type, ValueId, bail};
+use mansard_ir::{DType, Dim, Error, Graph, Kind, Result, Target, Type, ValueId, bail};
 use std::collections::BTreeMap;
 
 /// Bytes of weights that a cache tile of strips may hold.
@@ -75,7 +75,7 @@ fn components(body: &Graph) -> Result<Vec<Component>> {
         match node.op.class() {
             Class::Contract | Class::ContractExperts => {
                 let (dtype, shape) = body.ty(node.operands[1]).as_tensor().ok_or_else(|| internal(body))?;
-                let extent = |i: usize| if let Some(mansard_ir::Dim::N(n)) = shape.get(i) { *n } else { 0 };
+                let extent = |i: usize| if let Some(Dim::N(n)) = shape.get(i) { *n } else { 0 };
                 let (n, columns) = (extent(shape.len() - 2), extent(shape.len() - 1));
                 let routing = node.operands.get(2).copied();
                 let planes = body.ty(node.operands[0]).as_tensor().and_then(|(d, _)| d.planes()).unwrap_or(1);
@@ -300,10 +300,7 @@ impl Contraction<'_> {
             for operand in &node.operands {
                 let value = match values.get(operand) {
                     Some(v) => *v,
-                    None => {
-                        let at = self.element_at(e, *operand, place)?;
-                        e.load(at, F32.x(STRIP), 64)
-                    }
+                    None => self.operand(e, *operand, place)?,
                 };
                 operands.push(value);
             }
@@ -318,6 +315,38 @@ impl Contraction<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The 16 elements of a value in memory that stand beside a tile position. A vector of one head's width stands beside
+    /// every head.
+    fn operand(&self, e: &mut Emitter, value: ValueId, place: Place) -> Result<Val> {
+        let width = match self.body.ty(value).as_tensor() {
+            Some((_, [Dim::N(width)])) if *width != self.component.n => *width,
+            _ => {
+                let at = self.element_at(e, value, place)?;
+                return Ok(e.load(at, F32.x(STRIP), 64));
+            }
+        };
+        let (base, bytes) = (self.pointer(value)?, e.i64(4 * width as i64));
+        if width.is_multiple_of(STRIP) {
+            let column = e.rem(place.column, bytes);
+            let at = e.gep(base, column);
+            return Ok(e.load(at, F32.x(STRIP), 64));
+        }
+        let element = |e: &mut Emitter, lane: usize| {
+            let lane = e.i64(4 * lane as i64);
+            let column = e.add(place.column, lane);
+            let column = e.rem(column, bytes);
+            let at = e.gep(base, column);
+            e.load(at, F32, 4)
+        };
+        let first = element(e, 0);
+        let mut lanes = e.broadcast(first, STRIP);
+        for lane in 1..STRIP {
+            let x = element(e, lane);
+            lanes = e.op(lanes.ty, format_args!("vector.insert {x}, {lanes} [{lane}] : f32 into {}", lanes.ty));
+        }
+        Ok(lanes)
     }
 
     /// Address of the 16 elements a tile position stands for, in an activation or in a vector.

@@ -43,6 +43,24 @@ fn every_format() {
 }
 
 #[test]
+fn vectors_of_a_heads_width_stand_beside_every_head() {
+    for (heads, width) in [(5, 16), (2, 32), (12, 8), (4, 24), (7, 5)] {
+        let n = heads * width;
+        let body = format!(
+            "graph @k(%x: f32[t, 32], %w: f32[{n}, 32], %g: f32[{width}], %b: f32[{n}]) stage planned {{range}} {{
+               %p = matmul %x, %w
+               %q = add_row %p, %b
+               %h = split_heads %q {{heads = {heads}}}
+               %m = mul_row %h, %g
+               %y = merge_heads %m
+               return y = %y
+             }}"
+        );
+        case(&body, &STEPS[..4], 1e-5);
+    }
+}
+
+#[test]
 fn gate_and_up_meet_in_the_epilogue() {
     for (x, w) in [("a8", "q4_1"), ("f32", "f32")] {
         let body = format!(
