@@ -12,15 +12,19 @@
 //!
 //! A token tile may reach past the step's last row: buffers hold a multiple of 16 rows, and what lies there is never read.
 
+mod experts;
+mod shape;
+
 use crate::cpu::dot::{self, Rows};
-use crate::cpu::{StepField, count_of};
+use crate::cpu::count_of;
 use crate::emit::{Emitter, F32, KernelArgs, Val};
 use crate::math;
 use mansard_ir::kernel::PROLOGUE_TOKENS;
-use mansard_ir::layout::{A8, STRIP, StripLayout, row_bytes};
+use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
-use mansard_ir::{DType, Dim, Error, Graph, Kind, Result, Target, Type, ValueId, bail};
+use mansard_ir::{DType, Dim, Error, Graph, Kind, Result, Target, ValueId, bail};
+use shape::Shape;
 use std::collections::BTreeMap;
 
 /// Bytes of weights that a cache tile of strips may hold.
@@ -151,47 +155,9 @@ struct Contraction<'a> {
     component: &'a Component,
 }
 
-/// Tokens and strips of a register tile.
-#[derive(Clone, Copy)]
-struct Shape {
-    tokens: usize,
-    strips: usize,
-}
-
 impl Contraction<'_> {
     fn pointer(&self, value: ValueId) -> Result<Val> {
         self.memory[value.0 as usize].ok_or_else(|| internal(self.body))
-    }
-
-    /// Register tiles in order of use: the first for full tiles, the others for what is left.
-    ///
-    /// A lone token reads four streams at once, which hides the page walks of file mappings. With 32 registers, float
-    /// weights get 12 x 2 accumulators; integer ones 16 x 1, since eight more registers hold unpacked codes.
-    fn shapes(&self) -> Vec<Shape> {
-        let wide = self.target.registers >= 32;
-        let integer = self.component.dots.iter().any(|d| d.dtype.int().is_some());
-        let joined = self.component.dots.len();
-        let main = match (wide, integer) {
-            (true, true) => Shape { tokens: 16, strips: 1 },
-            (true, false) => Shape { tokens: 12, strips: 2 },
-            (false, true) => Shape { tokens: 2, strips: 1 },
-            (false, false) => Shape { tokens: 4, strips: 1 },
-        };
-        let lone = Shape { tokens: 1, strips: (4 / joined).max(1) };
-        if self.kernel.range.max == 1 {
-            return vec![lone];
-        }
-        let mut shapes = vec![main];
-        let mut tokens = main.tokens.next_power_of_two() / 2;
-        while tokens > 1 {
-            if tokens < main.tokens && (self.kernel.range.max > tokens / 2) {
-                shapes.push(Shape { tokens, strips: if integer { 1 } else { 2.min(main.strips) } });
-            }
-            tokens /= 2;
-        }
-        shapes.push(lone);
-        shapes.retain(|s| s.tokens <= self.kernel.range.max.next_power_of_two());
-        shapes
     }
 
     fn emit(&self, e: &mut Emitter) -> Result<()> {
@@ -200,7 +166,11 @@ impl Contraction<'_> {
         let strip_bytes: usize = component.dots.iter().map(|d| StripLayout::new(d.dtype, d.k).bytes).sum();
         let cache_tile = (CACHE_TILE_BYTES / strip_bytes).clamp(1, strips.max(1));
         // Runs of whole multi-strip tiles keep the tail at the very end of the matrix.
-        let round = self.shapes().iter().map(|s| s.strips).max().unwrap_or(1);
+        let round = shape::shapes(self.target, &self.component.dots, self.kernel.range.max)
+            .iter()
+            .map(|s| s.strips)
+            .max()
+            .unwrap_or(1);
         let cache_tile = cache_tile.next_multiple_of(round) as i64;
         let rounds = e.i64(strips.div_ceil(round) as i64);
         let (low, high) = e.share(self.k, rounds);
@@ -220,7 +190,7 @@ impl Contraction<'_> {
 
     /// Full token tiles, then one tile that covers the rest.
     fn token_tiles(&self, e: &mut Emitter, rows: Val, strips: (Val, Val)) -> Result<()> {
-        let shapes = self.shapes();
+        let shapes = shape::shapes(self.target, &self.component.dots, self.kernel.range.max);
         let main = shapes[0];
         let mut result = Ok(());
         let zero = e.i64(0);
@@ -360,61 +330,6 @@ impl Contraction<'_> {
         let row = e.row(base, place.first, stride);
         let row = e.gep_const(row, place.row * stride);
         Ok(e.gep(row, place.offset))
-    }
-
-    /// Experts: every chosen pair (token, j) against its expert's strips, one row at a time.
-    fn emit_experts(&self, e: &mut Emitter) -> Result<()> {
-        let component = self.component;
-        if !component.n.is_multiple_of(STRIP) {
-            bail!(Unsupported, "experts with {} output rows: a multiple of {STRIP} is needed", component.n);
-        }
-        let strips = e.i64((component.n / STRIP) as i64);
-        let (low, high) = e.share(self.k, strips);
-        let routing = component.dots[0].routing.ok_or_else(|| internal(self.body))?;
-        let Type::Routing { top, .. } = *self.body.ty(routing) else { return Err(internal(self.body)) };
-        let tokens = super::step_field(e, self.k, StepField::T);
-        let ids = self.pointer(routing)?;
-        let stride = row_bytes(self.body.ty(routing)).ok_or_else(|| internal(self.body))?;
-        let zero = e.i64(0);
-        let mut result = Ok(());
-        e.repeat(low, high, 1, |e, strip| {
-            e.repeat(zero, tokens, 1, |e, token| {
-                for j in 0..top {
-                    let at = e.row(ids, token, stride);
-                    let at = e.gep_const(at, 4 * j);
-                    let expert = e.load(at, crate::emit::I32, 4);
-                    let expert = e.op(crate::emit::I64, format_args!("arith.extui {expert} : i32 to i64"));
-                    if result.is_ok() {
-                        result = self.expert_row(e, (token, j), expert, strip);
-                    }
-                }
-            });
-        });
-        result
-    }
-
-    fn expert_row(&self, e: &mut Emitter, (token, j): (Val, usize), expert: Val, strip: Val) -> Result<()> {
-        let n = self.component.n;
-        let mut products = BTreeMap::new();
-        for dot in &self.component.dots {
-            let bytes = StripLayout::new(dot.dtype, dot.k).bytes;
-            let weight = self.pointer(dot.weight)?;
-            let weight = e.row(weight, expert, n / STRIP * bytes);
-            let strip = e.row(weight, strip, bytes);
-            let ty = self.body.ty(dot.x);
-            let stride = row_bytes(ty).ok_or_else(|| internal(self.body))?;
-            let x = self.pointer(dot.x)?;
-            let x = e.row(x, token, stride);
-            // Rows [t, top, k] hold the j-th expert's activations one after another.
-            let own = ty.as_tensor().is_some_and(|(_, shape)| shape.len() == 3);
-            let planes = ty.as_tensor().and_then(|(d, _)| d.planes());
-            let width = planes.map_or(dot.k * 4, |planes| dot.k / A8::GROUP * A8::LINE * planes);
-            let first = e.gep_const(x, if own { j * width } else { 0 });
-            let rows = Rows { first, stride, count: 1, planes: dot.planes };
-            products.insert(dot.value, dot::tile(e, self.target, dot.dtype, dot.k, &[strip], rows)[0]);
-        }
-        let (offset, column) = (e.scaled(strip, STRIP * 4, j * n * 4), e.scaled(strip, STRIP * 4, 0));
-        self.epilogue(e, products, Place { first: token, row: 0, offset, column })
     }
 }
 
