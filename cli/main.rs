@@ -1,4 +1,4 @@
-//! The command line: `mansard compile | run | chat | logits | embed | bench | inspect | opt | doctor`.
+//! The command line: `mansard compile | run | chat | logits | embed | eval | bench | inspect | opt | doctor`.
 //!
 //! Results go to standard output, progress and remarks to standard error. Exit codes are those of
 //! [`mansard_ir::Error::exit_code`]; every failure is one `error:` with its place and, where something is known, one `help:`.
@@ -9,6 +9,7 @@ mod chat;
 mod compile;
 mod doctor;
 mod embed;
+mod eval;
 mod inspect;
 mod logits;
 mod opt;
@@ -42,6 +43,7 @@ enum Command {
     Chat(chat::Arguments),
     Logits(logits::Arguments),
     Embed(embed::Arguments),
+    Eval(eval::Arguments),
     Bench(bench::Arguments),
     Inspect(inspect::Arguments),
     Opt(opt::Arguments),
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
         Command::Chat(arguments) => chat::run(&arguments),
         Command::Logits(arguments) => logits::run(&arguments),
         Command::Embed(arguments) => embed::run(&arguments),
+        Command::Eval(arguments) => eval::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Opt(arguments) => opt::run(&arguments),

@@ -105,6 +105,16 @@ pub fn table(rows: &[Vec<String>]) -> String {
     out
 }
 
+/// A bar on standard error; invisible where that is no terminal.
+pub fn bar(what: &'static str, total: usize) -> indicatif::ProgressBar {
+    let bar = indicatif::ProgressBar::new(total as u64).with_message(what);
+    // The template is a constant; one that did not parse would leave the bar as it is.
+    match indicatif::ProgressStyle::with_template("{msg:14} {bar:40} {percent:>3}% {elapsed}") {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}
+
 /// Most memory this process has held.
 pub fn peak_memory() -> Option<usize> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -152,6 +162,17 @@ impl EngineArguments {
     }
 }
 
+/// Token ids of a file that holds a JSON list of them.
+///
+/// # Errors
+/// Where it cannot be read or holds anything else.
+pub fn ids(path: &Path) -> Result<Vec<u32>> {
+    let text = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    let ids = serde_json::from_slice::<Vec<u32>>(&text);
+    let ids = ids.map_err(|e| Error::new(Kind::Input, format!("expected a JSON list of token ids: {e}")));
+    ids.at(|| path.display().to_string())
+}
+
 /// What a model is given: text, or token ids.
 #[derive(clap::Args)]
 pub struct InputArguments {
@@ -179,11 +200,7 @@ impl InputArguments {
             };
             return list.split(',').map(id).collect::<Result<_>>().map(Some);
         }
-        let Some(path) = &self.tokens_file else { return Ok(None) };
-        let text = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        let ids = serde_json::from_slice::<Vec<u32>>(&text);
-        let ids = ids.map_err(|e| Error::new(Kind::Input, format!("expected a JSON list of token ids: {e}")));
-        ids.map(Some).at(|| path.display().to_string())
+        self.tokens_file.as_deref().map(ids).transpose()
     }
 
     /// Token ids, of the text where no ids were given.

@@ -68,6 +68,15 @@ fn every_command_on_a_tiny_model() {
         assert!(row["tokens_per_second"].as_f64().unwrap() > 0.0 && row["threads"] == 1);
         assert!(row["stddev"].is_number() && row["roofline_share"].is_number());
     }
+    let model = goldens("llama").display().to_string();
+    let eval = ["eval", &m, "--tokens-file", &ids, "--against", &model, "--json"];
+    let found: serde_json::Value = serde_json::from_str(&done(&eval)).unwrap();
+    assert!(found["perplexity"].as_f64().unwrap() > 1.0 && found["positions"] == 2);
+    assert!(found["kl_divergence_mean"].as_f64().unwrap().abs() < 1e-6 && found["top1_agreement"] == 1.0);
+    let one = write(&folder, "one.json", b"[1]");
+    refused(&["eval", &m, "--tokens-file", &one], 3, &["at least 2 tokens, found 1"]);
+    let latin = write(&folder, "latin.txt", b"caf\xe9");
+    refused(&["eval", &m, "--text", &latin], 3, &["another byte at 3"]);
     assert!(done(&["inspect", &m]).contains("layer"));
     serde_json::from_str::<serde_json::Value>(&done(&["inspect", &m, "--json"])).unwrap();
     assert!(done(&["doctor"]).contains("LLVM"));
