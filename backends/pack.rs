@@ -221,7 +221,7 @@ impl Codes {
     fn put_codes(&self, layout: &StripLayout, out: &mut [u8]) {
         let int = self.int;
         let (codes, high) = out[layout.codes..].split_at_mut(layout.high - layout.codes);
-        let quads = self.quads.chunks_exact(STRIP * int.group / 4); // [group / 4][16] of each group
+        let quads = self.quads.chunks_exact(STRIP * int.unit() / 4); // [unit / 4][16] of each unit
         for (quads, codes) in quads.clone().zip(codes.chunks_exact_mut(code_bytes(int))) {
             if int.bits == 8 {
                 put_quads(codes, quads.iter().copied());

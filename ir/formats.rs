@@ -30,6 +30,8 @@ pub enum DType {
     Q4_K,
     Q5_K,
     Q6_K,
+    INT4_G64,
+    INT4_G128,
 }
 
 /// Where the code meaning 0.0 lies.
@@ -46,10 +48,17 @@ pub enum Zero {
 pub struct IntFormat {
     /// Bits of a packed code: 4, 5, 6 or 8 (2- and 3-bit codes are packed in 4).
     pub bits: u8,
-    /// Elements along K that share a scale: 16 or 32.
+    /// Elements along K that share a scale: 16, 32, or a multiple of 32.
     pub group: usize,
     /// The zero point.
     pub zero: Zero,
+}
+
+impl IntFormat {
+    /// Elements along K whose codes are packed together: a group, or the 32 that share a line of activations.
+    pub const fn unit(self) -> usize {
+        if self.group < 32 { self.group } else { 32 }
+    }
 }
 
 /// Codes, scales and minima of one block, as `split` leaves them: `codes[block]`, `scales[block / group]`,
@@ -193,7 +202,7 @@ const fn quant(
 }
 
 /// The table, in the order of [`DType`].
-pub static FORMATS: [Format; 16] = [
+pub static FORMATS: [Format; 18] = [
     row(DType::F32, "f32", 1, 4, "IEEE single precision"),
     row(DType::F16, "f16", 1, 2, "IEEE half precision"),
     row(DType::BF16, "bf16", 1, 2, "the upper half of f32"),
@@ -290,6 +299,24 @@ pub static FORMATS: [Format; 16] = [
         split::q6_k,
         "6 bits, 8-bit scale per 16",
     ),
+    quant(
+        DType::INT4_G64,
+        "int4_g64",
+        (64, 34),
+        (4, 64, Zero::Fixed(8)),
+        &[(0, 0.12)],
+        split::q4_0,
+        "4 bits, one f16 scale per 64",
+    ),
+    quant(
+        DType::INT4_G128,
+        "int4_g128",
+        (128, 66),
+        (4, 128, Zero::Fixed(8)),
+        &[(0, 0.12)],
+        split::q4_0,
+        "4 bits, one f16 scale per 128",
+    ),
 ];
 
 /// How each format's block comes apart.
@@ -300,11 +327,12 @@ mod split {
         half::f16::from_le_bytes([b[0], b[1]]).to_f32()
     }
 
-    /// Low nibbles are the first half of the 32 elements, high nibbles the second.
+    /// Low nibbles are the first half of the elements, high nibbles the second.
     fn nibbles(bytes: &[u8], codes: &mut [u8]) {
-        for (i, b) in bytes[..16].iter().enumerate() {
-            codes[i] = b & 15;
-            codes[i + 16] = b >> 4;
+        let (first, second) = codes.split_at_mut(codes.len() / 2);
+        for ((b, low), high) in bytes.iter().zip(first).zip(second) {
+            *low = b & 15;
+            *high = b >> 4;
         }
     }
 

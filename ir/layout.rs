@@ -3,8 +3,9 @@
 //! A matrix `[n, k]` is packed in *strips* of 16 output rows, one after the other. A strip has four regions, each padded to
 //! 64 bytes: scales `f16[k / group][16]`, minima likewise (formats with a minimum), codes, and the codes' upper bits. Rows
 //! are interleaved so that one 64-byte line holds 4 consecutive k of all 16 rows (byte `row * 4 + i` is `k = 4 * quad + i`)
-//! and a `u8 x s8` dot product leaves one sum per lane: no horizontal sums. For 4 low bits a line holds two quads of one
-//! group: quad `j` in the low nibbles, quad `j + group / 8` in the high ones.
+//! and a `u8 x s8` dot product leaves one sum per lane: no horizontal sums. Codes are packed in units of 32 columns, or of a
+//! group where that is less. For 4 low bits a line holds two quads of one unit: quad `j` in the low nibbles, quad
+//! `j + unit / 8` in the high ones.
 //!
 //! Float matrices have one region: `k` lines of 16 values.
 
@@ -35,7 +36,7 @@ pub struct StripLayout {
     /// Low 4 bits (two quads a line), whole bytes (one quad a line), or floats (one k a line).
     pub codes: usize,
     /// Fifth bits (one 64-bit word a quad, bit `row * 4 + i`) or bits 4-5 (byte `row * 4 + i` holds quad
-    /// `4 * line + c` of the group at bit `2 c`).
+    /// `4 * line + c` of the unit at bit `2 c`).
     pub high: usize,
     /// The whole strip.
     pub bytes: usize,
@@ -51,21 +52,21 @@ impl StripLayout {
         let scale_bytes = aligned(k / int.group * STRIP * 2);
         let mins = scale_bytes;
         let codes = if int.zero == Zero::Min { mins + scale_bytes } else { mins };
-        let high = codes + k / int.group * code_bytes(int);
-        StripLayout { scales: 0, mins, codes, high, bytes: aligned(high + k / int.group * high_bytes(int)) }
+        let high = codes + k / int.unit() * code_bytes(int);
+        StripLayout { scales: 0, mins, codes, high, bytes: aligned(high + k / int.unit() * high_bytes(int)) }
     }
 }
 
-/// Bytes of the code region for one group of a strip.
+/// Bytes of the code region for one unit of a strip.
 pub const fn code_bytes(int: IntFormat) -> usize {
-    STRIP * int.group * if int.bits == 8 { 8 } else { 4 } / 8
+    STRIP * int.unit() * if int.bits == 8 { 8 } else { 4 } / 8
 }
 
-/// Bytes of the upper-bits region for one group of a strip.
+/// Bytes of the upper-bits region for one unit of a strip.
 pub const fn high_bytes(int: IntFormat) -> usize {
     match int.bits {
-        5 => STRIP * int.group / 8,
-        6 => STRIP * int.group / 4,
+        5 => STRIP * int.unit() / 8,
+        6 => STRIP * int.unit() / 4,
         _ => 0,
     }
 }

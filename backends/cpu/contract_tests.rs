@@ -1,6 +1,7 @@
 //! Contractions against the interpreter: every weight format, every tile shape, epilogues, joins, parts and experts.
 
 use crate::harness;
+use mansard_ir::formats::FORMATS;
 
 /// Steps of 1, 3, 7, 13, 16 and 37 tokens, some of several sequences.
 const STEPS: [&[(usize, usize)]; 6] =
@@ -26,10 +27,8 @@ fn tolerance(format: &str) -> f64 {
 
 #[test]
 fn every_format() {
-    let formats =
-        ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "f32", "f16", "bf16"];
-    for format in formats {
-        let x = if format.starts_with('q') { "a8" } else { "f32" };
+    for format in FORMATS.iter().filter(|f| f.int.is_some() || f.dtype.is_float()) {
+        let (x, format) = (if format.int.is_some() { "a8" } else { "f32" }, format.name);
         let body = format!(
             "graph @k(%x: {x}[t, 512], %w: {format}[40, 512]) stage planned {{range}} {{
                %y = matmul %x, %w

@@ -36,22 +36,8 @@ pub fn quantized_weight(dtype: DType, shape: &[usize], seed: u64) -> Weight {
     let mut random = Random::new(seed);
     let elements: usize = shape.iter().product();
     let mut bytes: Vec<u8> = (0..dtype.bytes(elements).unwrap()).map(|_| random.bits() as u8).collect();
-    // Where a quant block keeps its f16 figures, and how large they are for values around 1.
-    let (halves, size): (&[usize], f32) = match dtype {
-        DType::Q4_0 => (&[0], 0.12),
-        DType::Q4_1 => (&[0, 2], 0.12),
-        DType::Q5_0 => (&[0], 0.06),
-        DType::Q5_1 => (&[0, 2], 0.06),
-        DType::Q8_0 => (&[0], 0.01),
-        DType::Q2_K => (&[80, 82], 0.02),
-        DType::Q3_K => (&[108], 0.01),
-        DType::Q4_K => (&[0, 2], 0.002),
-        DType::Q5_K => (&[0, 2], 0.001),
-        DType::Q6_K => (&[208], 0.0003),
-        _ => panic!("{dtype} is not quantized"),
-    };
     for quant_block in bytes.chunks_exact_mut(dtype.format().block_bytes) {
-        for at in halves {
+        for (at, size) in dtype.format().scales {
             let half = half::f16::from_f32(size * (1.0 + 0.5 * random.real()));
             quant_block[*at..at + 2].copy_from_slice(&half.to_le_bytes());
         }

@@ -1,6 +1,6 @@
 //! Integer products: unsigned weight codes times signed int8 activations.
 //!
-//! For each group of 32 activations the weight codes are unpacked once into eight vectors of bytes (one quad of k for 16
+//! For each line of 32 activations the weight codes are unpacked once into eight vectors of bytes (one quad of k for 16
 //! rows each) and multiplied with every token's signed codes by `u8 x s8` dot products:
 //!
 //! ```text
@@ -16,7 +16,7 @@ use mansard_ir::formats::{IntFormat, Zero};
 use mansard_ir::layout::{A8, STRIP, StripLayout, code_bytes, high_bytes};
 use mansard_ir::target::Target;
 
-/// Every row against every strip, line of activations by line.
+/// Every row against every strip, weight group by weight group where those are wide, else line of activations by line.
 pub fn tile(
     e: &mut Emitter,
     target: &Target,
@@ -26,59 +26,94 @@ pub fn tile(
     rows: Rows,
     accumulators: &[Val],
 ) -> Vec<Val> {
-    let (low, high, step) = (e.i64(0), e.i64((k / A8::GROUP) as i64), e.i64(1));
+    let dot = Tile { target, int, layout, strips, rows };
+    let lines = (int.group / A8::GROUP).max(1);
+    let (low, high, step) = (e.i64(0), e.i64((k / A8::GROUP) as i64), e.i64(lines as i64));
     e.for_loop((low, high, step), accumulators, |e, line, acc| {
-        let mut acc = acc.to_vec();
-        let x = e.row(rows.first, line, A8::LINE * rows.planes);
-        for (s, strip) in strips.iter().enumerate() {
-            let acc = &mut acc[s * rows.count..][..rows.count];
-            integer_line(e, target, int, &layout, *strip, line, Rows { first: x, ..rows }, acc);
+        if lines == 1 {
+            return dot.line(e, line, None, acc);
         }
-        acc
+        let group = e.div(line, step);
+        let figures: Vec<Figures> = strips.iter().map(|s| dot.figures(e, *s, group)).collect();
+        let (end, one) = (e.add(line, step), e.i64(1));
+        e.for_loop((line, end, one), acc, |e, line, acc| dot.line(e, line, Some(&figures), acc))
     })
 }
 
-/// One group of 32 activations of every row against one strip.
-#[allow(clippy::too_many_arguments)] // the operands of one machine-level step
-fn integer_line(
-    e: &mut Emitter,
-    target: &Target,
+/// Scales and minima of one weight group of 16 rows, as f32.
+#[derive(Clone, Copy)]
+struct Figures {
+    scale: Val,
+    min: Option<Val>,
+}
+
+/// A register tile.
+struct Tile<'a> {
+    target: &'a Target,
     int: IntFormat,
-    layout: &StripLayout,
-    strip: Val,
-    line: Val,
+    layout: StripLayout,
+    strips: &'a [Val],
     rows: Rows,
-    acc: &mut [Val],
-) {
-    let halves = A8::GROUP / int.group;
-    for half in 0..halves {
-        let group = GroupAt { int, layout, strip, line, halves, half };
-        let scale = group.real(e, layout.scales);
-        let min = (int.zero == Zero::Min).then(|| group.real(e, layout.mins));
-        let codes = group.codes(e);
-        for (r, acc) in acc.iter_mut().enumerate() {
-            for plane in 0..rows.planes {
-                let x = e.gep_const(rows.first, r * rows.stride + plane * A8::LINE);
-                *acc = group_product(e, target, &group, &codes, (scale, min), x, *acc);
+}
+
+impl Tile<'_> {
+    /// One line of activations of every row against every strip; `figures` of each strip where several lines share them.
+    fn line(&self, e: &mut Emitter, line: Val, figures: Option<&[Figures]>, acc: &[Val]) -> Vec<Val> {
+        let (mut acc, rows) = (acc.to_vec(), self.rows);
+        let x = e.row(rows.first, line, A8::LINE * rows.planes);
+        let units = A8::GROUP / self.int.unit();
+        for (s, strip) in self.strips.iter().enumerate() {
+            let acc = &mut acc[s * rows.count..][..rows.count];
+            for part in 0..units {
+                let unit = UnitAt { int: self.int, layout: &self.layout, strip: *strip, line, units, part };
+                let figures = match figures {
+                    Some(figures) => figures[s],
+                    None => unit.figures(e),
+                };
+                let codes = unit.codes(e);
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    for plane in 0..rows.planes {
+                        let x = e.gep_const(x, r * rows.stride + plane * A8::LINE);
+                        *acc = unit_product(e, self.target, &unit, &codes, figures, x, *acc);
+                    }
+                }
             }
         }
+        acc
+    }
+
+    /// Figures of group `group` of a strip.
+    fn figures(&self, e: &mut Emitter, strip: Val, group: Val) -> Figures {
+        let real = |e: &mut Emitter, region| {
+            let at = e.scaled(group, 2 * STRIP, region);
+            let at = e.gep(strip, at);
+            half_reals(e, at)
+        };
+        let scale = real(e, self.layout.scales);
+        Figures { scale, min: (self.int.zero == Zero::Min).then(|| real(e, self.layout.mins)) }
     }
 }
 
-/// Adds the product of a weight group and one line of activations.
-fn group_product(
+/// The f16 values of 16 rows, as f32.
+fn half_reals(e: &mut Emitter, at: Val) -> Val {
+    let value = e.load(at, F16.x(STRIP), 32);
+    e.convert("extf", value, F32)
+}
+
+/// Adds the product of a unit of weights and its part of one line of activations.
+fn unit_product(
     e: &mut Emitter,
     target: &Target,
-    group: &GroupAt<'_>,
+    unit: &UnitAt<'_>,
     codes: &[Val],
-    (scale, min): (Val, Option<Val>),
+    Figures { scale, min }: Figures,
     x: Val,
     acc: Val,
 ) -> Val {
-    let GroupAt { int, halves, half, .. } = *group;
-    let (neg_sum, real_sum) = match halves {
+    let UnitAt { int, units, part, .. } = *unit;
+    let (neg_sum, real_sum) = match units {
         1 => (A8::NEG_SUM, A8::REAL_SUM),
-        _ => (A8::NEG_SUM_16 + 4 * half, A8::REAL_SUM_16 + 4 * half),
+        _ => (A8::NEG_SUM_16 + 4 * part, A8::REAL_SUM_16 + 4 * part),
     };
     let mut sum = match int.zero {
         Zero::Min => e.int(I32.x(STRIP), 0),
@@ -88,7 +123,7 @@ fn group_product(
         }
     };
     for (quad, codes) in codes.iter().enumerate() {
-        let dword = splat(e, x, half * int.group + 4 * quad, I32);
+        let dword = splat(e, x, part * int.unit() + 4 * quad, I32);
         let bytes = e.bitcast(dword, I8.x(4 * STRIP));
         sum = dot4(e, target, int.bits, sum, *codes, bytes);
     }
@@ -112,34 +147,37 @@ fn splat(e: &mut Emitter, x: Val, offset: usize, ty: crate::emit::Ty) -> Val {
     e.broadcast(value, STRIP)
 }
 
-/// One weight group of a strip: group `line * halves + half`.
-struct GroupAt<'a> {
+/// Weights of a strip whose codes are packed together: unit `line * units + part`.
+struct UnitAt<'a> {
     int: IntFormat,
     layout: &'a StripLayout,
     strip: Val,
     line: Val,
-    halves: usize,
-    half: usize,
+    units: usize,
+    part: usize,
 }
 
-impl GroupAt<'_> {
-    /// Address of this group inside a region with `bytes` a group.
+impl UnitAt<'_> {
+    /// Address of this unit inside a region with `bytes` a unit.
     fn at(&self, e: &mut Emitter, region: usize, bytes: usize) -> Val {
-        let p = e.row(self.strip, self.line, self.halves * bytes);
-        e.gep_const(p, region + self.half * bytes)
+        let p = e.row(self.strip, self.line, self.units * bytes);
+        e.gep_const(p, region + self.part * bytes)
     }
 
-    /// The group's f16 scales or minima of 16 rows, as f32.
-    fn real(&self, e: &mut Emitter, region: usize) -> Val {
-        let at = self.at(e, region, 2 * STRIP);
-        let value = e.load(at, F16.x(STRIP), 32);
-        e.convert("extf", value, F32)
+    /// Scales and minima, where the unit is a group.
+    fn figures(&self, e: &mut Emitter) -> Figures {
+        let real = |e: &mut Emitter, region| {
+            let at = self.at(e, region, 2 * STRIP);
+            half_reals(e, at)
+        };
+        let scale = real(e, self.layout.scales);
+        Figures { scale, min: (self.int.zero == Zero::Min).then(|| real(e, self.layout.mins)) }
     }
 
-    /// The group's codes: one vector of 64 unsigned bytes for each quad of k.
+    /// The unit's codes: one vector of 64 unsigned bytes for each quad of k.
     fn codes(&self, e: &mut Emitter) -> Vec<Val> {
         let bytes = I8.x(4 * STRIP);
-        let quads = self.int.group / 4;
+        let quads = self.int.unit() / 4;
         let at = self.at(e, self.layout.codes, code_bytes(self.int));
         if self.int.bits == 8 {
             return (0..quads)

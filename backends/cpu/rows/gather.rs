@@ -94,10 +94,12 @@ fn float_row(e: &mut Emitter, dtype: DType, k: usize, at: StripRow, to: Val) {
     });
 }
 
-/// Group by group, four codes at a time.
+/// Unit by unit, four codes at a time.
 fn unpack_row(e: &mut Emitter, int: IntFormat, k: usize, at: StripRow, to: Val) {
-    let (zero, count) = (e.i64(0), e.i64((k / int.group) as i64));
-    e.repeat(zero, count, 1, |e, group| {
+    let (zero, count) = (e.i64(0), e.i64((k / int.unit()) as i64));
+    let units = e.i64((int.group / int.unit()) as i64);
+    e.repeat(zero, count, 1, |e, unit| {
+        let group = e.div(unit, units);
         let figure = |e: &mut Emitter, region: usize| {
             let line = e.scaled(group, STRIP * 2, region);
             let base = e.gep(at.strip, line);
@@ -111,8 +113,8 @@ fn unpack_row(e: &mut Emitter, int: IntFormat, k: usize, at: StripRow, to: Val) 
             Zero::Min => Some(figure(e, at.layout.mins)),
             Zero::Fixed(_) => None,
         };
-        let to = e.row(to, group, int.group * 4);
-        for (quad, codes) in codes(e, int, group, at).into_iter().enumerate() {
+        let to = e.row(to, unit, int.unit() * 4);
+        for (quad, codes) in codes(e, int, unit, at).into_iter().enumerate() {
             let codes = match int.zero {
                 Zero::Fixed(zero) => {
                     let zero = e.int(codes.ty, zero as i64);
@@ -131,10 +133,10 @@ fn unpack_row(e: &mut Emitter, int: IntFormat, k: usize, at: StripRow, to: Val) 
     });
 }
 
-/// The codes of one group of the row, a quad of k at a time, as `i32`.
-fn codes(e: &mut Emitter, int: IntFormat, group: Val, at: StripRow) -> Vec<Val> {
-    let quads = int.group / 4;
-    let line = e.scaled(group, code_bytes(int), at.layout.codes);
+/// The codes of one unit of the row, a quad of k at a time, as `i32`.
+fn codes(e: &mut Emitter, int: IntFormat, unit: Val, at: StripRow) -> Vec<Val> {
+    let quads = int.unit() / 4;
+    let line = e.scaled(unit, code_bytes(int), at.layout.codes);
     let base = e.gep(at.strip, line);
     let base = e.row(base, at.row, 4);
     let load = |e: &mut Emitter, base: Val, line: usize| {
@@ -150,7 +152,7 @@ fn codes(e: &mut Emitter, int: IntFormat, group: Val, at: StripRow) -> Vec<Val> 
     let low: Vec<Val> = lines.iter().map(|line| e.and(*line, fifteen)).collect();
     let high = lines.iter().map(|line| e.shr(*line, 4)).collect::<Vec<_>>();
     let mut codes: Vec<Val> = low.into_iter().chain(high).collect();
-    let line = e.scaled(group, high_bytes(int), at.layout.high);
+    let line = e.scaled(unit, high_bytes(int), at.layout.high);
     let upper = e.gep(at.strip, line);
     for (quad, code) in codes.iter_mut().enumerate() {
         let bits = match int.bits {

@@ -1,6 +1,7 @@
 //! Row programs against the interpreter: every op by itself, and the compositions that models have.
 
 use crate::harness;
+use mansard_ir::formats::FORMATS;
 
 const STEP: [(usize, usize); 3] = [(0, 5), (70, 1), (126, 4)];
 
@@ -81,9 +82,8 @@ fn angles() {
 
 #[test]
 fn embedding() {
-    for format in ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
-    {
-        let k = if format.ends_with("_k") { 512 } else { 96 };
+    for format in FORMATS.iter().filter(|f| f.int.is_some() || f.dtype.is_float()) {
+        let (k, format) = (format.block.max(32) * 3, format.name);
         // Packed scales and minima are f16: those of K-quants are rounded once more.
         let tolerance = if format.ends_with("_k") { 1e-3 } else { 1e-6 };
         let inputs = format!("%i: i32[t], %w: {format}[37, {k}]");
