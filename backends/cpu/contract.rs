@@ -288,7 +288,7 @@ impl Contraction<'_> {
     }
 
     /// The 16 elements of a value in memory that stand beside a tile position. A vector of one head's width stands beside
-    /// every head.
+    /// every head, one of a whole row beside all experts of a token.
     fn operand(&self, e: &mut Emitter, value: ValueId, place: Place) -> Result<Val> {
         let width = match self.body.ty(value).as_tensor() {
             Some((_, [Dim::N(width)])) if *width != self.component.n => *width,
@@ -299,13 +299,13 @@ impl Contraction<'_> {
         };
         let (base, bytes) = (self.pointer(value)?, e.i64(4 * width as i64));
         if width.is_multiple_of(STRIP) {
-            let column = e.rem(place.column, bytes);
+            let column = e.rem(place.offset, bytes);
             let at = e.gep(base, column);
             return Ok(e.load(at, F32.x(STRIP), 64));
         }
         let element = |e: &mut Emitter, lane: usize| {
             let lane = e.i64(4 * lane as i64);
-            let column = e.add(place.column, lane);
+            let column = e.add(place.offset, lane);
             let column = e.rem(column, bytes);
             let at = e.gep(base, column);
             e.load(at, F32, 4)

@@ -105,7 +105,7 @@ fn bias_activation_and_residual() {
 
 #[test]
 fn experts() {
-    for (x, w) in [("f32", "f32"), ("a8", "q8_0")] {
+    for (x, w) in [("f32", "f32"), ("a8", "q8_0"), ("a8", "q4_1")] {
         let body = format!(
             "graph @k(%x: {x}[t, 64], %g: {w}[4, 48, 64], %u: {w}[4, 48, 64], %r: routing[t, 2, 4]) stage planned {{range}} {{
                %a = matmul_experts %x, %g, %r
@@ -115,15 +115,51 @@ fn experts() {
                return y = %y
              }}"
         );
-        case(&body, &STEPS[..4], 2e-5);
+        case(&body, &STEPS, 2e-5);
         let down = format!(
             "graph @k(%x: {x}[t, 2, 64], %w: {w}[4, 32, 64], %r: routing[t, 2, 4]) stage planned {{range}} {{
                %y = matmul_experts %x, %w, %r
                return y = %y
              }}"
         );
-        case(&down, &STEPS[..4], 2e-5);
+        case(&down, &STEPS, 2e-5);
     }
+}
+
+#[test]
+fn many_experts_and_few_tokens() {
+    // More experts than entries: most have none. Rows that fill no cache line, and strips that fill several cache tiles.
+    let body = "graph @k(%x: f32[t, 20], %w: f32[60, 16, 20], %r: routing[t, 3, 60]) stage planned {range} {
+       %y = matmul_experts %x, %w, %r
+       return y = %y
+     }";
+    case(body, &STEPS, 2e-5);
+    let body = "graph @k(%x: f32[t, 3, 20], %w: f32[8, 16, 20], %r: routing[t, 3, 8]) stage planned {range} {
+       %y = matmul_experts %x, %w, %r
+       return y = %y
+     }";
+    case(body, &STEPS, 2e-5);
+    let body = "graph @k(%x: a8[t, 2048], %w: q8_0[3, 192, 2048], %r: routing[t, 3, 3]) stage planned {range} {
+       %y = matmul_experts %x, %w, %r
+       return y = %y
+     }";
+    case(body, &STEPS[2..], 2e-5);
+}
+
+#[test]
+fn vectors_beside_experts() {
+    let body =
+        "graph @k(%x: f32[t, 32], %w: f32[4, 48, 32], %b: f32[48], %g: f32[96], %h: f32[24], %r: routing[t, 2, 4])
+       stage planned {range} {
+       %a = matmul_experts %x, %w, %r
+       %c = add_row %a, %b
+       %d = merge_heads %c
+       %e = mul_row %d, %g
+       %f = split_heads %e {heads = 4}
+       %y = add_row %f, %h
+       return y = %y
+     }";
+    case(body, &STEPS, 2e-5);
 }
 
 #[test]
