@@ -1,14 +1,15 @@
 //! `mansard bench`: prefill and decode speed as users of llama-bench know them, beside the roofline.
 //!
-//! The roofline of a step is the sum over its launches of `max(operations / peak, bytes of weights / bandwidth)`: the
-//! bandwidth is measured in the same run on a buffer of the weights' size, the peaks are those the target was priced with.
+//! With `--kernels`, where the time goes, kernel by kernel.
+
+mod kernels;
+mod roof;
 
 use crate::report::{self, EngineArguments};
-use mansard_backends as backends;
-use mansard_ir::plan::{Arg, Launch, Program, RowCount};
-use mansard_ir::text::parse_type;
-use mansard_ir::{Machine, Result, bail};
-use mansard_runtime::{self as runtime, Engine, Model, Rows, SequenceId, Work};
+use mansard_ir::cost::Workload;
+use mansard_ir::{Result, bail};
+use mansard_runtime::{Engine, EngineOptions, Model, Rows, SequenceId, Work};
+use roof::Roof;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -30,6 +31,9 @@ pub struct Arguments {
     /// Times each is measured, after once to warm up
     #[arg(short = 'r', long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
+    /// Show where the time goes, kernel by kernel
+    #[arg(long)]
+    kernels: bool,
     #[command(flatten)]
     engine: EngineArguments,
     /// How rows are printed
@@ -79,8 +83,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if encoder && (generate > 0 || arguments.depth > 0) {
         bail!(Usage, "a {} model is an encoder: it has no decoding to measure", model.info().architecture);
     }
-    let mut engine = model.engine(&arguments.engine.options())?;
+    let mut engine = model.engine(&EngineOptions { profile: arguments.kernels, ..arguments.engine.options() })?;
     let roof = Roof::of(&model, engine.threads())?;
+    if arguments.kernels {
+        return where_time_goes(&mut engine, &roof, arguments, generate);
+    }
     let mut rows = vec![];
     if arguments.prompt > 0 {
         rows.push(prefill(&mut engine, &roof, arguments)?);
@@ -94,6 +101,22 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     report::print(match arguments.output {
         Form::Md => markdown(&model, &rows, threads, &roof),
         Form::Json => report::json(&json_of(&rows, threads))?,
+    })
+}
+
+/// `--kernels`.
+fn where_time_goes(engine: &mut Engine, roof: &Roof, arguments: &Arguments, generate: usize) -> Result<()> {
+    let Arguments { prompt, depth, repetitions, .. } = *arguments;
+    let mut tables = vec![];
+    if prompt > 0 {
+        tables.push(kernels::prefill(engine, roof, prompt, depth, repetitions)?);
+    }
+    if generate > 0 {
+        tables.push(kernels::decode(engine, roof, generate, depth, repetitions)?);
+    }
+    report::print(match arguments.output {
+        Form::Md => tables.iter().map(|table| table.text() + "\n").collect::<String>() + &roof.rates(),
+        Form::Json => report::json(&tables.iter().map(kernels::KernelTable::json).collect::<Vec<_>>())?,
     })
 }
 
@@ -132,8 +155,12 @@ fn prefill(engine: &mut Engine, roof: &Roof, arguments: &Arguments) -> Result<Ro
     engine.release(sequence)?;
     let program = &artifact.manifest().program;
     let most = program.limits.tokens;
-    let steps = (0..prompt).step_by(most).map(|first| most.min(prompt - first));
-    let seconds: f64 = steps.map(|tokens| roof.seconds(program, tokens)).sum();
+    let step = |first: usize| {
+        let count = most.min(prompt - first);
+        let seen = depth + first + count.div_ceil(2); // by a token, on average
+        Workload { rows: f64::from(u8::from(first + count == prompt)), ..Workload::one(count, seen) }
+    };
+    let seconds: f64 = (0..prompt).step_by(most).map(|first| roof.step_seconds(program, &step(first))).sum();
     let mut row = Row { test: name("pp", prompt, depth), values, roofline: None };
     row.roofline = Some(row.mean() * seconds / prompt as f64);
     Ok(row)
@@ -160,7 +187,8 @@ fn decode(engine: &mut Engine, roof: &Roof, arguments: &Arguments, count: usize)
     values.remove(0); // the warm-up
     engine.release(sequence)?;
     let mut row = Row { test: name("tg", count, depth), values, roofline: None };
-    row.roofline = Some(row.mean() * roof.seconds(&artifact.manifest().program, 1));
+    let step = Workload::one(1, depth + count.div_ceil(2));
+    row.roofline = Some(row.mean() * roof.step_seconds(&artifact.manifest().program, &step));
     Ok(row)
 }
 
@@ -178,60 +206,6 @@ fn open(arguments: &Arguments) -> Result<Row> {
     Ok(Row { test: "open".into(), values, roofline: None })
 }
 
-/// Rates that bound a step.
-struct Roof {
-    /// Bytes per second, measured.
-    bandwidth: f64,
-    /// Peaks for the workers in use, as the target was priced.
-    machine: Machine,
-}
-
-impl Roof {
-    fn of(model: &Model, threads: usize) -> Result<Roof> {
-        let manifest = model.artifact().manifest();
-        let bytes: usize = manifest.program.weights.iter().map(|w| w.bytes).sum();
-        let Some(code) = manifest.code.iter().find(|code| runtime::missing(code).is_none()) else {
-            bail!(Unsupported, "the artifact has no code for this machine");
-        };
-        let mut machine = backends::target(&code.target)?.machine;
-        let share = threads as f64 / machine.threads as f64;
-        machine.peak_f32 *= share;
-        machine.peak_i8 *= share;
-        Ok(Roof { bandwidth: runtime::read_bandwidth(bytes, threads)?, machine })
-    }
-
-    /// The least time of a step of `tokens` tokens of one sequence, of which one row leaves.
-    fn seconds(&self, program: &Program, tokens: usize) -> f64 {
-        let variant = program.variants.iter().find(|v| (v.tokens.min..=v.tokens.max).contains(&tokens));
-        variant.map_or(0.0, |v| v.launches.iter().map(|l| self.launch_seconds(program, l, tokens)).sum())
-    }
-
-    fn launch_seconds(&self, program: &Program, launch: &Launch, tokens: usize) -> f64 {
-        let kernel = &program.kernels[launch.kernel.0 as usize];
-        // Results come last; a head works on rows that leave the step, not on tokens.
-        let results = launch.args.iter().rev().filter_map(|arg| match arg {
-            Arg::Buffer(b) => Some(program.buffers[b.0 as usize].rows),
-            _ => None,
-        });
-        let rows = match results.into_iter().next() {
-            Some(RowCount::Tokens) | None => tokens,
-            Some(RowCount::Rows | RowCount::Sequences) => 1,
-        };
-        let integer = launch.args.iter().any(|arg| match arg {
-            Arg::Weight(w) => is_integer(&program.weights[w.0 as usize].ty),
-            _ => false,
-        });
-        let peak = if integer { self.machine.peak_i8 } else { self.machine.peak_f32 };
-        let computing = kernel.flops_per_token * rows as f64 / peak;
-        computing.max(kernel.weight_bytes as f64 / self.bandwidth)
-    }
-}
-
-/// A weight that integer dot products apply to.
-fn is_integer(ty: &str) -> bool {
-    parse_type(ty).is_ok_and(|ty| ty.as_tensor().is_some_and(|(dtype, _)| dtype.int().is_some()))
-}
-
 fn markdown(model: &Model, rows: &[Row], threads: usize, roof: &Roof) -> String {
     let path = model.artifact().path();
     let stem = path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned());
@@ -246,12 +220,7 @@ fn markdown(model: &Model, rows: &[Row], threads: usize, roof: &Roof) -> String 
         };
         out += &format!("| {stem} | {size} | {threads} | {} | {figure} | {share} |\n", row.test);
     }
-    let Machine { peak_i8, peak_f32, .. } = roof.machine;
-    let rates = [roof.bandwidth, peak_i8, peak_f32].map(|rate| rate / 1e9);
-    let [bandwidth, peak_i8, peak_f32] = rates;
-    out + &format!(
-        "\nroofline: {bandwidth:.1} GB/s read (measured); {peak_i8:.0} GOP/s int8, {peak_f32:.0} GFLOP/s f32 (of the target)\n"
-    )
+    out + "\n" + &roof.rates()
 }
 
 /// Every row has the same fields, so that a reader needs no case for the time to open, which stands in each.

@@ -5,6 +5,7 @@
 //! Nothing here runs before the artifact's hashes have been checked.
 #![allow(unsafe_code)]
 
+use crate::profile::Recorder;
 use crate::spmd::Barrier;
 use mansard_ir::artifact::Code;
 use mansard_ir::graph::TokenRange;
@@ -140,11 +141,24 @@ impl Executable {
         self.variants.iter().position(|v| (v.tokens.min..=v.tokens.max).contains(&tokens))
     }
 
+    /// Launches of a variant.
+    pub fn launches(&self, variant: usize) -> usize {
+        self.variants.get(variant).map_or(0, |v| v.launches.len())
+    }
+
+    /// Launches of the variant that has most.
+    pub fn most_launches(&self) -> usize {
+        self.variants.iter().map(|v| v.launches.len()).max().unwrap_or(0)
+    }
+
     /// One worker's part of a job: every launch of the variant, meeting the others where a launch says so.
-    pub fn run(&self, job: &Job, thread: usize, threads: usize, barrier: &Barrier) {
-        for launch in &self.variants[job.variant].launches {
+    pub fn run(&self, job: &Job, thread: usize, threads: usize, barrier: &Barrier, recorder: Option<&Recorder>) {
+        for (index, launch) in self.variants[job.variant].launches.iter().enumerate() {
             if launch.barrier {
                 barrier.wait();
+            }
+            if let Some(recorder) = recorder {
+                recorder.started(thread);
             }
             let function = self.image.functions[launch.kernel];
             // SAFETY: the function is a kernel of the checked artifact. Its arguments are as many, and as long, as its
@@ -152,6 +166,9 @@ impl Executable {
             // arrays are built within the manifest's limits and outlive the call. Kernels write only their own share,
             // and dependent launches are parted by barriers.
             unsafe { function(launch.args.as_ptr(), &job.step, thread as i64, threads as i64) };
+            if let Some(recorder) = recorder {
+                recorder.ended(thread, index);
+            }
         }
     }
 }

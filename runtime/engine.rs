@@ -13,6 +13,7 @@ use crate::bind::{Addresses, copy_weights, make_pools, weight_addresses};
 use crate::blocks::{BlockIndex, Blocks, blocks_for};
 use crate::code::{Executable, Image, Job, choose};
 use crate::memory::{Arena, Pages};
+use crate::profile::{Recorder, StepProfile};
 use crate::spmd::{Team, physical_cores};
 use crate::step::{Rows, Segment, StepArrays};
 use mansard_ir::layout::CACHE_BLOCK;
@@ -33,6 +34,8 @@ pub struct EngineOptions {
     pub positions: Option<usize>,
     /// Where kernels read weights from.
     pub weights: WeightPages,
+    /// Take the time of every launch, for [`Engine::profile`].
+    pub profile: bool,
 }
 
 /// Where kernels read weights from.
@@ -71,6 +74,7 @@ pub struct Engine {
     // First, so that workers have stopped before the memory they use goes.
     team: Team<Job>,
     executable: Arc<Executable>,
+    recorder: Option<Arc<Recorder>>,
     arrays: StepArrays,
     arena: Arena,
     pools: Arena,
@@ -119,11 +123,13 @@ impl Engine {
             arrays: &arrays,
         };
         let executable = Arc::new(Executable::new(image, addresses.bind(program))?);
-        let runs = executable.clone();
-        let team =
-            Team::new(threads, move |job, worker| runs.run(&job, worker.thread, worker.threads, worker.barrier))?;
+        let recorder = options.profile.then(|| Arc::new(Recorder::new(threads, executable.most_launches())));
+        let (runs, records) = (executable.clone(), recorder.clone());
+        let team = Team::new(threads, move |job, worker| {
+            runs.run(&job, worker.thread, worker.threads, worker.barrier, records.as_deref());
+        })?;
         let blocks = Blocks::new(blocks as u32);
-        Ok(Engine { team, executable, arrays, arena, pools, weights, artifact, blocks, slots: vec![] })
+        Ok(Engine { team, executable, recorder, arrays, arena, pools, weights, artifact, blocks, slots: vec![] })
     }
 
     /// What it runs.
@@ -224,11 +230,20 @@ impl Engine {
         let Some(variant) = self.executable.variant_for(self.arrays.tokens.len()) else {
             bail!(Internal, "no variant for {} tokens", self.arrays.tokens.len());
         };
+        if let Some(recorder) = &self.recorder {
+            recorder.begin();
+        }
         self.team.run(Job { variant, step });
         for w in work {
             self.sequence_mut(w.sequence)?.length += w.tokens.len();
         }
         Ok(self.output())
+    }
+
+    /// Where the time of the last step went, for an engine made with [`EngineOptions::profile`].
+    pub fn profile(&self) -> Option<StepProfile> {
+        let variant = self.executable.variant_for(self.arrays.tokens.len())?;
+        Some(self.recorder.as_ref()?.step(variant, self.executable.launches(variant)))
     }
 
     /// Appends a prompt of any length, in steps of at most `limits().tokens`; returns the last step's output, whose one

@@ -37,6 +37,7 @@ mod generate;
 mod hash;
 mod memory;
 mod probe;
+mod profile;
 mod sample;
 mod spmd;
 mod step;
@@ -50,6 +51,7 @@ pub use engine::{Engine, EngineOptions, OutputRows, SequenceId, StepOutput, Weig
 pub use generate::{Finish, GenerateOptions, Generated, generate};
 pub use memory::available_memory;
 pub use probe::read_bandwidth;
+pub use profile::{LaunchProfile, StepProfile};
 pub use sample::{Sampler, SamplerOptions};
 pub use spmd::physical_cores;
 pub use step::Rows;

@@ -83,6 +83,23 @@ fn every_command_on_a_tiny_model() {
 }
 
 #[test]
+fn bench_says_where_the_time_goes() {
+    let (_folder, m) = tiny("llama");
+    let arguments = format!("bench {m} --kernels -p 16 -n 8 -t 2 -r 2 -o json");
+    let text = done(&arguments.split(' ').collect::<Vec<_>>());
+    let tables: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for (table, test) in tables.as_array().unwrap().iter().zip(["pp16", "tg8"]) {
+        assert_eq!((&table["test"], &table["threads"]), (&test.into(), &2.into()));
+        let kernels = table["kernels"].as_array().unwrap();
+        let shares: f64 = kernels.iter().map(|k| k["share"].as_f64().unwrap()).sum();
+        let start = table["start_seconds"].as_f64().unwrap() / table["seconds"].as_f64().unwrap();
+        assert!((shares + start - 1.0).abs() < 1e-3, "{shares} of the step, and {start} before it");
+        assert!(kernels.iter().any(|k| k["weight_bytes"].as_f64().unwrap() > 0.0));
+        assert!(kernels.iter().all(|k| k["launches"].as_u64().unwrap() > 0 && k["roof_share"].is_number()));
+    }
+}
+
+#[test]
 fn the_same_inputs_give_the_same_bytes() {
     let (_a, a) = tiny("qwen3");
     let (_b, b) = tiny("qwen3");
