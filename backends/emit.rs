@@ -212,6 +212,12 @@ impl Emitter {
         self.constant(ty, format!("[{}]", lanes.join(", ")))
     }
 
+    /// The constant bytes 1, 2, 4, ... 128, again and again.
+    pub fn powers(&mut self, lanes: usize) -> Val {
+        let values: Vec<String> = (0..lanes).map(|i| (1u8 << (i % 8)).cast_signed().to_string()).collect();
+        self.constant(I8.x(lanes), format!("[{}]", values.join(", ")))
+    }
+
     fn binary(&mut self, float: &str, int: &str, a: Val, b: Val) -> Val {
         let name = if a.ty.is_float() { float } else { int };
         self.op(a.ty, format_args!("{name} {a}, {b} : {}", a.ty))

@@ -2,14 +2,16 @@
 //!
 //! ```text
 //! harness::case("graph @k(%x: f32[t, 64], %w: q4_0[32, 64]) stage planned when t = 1..8 { ... }", &[(0, 3)], 1e-5)
-//!   text -> kernel, random inputs -> for two targets, for 1, 2 and 3 threads: compile, call, compare
+//!   text -> kernel, random inputs -> for every level, for 1, 2 and 3 threads: compile, call, compare
 //! ```
 //!
 //! Buffers are laid out as in a step: rows padded to 16, padding full of NaNs, canaries on either side, cache blocks out of
-//! order. Threads are real.
+//! order. Threads are real, except under [`qemu`], where the levels of other architectures run.
 #![allow(unsafe_code)]
 
+mod cases;
 mod memory;
+mod qemu;
 mod samples;
 
 pub use samples::{Random, float_weight, inputs, quantized_weight};
@@ -20,8 +22,9 @@ use mansard_ir::model::Weight;
 use mansard_ir::plan::{Kernel, StepArgs};
 use mansard_ir::{Dim, Target, TokenRange, Type, text, verify};
 use memory::{Memory, Pool, StepArrays};
+use qemu::Qemu;
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// An input of a kernel.
 #[derive(Clone, Debug)]
@@ -47,16 +50,16 @@ pub fn case(text: &str, step: &[(usize, usize)], tolerance: f64) {
     check(&kernel, &inputs(&kernel, &step, 1), &step, tolerance);
 }
 
-/// Compares a kernel with the interpreter on [`targets`], with 1, 2 and 3 threads. `tolerance` is
+/// Compares a kernel with the interpreter on [`machines`], with 1, 2 and 3 threads. `tolerance` is
 /// the most that a value may be off, as a share of the largest in its result.
 pub fn check(kernel: &Kernel, inputs: &[Given], step: &Step, tolerance: f64) {
     let reals: Vec<Value> = inputs.iter().map(Given::reals).collect();
     let expected = eval::graph(&kernel.body, &reals, &mut |name, _| panic!("weight {name} in a kernel"));
     let expected = expected.unwrap_or_else(|e| panic!("{e}"));
-    for target in targets() {
-        let image = compile(kernel, &target);
-        for threads in [1, 2, 3] {
-            let found = run(&image, kernel, inputs, step, threads);
+    for (target, machine) in machines() {
+        let image = compile(kernel, target);
+        let threads = [1, 2, 3];
+        for (threads, found) in threads.iter().zip(run(*machine, &image, kernel, inputs, step, &threads)) {
             for (((name, _), found), expected) in kernel.body.results.iter().zip(&found).zip(&expected) {
                 if let Err(difference) = memory::compare(found, expected, tolerance) {
                     panic!("`{}`, {}, {threads} threads: result `{name}`: {difference}", kernel.name, target.name);
@@ -66,9 +69,33 @@ pub fn check(kernel: &Kernel, inputs: &[Given], step: &Step, tolerance: f64) {
     }
 }
 
-/// This machine with all that it has, and the least that code is generated for.
-pub fn targets() -> [Target; 2] {
-    ["native", "x86-64-v3"].map(|name| target::target(name).unwrap_or_else(|e| panic!("{e}")))
+/// What runs a target's code.
+#[derive(Clone, Copy, Debug)]
+pub enum Machine {
+    /// This process.
+    Here,
+    /// An emulator.
+    Qemu(Qemu),
+}
+
+/// Every level that can be run here or emulated: this machine with all that it has, and the named ones.
+pub fn machines() -> &'static [(Target, Machine)] {
+    static MACHINES: OnceLock<Vec<(Target, Machine)>> = OnceLock::new();
+    MACHINES.get_or_init(|| {
+        let host = target::host_features();
+        let all = target::names().into_iter().map(|name| target::target(name).unwrap_or_else(|e| panic!("{e}")));
+        let machine = |target: Target| {
+            let machine = if target.arch == std::env::consts::ARCH {
+                target.features.iter().all(|f| host.contains(f)).then_some(Machine::Here)
+            } else if target.arch == "aarch64" {
+                Qemu::for_target(&target.name).map(Machine::Qemu)
+            } else {
+                None
+            };
+            Some((target, machine?))
+        };
+        all.filter_map(machine).collect()
+    })
 }
 
 /// Machine code of one kernel; made once for all steps that a test tries it on.
@@ -85,8 +112,15 @@ pub fn compile(kernel: &Kernel, target: &Target) -> Image {
     image
 }
 
-/// Calls an image's only kernel on `threads` workers and gives its results.
-pub fn run(image: &Image, kernel: &Kernel, inputs: &[Given], step: &Step, threads: usize) -> Vec<Value> {
+/// Calls an image's only kernel with each of those numbers of workers and gives its results.
+pub fn run(
+    machine: Machine,
+    image: &Image,
+    kernel: &Kernel,
+    inputs: &[Given],
+    step: &Step,
+    threads: &[usize],
+) -> Vec<Vec<Value>> {
     let body = &kernel.body;
     let mut rows = vec![];
     for (input, given) in body.inputs.iter().zip(inputs) {
@@ -109,14 +143,21 @@ pub fn run(image: &Image, kernel: &Kernel, inputs: &[Given], step: &Step, thread
     for (_, v) in body.results.iter().filter(|(_, v)| !matches!(body.ty(*v), Type::Cache { .. })) {
         memories.push(Memory::for_result(body.ty(*v), arrays.rows_of(body.ty(*v))));
     }
-    call(image, &mut memories, &arrays.args(), threads);
-    memories.iter().enumerate().for_each(|(i, m)| m.check_canaries(&format!("argument {i} of `{}`", kernel.name)));
-    let mut results = outputs..;
-    let read = |v| match body.ty(v) {
-        ty @ Type::Cache { .. } => memories[cache_argument(body, v)].read_cache(ty, &lengths, &pool),
-        ty => memories[results.next().unwrap_or(0)].read_rows(ty, arrays.rows_of(ty)),
+    let mut runs: Vec<(Vec<Memory>, usize)> = threads.iter().map(|n| (memories.clone(), *n)).collect();
+    match machine {
+        Machine::Here => runs.iter_mut().for_each(|(memories, n)| call(image, memories, &arrays.args(), *n)),
+        Machine::Qemu(qemu) => qemu.call(image, &mut runs, &arrays),
+    }
+    let results = |(memories, _): &(Vec<Memory>, usize)| {
+        memories.iter().enumerate().for_each(|(i, m)| m.check_canaries(&format!("argument {i} of `{}`", kernel.name)));
+        let mut results = outputs..;
+        let read = |v| match body.ty(v) {
+            ty @ Type::Cache { .. } => memories[cache_argument(body, v)].read_cache(ty, &lengths, &pool),
+            ty => memories[results.next().unwrap_or(0)].read_rows(ty, arrays.rows_of(ty)),
+        };
+        body.results.iter().map(|(_, v)| *v).map(read).collect()
     };
-    body.results.iter().map(|(_, v)| *v).map(read).collect()
+    runs.iter().map(results).collect()
 }
 
 /// The argument that a cache result was appended to: the input at the root of its appends.
@@ -158,7 +199,7 @@ fn call(image: &Image, memories: &mut [Memory], step: &StepArgs, threads: usize)
     code.copy_from_slice(&image.bytes);
     let code = code.make_exec().expect("executable memory");
     let [(_, offset)] = image.entries.as_slice() else { panic!("expected one kernel") };
-    // SAFETY: the image is x86-64 code for this machine and the offset is that of a function of this type.
+    // SAFETY: the image is code for this machine and the offset is that of a function of this type.
     let entry: Entry = unsafe { std::mem::transmute(code[*offset..].as_ptr()) };
     let args: Vec<usize> = memories.iter_mut().map(|m| m.address()).collect();
     let (args, step) = (&args, step as *const StepArgs as usize);

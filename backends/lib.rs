@@ -21,7 +21,7 @@ pub mod pack;
 pub mod target;
 
 pub use link::Image;
-pub use target::target;
+pub use target::{target, targets};
 
 use inkwell::targets::FileType;
 use llvm::CodeGenerator;

@@ -4,23 +4,26 @@
 //!  a.o: .text .rodata.cst   b.o: .text ...   ->   | a.text | b.text | a.rodata.cst | ... |, entries by name
 //! ```
 //!
-//! Text and read-only data keep fixed distances, so every reference is resolved here and none is left for load time.
+//! Text and read-only data keep fixed distances, so every reference is resolved here and none is left for load time. On
+//! aarch64 code finds data by pages of 4096 bytes and offsets in them, so an image is mapped at the beginning of a page.
 //! Invariant: an image refers to nothing outside itself and writes nothing inside itself. An object that wants more (an
 //! undefined symbol such as `memset`, an absolute address, writable data) is a broken kernel and an internal error naming
 //! the culprit.
 
 use mansard_ir::{Error, Kind, Place, Result, bail};
 use object::read::elf::ElfFile64;
-use object::{Endianness, Object, ObjectSection, ObjectSymbol, RelocationFlags, RelocationTarget, SectionKind, elf};
+use object::{
+    Architecture, Endianness, Object, ObjectSection, ObjectSymbol, RelocationFlags, RelocationTarget, SectionKind, elf,
+};
 use std::collections::HashMap;
 
-/// Images and the sections in them start at multiples of this.
+/// Sections start at multiples of this.
 const ALIGN: usize = 64;
 
 /// Machine code and its constants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
-    /// The bytes; a multiple of 64 of them, to be mapped at a multiple of 64.
+    /// The bytes; a multiple of 64 of them, to be mapped at a multiple of 4096.
     pub bytes: Vec<u8>,
     /// Global functions and where they start.
     pub entries: Vec<(String, usize)>,
@@ -31,10 +34,10 @@ type Elf<'a> = ElfFile64<'a, Endianness>;
 /// Where a section of an object went: (object, section index) -> offset in the image.
 type Places = HashMap<(usize, usize), usize>;
 
-/// Links x86-64 objects. Entries come in order of object, then of symbol table.
+/// Links objects for x86-64 or aarch64. Entries come in order of object, then of symbol table.
 ///
 /// # Errors
-/// Where an object is no ELF object for x86-64, or refers to anything that is not in the image.
+/// Where an object is no ELF object for these, or refers to anything that is not in the image.
 pub fn link<'a>(objects: &'a [Vec<u8>]) -> Result<Image> {
     let parse = |bytes: &'a Vec<u8>| Elf::parse(bytes.as_slice()).map_err(broken);
     let files = objects.iter().map(parse).collect::<Result<Vec<Elf<'a>>>>()?;
@@ -128,15 +131,73 @@ fn relocate<'a>(
             (None, Some((_, entry))) if symbol.is_undefined() => *entry,
             _ => bail!(Internal, "generated code refers to `{name}`, which is not in the image"),
         };
-        let RelocationFlags::Elf { r_type: elf::R_X86_64_PC32 | elf::R_X86_64_PLT32 } = relocation.flags() else {
-            bail!(Internal, "relocation {:?} against `{name}` is not relative to the code", relocation.flags());
+        let RelocationFlags::Elf { r_type } = relocation.flags() else {
+            bail!(Internal, "relocation at byte {offset} is not of ELF");
         };
         let at = base + offset as usize;
-        let distance = (target as i64).wrapping_add(relocation.addend()).wrapping_sub(at as i64);
-        match (i32::try_from(distance), image.get_mut(at..).and_then(|b| b.first_chunk_mut::<4>())) {
-            (Ok(distance), Some(field)) => *field = distance.to_le_bytes(),
-            _ => bail!(Internal, "relocation at byte {offset} against `{name}` is out of range"),
-        }
+        let target = (target as i64).wrapping_add(relocation.addend());
+        let Some(field) = image.get_mut(at..).and_then(|b| b.first_chunk_mut::<4>()) else {
+            bail!(Internal, "relocation at byte {offset} against `{name}` is out of range");
+        };
+        let patched = match file.architecture() {
+            Architecture::X86_64 => x86_64(r_type, target, at as i64),
+            Architecture::Aarch64 => aarch64(r_type, target, at as i64, u32::from_le_bytes(*field)),
+            other => bail!(Internal, "an object for {other:?}"),
+        };
+        *field = patched.at(|| format!("relocation at byte {offset} against `{name}`"))?.to_le_bytes();
     }
     Ok(())
+}
+
+fn out_of_range<T>() -> Result<T> {
+    bail!(Internal, "the distance is out of range")
+}
+
+/// The 32-bit field of a reference to `target` at `at`.
+fn x86_64(kind: u32, target: i64, at: i64) -> Result<u32> {
+    match kind {
+        elf::R_X86_64_PC32 | elf::R_X86_64_PLT32 => {
+            i32::try_from(target.wrapping_sub(at)).or_else(|_| out_of_range()).map(i32::cast_unsigned)
+        }
+        other => bail!(Internal, "type {other} is not relative to the code"),
+    }
+}
+
+/// The instruction, or the data, of a reference to `target` at `at`. An image starts a page, so that a page's number and
+/// an offset in it are the same in the image as in memory.
+fn aarch64(kind: u32, target: i64, at: i64, instruction: u32) -> Result<u32> {
+    let with = |value: i64, bits: u32, low: u32| {
+        let mask = ((1u32 << bits) - 1) << low;
+        instruction & !mask | ((value as u32) << low) & mask
+    };
+    // The offset in the page, in units of what is loaded.
+    let in_page = |shift: u32| match target & 0xfff {
+        offset if offset.trailing_zeros() >= shift => Ok(with(offset >> shift, 12, 10)),
+        offset => bail!(Internal, "offset {offset} in its page is no multiple of {}", 1 << shift),
+    };
+    match kind {
+        elf::R_AARCH64_ADR_PREL_PG_HI21 => {
+            let pages = (target >> 12) - (at >> 12);
+            if !(-(1 << 20)..1 << 20).contains(&pages) {
+                return out_of_range();
+            }
+            Ok(with(pages & 3, 2, 29) & !(0x7ffff << 5) | ((pages >> 2) as u32 & 0x7ffff) << 5)
+        }
+        elf::R_AARCH64_ADD_ABS_LO12_NC | elf::R_AARCH64_LDST8_ABS_LO12_NC => in_page(0),
+        elf::R_AARCH64_LDST16_ABS_LO12_NC => in_page(1),
+        elf::R_AARCH64_LDST32_ABS_LO12_NC => in_page(2),
+        elf::R_AARCH64_LDST64_ABS_LO12_NC => in_page(3),
+        elf::R_AARCH64_LDST128_ABS_LO12_NC => in_page(4),
+        elf::R_AARCH64_CALL26 | elf::R_AARCH64_JUMP26 => {
+            let distance = target.wrapping_sub(at);
+            if distance & 3 != 0 || !(-(1 << 27)..1 << 27).contains(&distance) {
+                return out_of_range();
+            }
+            Ok(with(distance >> 2, 26, 0))
+        }
+        elf::R_AARCH64_PREL32 => {
+            i32::try_from(target.wrapping_sub(at)).or_else(|_| out_of_range()).map(i32::cast_unsigned)
+        }
+        other => bail!(Internal, "type {other} is not relative to the code"),
+    }
 }

@@ -4,7 +4,7 @@
 //!  module --attributes, PIPELINE--> optimized module --> object | assembly | text
 //! ```
 //!
-//! Invariants: code uses exactly the target's features over plain x86-64 (its CPU's name only tunes), and calls nothing
+//! Invariants: code uses exactly the target's features over plain x86-64 or aarch64 (its CPU's name only tunes), and calls nothing
 //! outside its module. What LLVM would abort the process for - an intrinsic that the features do not cover - is an error
 //! here, before code is generated.
 
@@ -24,7 +24,7 @@ pub const PIPELINE: &str = "function(sroa,early-cse<memssa>,simplifycfg,instcomb
                             instcombine<no-verify-fixpoint>,simplifycfg)";
 
 /// Intrinsics by prefix and the features of which they need one; the first that fits counts.
-const INTRINSICS: [(&str, &[&str]); 11] = [
+const INTRINSICS: [(&str, &[&str]); 13] = [
     ("llvm.x86.avx512.vpdpbusd.256", &["avx512vnni", "avxvnni"]),
     ("llvm.x86.avx512.vpdp", &["avx512vnni"]),
     ("llvm.x86.avx512bf16.", &["avx512bf16"]),
@@ -36,11 +36,19 @@ const INTRINSICS: [(&str, &[&str]); 11] = [
     ("llvm.x86.vcvt", &["f16c"]),
     ("llvm.x86.sse.", &["avx"]),
     ("llvm.x86.sse2.", &["avx"]),
+    ("llvm.aarch64.neon.usdot.", &["i8mm"]),
+    ("llvm.aarch64.neon.sdot.", &["dotprod"]),
 ];
+
+/// What LLVM calls an architecture, and its least CPU.
+const ARCHITECTURES: [(&str, &str, &str); 2] =
+    [("x86_64", "x86_64-unknown-linux-gnu", "x86-64"), ("aarch64", "aarch64-unknown-linux-gnu", "generic")];
 
 /// Generates code for one target.
 pub struct CodeGenerator {
     machine: TargetMachine,
+    /// The CPU that every one of the architecture can do.
+    least_cpu: &'static str,
     target: Target,
 }
 
@@ -55,23 +63,24 @@ impl CodeGenerator {
     /// # Errors
     /// Where this LLVM was built without the target.
     pub fn new(target: &Target) -> Result<CodeGenerator> {
-        if target.arch != "x86_64" {
+        let Some((_, triple, least_cpu)) = ARCHITECTURES.iter().find(|(arch, ..)| *arch == target.arch) else {
             bail!(Unsupported, "no code is generated for {}", target.arch);
-        }
+        };
         inkwell::targets::Target::initialize_x86(&InitializationConfig::default());
-        let triple = TargetTriple::create("x86_64-unknown-linux-gnu");
+        inkwell::targets::Target::initialize_aarch64(&InitializationConfig::default());
+        let triple = TargetTriple::create(triple);
         let llvm = inkwell::targets::Target::from_triple(&triple)
-            .map_err(|e| Error::new(Kind::Internal, format!("LLVM knows no x86-64: {e}")))?;
+            .map_err(|e| Error::new(Kind::Internal, format!("LLVM knows no {}: {e}", target.arch)))?;
         let machine = llvm.create_target_machine(
             &triple,
-            "x86-64",
+            least_cpu,
             &features(target),
             OptimizationLevel::Aggressive,
             RelocMode::PIC,
             CodeModel::Small,
         );
         match machine {
-            Some(machine) => Ok(CodeGenerator { machine, target: target.clone() }),
+            Some(machine) => Ok(CodeGenerator { machine, least_cpu, target: target.clone() }),
             None => bail!(Internal, "LLVM has no machine for {}", target.name),
         }
     }
@@ -105,7 +114,7 @@ impl CodeGenerator {
     fn check_intrinsics(&self, module: &Module<'_>) -> Result<()> {
         for function in module.get_functions() {
             let name = function.get_name().to_string_lossy().into_owned();
-            if !name.starts_with("llvm.x86.") {
+            if !["llvm.x86.", "llvm.aarch64."].iter().any(|prefix| name.starts_with(prefix)) {
                 continue;
             }
             match INTRINSICS.iter().find(|(prefix, _)| name.starts_with(prefix)) {
@@ -124,7 +133,7 @@ impl CodeGenerator {
         let width = (self.target.vector_bytes * 8).to_string();
         let features = features(&self.target);
         let texts = [
-            ("target-cpu", "x86-64"),
+            ("target-cpu", self.least_cpu),
             ("tune-cpu", &self.target.cpu),
             ("target-features", &features),
             ("prefer-vector-width", &width),

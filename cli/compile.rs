@@ -44,7 +44,8 @@ pub struct Choices {
     /// Weights in the file's own formats, or as floats
     #[arg(long, value_name = "FORMATS", default_value = "file")]
     quant: Quant,
-    /// What the machine code is for; several make one artifact that runs the best one a machine can
+    /// What the machine code is for: native, x86-64-v3, x86-64-v3+avxvnni, x86-64-v4, aarch64+dotprod or aarch64+i8mm;
+    /// several make one artifact that runs the best one a machine can
     #[arg(long, value_name = "TARGET", default_value = "native", value_delimiter = ',')]
     target: Vec<String>,
     /// Stored type of caches: f16 or f32 [default: f16 with quantized weights]

@@ -24,10 +24,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let logical = std::thread::available_parallelism().map_or(1, |n| n.get());
     let physical = runtime::physical_cores();
     let native = backends::target("native");
-    let targets: Vec<(&str, Option<String>)> = backends::target::NAMES
-        .iter()
-        .map(|name| (*name, backends::target(name).map_or_else(|e| Some(e.to_string()), |t| lacks(&t.features))))
-        .collect();
+    let lacks =
+        |name| backends::target(name).map_or_else(|e| Some(e.to_string()), |t| runtime::lacking(&t.arch, &t.features));
+    let targets: Vec<(&str, Option<String>)> =
+        backends::target::names().into_iter().map(|name| (name, lacks(name))).collect();
     let huge = huge_pages();
     if arguments.json {
         return report::print(report::json(&json!({
@@ -54,7 +54,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         Err(error) => out += &format!("CPU: {error}\n"),
     }
     for (name, lacks) in &targets {
-        let verdict = lacks.as_ref().map_or_else(|| "runs here".into(), |l| format!("does not run here: lacks {l}"));
+        let verdict = lacks.as_ref().map_or_else(|| "runs here".into(), |l| format!("does not run here: {l}"));
         out += &format!("target {name}: {verdict}\n");
     }
     out += &format!("threads: {physical} of {logical} hardware threads, one for each physical core\n");
@@ -71,12 +71,6 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         None => "huge pages: unknown\n".to_string(),
     };
     report::print(out)
-}
-
-/// Features a target uses and this CPU has not.
-fn lacks(features: &[String]) -> Option<String> {
-    let missing: Vec<&str> = features.iter().map(String::as_str).filter(|f| !runtime::has_feature(f)).collect();
-    (!missing.is_empty()).then(|| missing.join(" "))
 }
 
 /// The chosen one of `always [madvise] never`.

@@ -3,7 +3,7 @@
 use mansard_backends as backends;
 use mansard_frontend as frontend;
 use mansard_ir::artifact::Provenance;
-use mansard_ir::{DType, Error, Model, Result, Target, bail};
+use mansard_ir::{DType, Error, Model, Result, Target};
 use mansard_passes as passes;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 /// What to compile and how.
 #[derive(Clone, Debug)]
 pub struct CompileOptions {
-    /// Names of the targets, best first: `native`, `x86-64-v3`, `x86-64-v4`.
+    /// Names of the targets, in any order: the artifact holds the best first.
     pub targets: Vec<String>,
     /// Weights as f32, whatever the file holds (`--quant none`).
     pub float_weights: bool,
@@ -99,12 +99,13 @@ pub fn compile(
 ) -> Result<Summary> {
     let mut stages = Stages::new(progress);
     stages.begin("import", 0);
-    let targets = options.targets.iter().map(|t| backends::target(t)).collect::<Result<Vec<_>>>()?;
-    let Some(first) = targets.first() else { bail!(Usage, "expected at least one target") };
+    let targets = backends::targets(&options.targets)?;
+    // There is one program, whatever the number of images: it must suit them all.
+    let common = Target::common(&targets)?;
     let model = import(input, options)?;
     let sources = sources(input)?;
     stages.begin("optimize", 0);
-    let (plan, model, report) = passes::compile(model, &pass_options(first.clone(), options), hooks)?;
+    let (plan, model, report) = passes::compile(model, &pass_options(common, options), hooks)?;
     let mut images = vec![];
     stages.begin("generate code", plan.kernels.len() * targets.len());
     for (index, target) in targets.iter().enumerate() {
@@ -117,7 +118,7 @@ pub fn compile(
         version: env!("CARGO_PKG_VERSION").into(),
         sources,
         passes: passes::PIPELINE.iter().map(|p| p.to_string()).collect(),
-        options: options.recorded(),
+        options: options.recorded(&targets),
         approximations: report.approximations.clone(),
     };
     let contents = backends::artifact::Contents {
@@ -142,10 +143,10 @@ pub fn compile(
 
 impl CompileOptions {
     /// What shaped the result, for the provenance.
-    fn recorded(&self) -> BTreeMap<String, String> {
+    fn recorded(&self, targets: &[Target]) -> BTreeMap<String, String> {
         let mut options = BTreeMap::from([
             ("quant".to_string(), if self.float_weights { "none" } else { "file" }.to_string()),
-            ("target".to_string(), self.targets.join(",")),
+            ("target".to_string(), targets.iter().map(|t| t.name.as_str()).collect::<Vec<_>>().join(",")),
         ]);
         if let Some(kv) = self.kv {
             options.insert("kv".into(), kv.to_string());

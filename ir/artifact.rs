@@ -1,7 +1,8 @@
 //! The artifact's manifest: what a runtime reads before anything else.
 //!
 //! An artifact is one safetensors file. Its tensors are sections of bytes (`u8[n]`, every length a multiple of 64, the
-//! first at a multiple of 4096): `code/<isa>` (flat position-independent images), `tokenizer.json`, and `weights/<name>`.
+//! first at a multiple of 4096): `code/<target>` (flat position-independent images, mapped at pages), `tokenizer.json`, and
+//! `weights/<name>`.
 //! The file's `__metadata__` holds `mansard`: this manifest as JSON.
 
 use crate::model::ModelInfo;
@@ -54,7 +55,7 @@ pub struct Code {
     pub section: String,
     /// `x86_64` or `aarch64`.
     pub arch: String,
-    /// `native`, `x86-64-v3`, `x86-64-v4`.
+    /// `native`, `x86-64-v3`, `aarch64+dotprod`...
     pub target: String,
     /// CPU features the code uses, as LLVM and `/proc/cpuinfo`-independent names (`avx512vnni`, `avx2`, `f16c`...).
     pub features: Vec<String>,

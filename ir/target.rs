@@ -1,11 +1,12 @@
 //! What code is generated for, and how fast that machine is said to be.
 
+use crate::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 /// A processor as the passes and the CPU backend see it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Target {
-    /// `native`, `x86-64-v3`, `x86-64-v4`.
+    /// `native`, `x86-64-v3`, `aarch64+dotprod`...
     pub name: String,
     /// `x86_64` or `aarch64`.
     pub arch: String,
@@ -44,5 +45,48 @@ impl Target {
     /// The feature is in use.
     pub fn has(&self, feature: &str) -> bool {
         self.features.iter().any(|f| f == feature)
+    }
+
+    /// 64-byte vectors that the registers hold together: what register tiles are cut to.
+    pub fn wide_registers(&self) -> usize {
+        self.registers * self.vector_bytes / 64
+    }
+
+    /// What every one of `targets` has: features in common, the smallest figures. One program for several targets is planned
+    /// for this, so it suits each of them, whatever their order.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn common(targets: &[Target]) -> Result<Target> {
+        let Some((first, rest)) = targets.split_first() else { bail!(Usage, "expected at least one target") };
+        let mut common = first.clone();
+        for target in rest {
+            common.name = format!("{},{}", common.name, target.name);
+            for (ours, theirs) in [(&mut common.arch, &target.arch), (&mut common.cpu, &target.cpu)] {
+                if ours != theirs {
+                    *ours = "generic".into();
+                }
+            }
+            common.features.retain(|f| target.has(f));
+            common.registers = common.registers.min(target.registers);
+            common.vector_bytes = common.vector_bytes.min(target.vector_bytes);
+            common.machine = common.machine.least(&target.machine);
+        }
+        Ok(common)
+    }
+}
+
+impl Machine {
+    /// The worse of both, figure by figure.
+    fn least(&self, other: &Machine) -> Machine {
+        Machine {
+            threads: self.threads.min(other.threads),
+            bandwidth: self.bandwidth.min(other.bandwidth),
+            cache_bandwidth: self.cache_bandwidth.min(other.cache_bandwidth),
+            cache_bytes: self.cache_bytes.min(other.cache_bytes),
+            peak_f32: self.peak_f32.min(other.peak_f32),
+            peak_i8: self.peak_i8.min(other.peak_i8),
+            barrier: self.barrier.max(other.barrier),
+        }
     }
 }

@@ -53,6 +53,7 @@ impl Image {
         let mut image = Image { mapping, bytes, functions: vec![] };
         // SAFETY: the mapping is writable, at least as long as `code`, and apart from it.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), mapping.cast::<u8>(), code.len()) };
+        flush_instructions(mapping.cast::<u8>(), code.len());
         // SAFETY: exactly the mapping made above; from here on nothing writes to it.
         if unsafe { libc::mprotect(mapping, bytes, libc::PROT_READ | libc::PROT_EXEC) } != 0 {
             return Err(refused("mprotect"));
@@ -68,6 +69,32 @@ impl Image {
         Ok(image)
     }
 }
+
+/// Makes what was written as data visible as instructions: on aarch64 the caches of both are apart.
+#[cfg(target_arch = "aarch64")]
+fn flush_instructions(code: *const u8, bytes: usize) {
+    let kinds: u64;
+    // SAFETY: reads a register that user programs may read, and touches no memory.
+    unsafe { std::arch::asm!("mrs {}, ctr_el0", out(reg) kinds, options(nomem, nostack)) };
+    // Lines of the smallest instruction and data cache.
+    let (instructions, data) = (4usize << (kinds & 15), 4usize << (kinds >> 16 & 15));
+    for line in (code as usize & !(data - 1)..code as usize + bytes).step_by(data) {
+        // SAFETY: writes a cache line back to memory, which changes no value.
+        unsafe { std::arch::asm!("dc cvau, {}", in(reg) line, options(nostack)) };
+    }
+    // SAFETY: a barrier.
+    unsafe { std::arch::asm!("dsb ish", options(nostack)) };
+    for line in (code as usize & !(instructions - 1)..code as usize + bytes).step_by(instructions) {
+        // SAFETY: drops a line of the instruction cache, which is read again from memory.
+        unsafe { std::arch::asm!("ic ivau, {}", in(reg) line, options(nostack)) };
+    }
+    // SAFETY: barriers.
+    unsafe { std::arch::asm!("dsb ish", "isb", options(nostack)) };
+}
+
+/// Makes what was written as data visible as instructions: on x86-64 it is.
+#[cfg(not(target_arch = "aarch64"))]
+fn flush_instructions(_: *const u8, _: usize) {}
 
 impl Drop for Image {
     fn drop(&mut self) {
@@ -192,10 +219,15 @@ pub fn choose(images: &[Code]) -> Result<&Code> {
 
 /// What the machine lacks to run an image; `None` where it lacks nothing.
 pub fn missing(image: &Code) -> Option<String> {
-    if image.arch != std::env::consts::ARCH {
+    lacking(&image.arch, &image.features)
+}
+
+/// What the machine lacks to run code for an architecture and features; `None` where it lacks nothing.
+pub fn lacking(arch: &str, features: &[String]) -> Option<String> {
+    if arch != std::env::consts::ARCH {
         return Some(format!("this machine is {}", std::env::consts::ARCH));
     }
-    let missing: Vec<&str> = image.features.iter().map(String::as_str).filter(|f| !has_feature(f)).collect();
+    let missing: Vec<&str> = features.iter().map(String::as_str).filter(|f| !has_feature(f)).collect();
     (!missing.is_empty()).then(|| format!("this machine lacks {}", missing.join(", ")))
 }
 

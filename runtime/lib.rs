@@ -46,7 +46,7 @@ mod tokens;
 mod validate;
 
 pub use artifact::{Artifact, OpenOptions, Section};
-pub use code::{cpu_features, has_feature, missing};
+pub use code::{cpu_features, has_feature, lacking, missing};
 pub use engine::{Engine, EngineOptions, OutputRows, SequenceId, StepOutput, WeightPages, Work};
 pub use generate::{Finish, GenerateOptions, Generated, generate};
 pub use memory::available_memory;

@@ -107,6 +107,34 @@ fn the_same_inputs_give_the_same_bytes() {
 }
 
 #[test]
+fn several_targets_make_one_artifact_in_any_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = goldens("llama");
+    let compile = |name: &str, targets: &str| {
+        let path = folder.path().join(name).display().to_string();
+        done(&["compile", model.to_str().unwrap(), "--target", targets, "-o", &path]);
+        path
+    };
+    let best = compile("best", "x86-64-v4,x86-64-v3+avxvnni,x86-64-v3,aarch64+i8mm,aarch64+dotprod");
+    let worst = compile("worst", "aarch64+dotprod,x86-64-v3,aarch64+i8mm,x86-64-v3+avxvnni,x86-64-v4");
+    assert!(fs::read(&best).unwrap() == fs::read(&worst).unwrap());
+    let manifest: serde_json::Value = serde_json::from_str(&done(&["inspect", &best, "--json"])).unwrap();
+    let images: Vec<&str> = manifest["code"].as_array().unwrap().iter().filter_map(|c| c["target"].as_str()).collect();
+    assert_eq!(images, ["x86-64-v4", "x86-64-v3+avxvnni", "x86-64-v3", "aarch64+i8mm", "aarch64+dotprod"]);
+    let says = |m: &str| done(&["run", m, "--tokens", "1,14,51", "-n", "8", "--temp", "0"]);
+    let one = if cfg!(target_arch = "x86_64") { "x86-64-v3" } else { "aarch64+dotprod" };
+    assert_eq!(says(&best), says(&compile("one", one)));
+    let other = if cfg!(target_arch = "x86_64") { "aarch64+dotprod" } else { "x86-64-v3" };
+    refused(&["run", &compile("other", other), "--tokens", "1", "-n", "1"], 4, &["this machine is", other]);
+    let out = folder.path().join("none").display().to_string();
+    let refuse = |targets: &str, code: i32, words: &[&str]| {
+        refused(&["compile", model.to_str().unwrap(), "--target", targets, "-o", &out], code, words);
+    };
+    refuse("x86-64-v3,x86-64-v3", 2, &["`x86-64-v3` twice"]);
+    refuse("aarch64+sve9", 4, &["aarch64+sve9", "aarch64+i8mm"]);
+}
+
+#[test]
 fn every_layer_can_be_seen_and_text_comes_back_in() {
     let folder = tempfile::tempdir().unwrap();
     let model = goldens("llama");

@@ -15,8 +15,8 @@
 mod experts;
 mod shape;
 
-use crate::cpu::dot::{self, Rows};
 use crate::cpu::count_of;
+use crate::cpu::dot::{self, Rows};
 use crate::emit::{Emitter, F32, KernelArgs, Val};
 use crate::math;
 use mansard_ir::kernel::PROLOGUE_TOKENS;
@@ -82,7 +82,12 @@ fn components(body: &Graph) -> Result<Vec<Component>> {
                 let extent = |i: usize| if let Some(Dim::N(n)) = shape.get(i) { *n } else { 0 };
                 let (n, columns) = (extent(shape.len() - 2), extent(shape.len() - 1));
                 let routing = node.operands.get(2).copied();
-                let planes = body.ty(node.operands[0]).as_tensor().and_then(|(d, _)| d.planes()).unwrap_or(1);
+                let planes = body.ty(node.operands[0]).as_tensor().and_then(|(d, _)| d.planes());
+                if planes.is_some() != dtype.int().is_some() {
+                    let x = body.ty(node.operands[0]);
+                    bail!(Unsupported, "no product of {x} and {dtype} weights: int8 meets integer formats only");
+                }
+                let planes = planes.unwrap_or(1);
                 let (x, weight) = (node.operands[0], node.operands[1]);
                 let dot = Dot { value, x, weight, routing, dtype, k: columns, planes };
                 home[value.0 as usize] = Some(parts.len());

@@ -10,7 +10,7 @@ use std::sync::Arc;
 /// Most tokens of an attention tile.
 const TILE: usize = 4;
 /// Cache lines of canary on either side of a buffer.
-const GUARD: usize = 4;
+pub const GUARD: usize = 4;
 const CANARY: u8 = 0xA5;
 /// Garbage: NaN as f32, -1 as i32.
 const PADDING: u8 = 0xFF;
@@ -22,6 +22,7 @@ const STALE: u8 = 0x55;
 struct Line([u8; 64]);
 
 /// One argument's memory.
+#[derive(Clone)]
 pub struct Memory {
     lines: Vec<Line>,
 }
@@ -45,7 +46,9 @@ impl Memory {
     /// An activation or cache as kernels read it.
     pub fn of_value(ty: &Type, value: &Value, pool: &Pool) -> Memory {
         let rows: Vec<Vec<u8>> = match (ty, value) {
-            (Type::Tensor { dtype: DType::A8, .. }, Value::Tensor(t)) => rows_of(t).map(a8_row).collect(),
+            (Type::Tensor { dtype, .. }, Value::Tensor(t)) if dtype.planes().is_some() => {
+                rows_of(t).map(|row| code_row(row, dtype.planes().unwrap_or(1))).collect()
+            }
             (Type::Tensor { .. }, Value::Tensor(t)) => rows_of(t).map(f32_bytes).collect(),
             (_, Value::Ints(ints)) => ints.data.iter().map(|x| x.to_le_bytes().to_vec()).collect(),
             (_, Value::Routing(r)) => {
@@ -68,6 +71,18 @@ impl Memory {
     /// Where a kernel finds it.
     pub fn address(&mut self) -> usize {
         self.lines[GUARD..].as_mut_ptr() as usize
+    }
+
+    /// All of it, canaries and all, for a machine that does not share this memory.
+    pub fn whole(&self) -> Vec<u8> {
+        self.lines.iter().flat_map(|l| l.0).collect()
+    }
+
+    /// Takes back what [`Memory::whole`] has become.
+    pub fn replace(&mut self, whole: &[u8]) {
+        for (line, bytes) in self.lines.iter_mut().zip(whole.as_chunks().0) {
+            line.0 = *bytes;
+        }
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -98,7 +113,7 @@ impl Memory {
             Type::Tensor { dtype, shape } => {
                 let width = ty.row_width().expect("fixed width");
                 let row = |line: &[u8]| match dtype {
-                    DType::A8 => a8_reals(&line[..width / A8::GROUP * A8::LINE]),
+                    DType::A8 | DType::A16 => code_reals(&line[..stride], dtype.planes().unwrap_or(1)),
                     DType::F32 => reals(&line[..4 * width]),
                     other => panic!("results are not {other}"),
                 };
@@ -139,14 +154,19 @@ fn reals(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
 
-/// Reals that `quantize` made, back as codes.
-fn a8_row(row: &[f32]) -> Vec<u8> {
+/// Reals that `quantize` or `quantize_fine` made, back as that many planes of codes.
+fn code_row(row: &[f32], planes: usize) -> Vec<u8> {
     let mut out = vec![];
     for group in row.chunks_exact(A8::GROUP) {
-        let scale = group.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0;
-        let codes: Vec<i32> = group.iter().map(|x| if scale > 0.0 { (x / scale).round() as i32 } else { 0 }).collect();
-        out.extend(codes.iter().map(|c| *c as i8 as u8));
-        out.extend(a8_figures(scale, &codes));
+        let mut left = group.to_vec();
+        for _ in 0..planes {
+            let scale = left.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0;
+            let code = |x: &f32| if scale > 0.0 { (x / scale).round() as i32 } else { 0 };
+            let codes: Vec<i32> = left.iter().map(code).collect();
+            out.extend(codes.iter().map(|c| *c as i8 as u8));
+            out.extend(a8_figures(scale, &codes));
+            left.iter_mut().zip(&codes).for_each(|(x, c)| *x -= scale * *c as f32);
+        }
     }
     out
 }
@@ -162,10 +182,10 @@ fn a8_figures(scale: f32, codes: &[i32]) -> Vec<u8> {
         .collect()
 }
 
-/// The reals of a row that a kernel quantized, after a look at what it says of their sums.
-fn a8_reals(row: &[u8]) -> Vec<f32> {
+/// The reals of a row that a kernel quantized into that many planes, after a look at what it says of their sums.
+fn code_reals(row: &[u8], planes: usize) -> Vec<f32> {
     let mut out = vec![];
-    for line in row.chunks_exact(A8::LINE) {
+    for (index, line) in row.chunks_exact(A8::LINE).enumerate() {
         let codes: Vec<i32> = line[..A8::GROUP].iter().map(|b| *b as i8 as i32).collect();
         let scale = reals(&line[A8::SCALE..A8::SCALE + 4])[0];
         let (expected, found) = (a8_figures(scale, &codes), &line[A8::SCALE..]);
@@ -176,7 +196,13 @@ fn a8_reals(row: &[u8]) -> Vec<f32> {
             let (found, expected) = (reals(&found[at..at + 4])[0], reals(&expected[at..at + 4])[0]);
             assert!((found - expected).abs() <= 1e-5 * expected.abs(), "{found}, not {expected}, at byte {at}");
         }
-        out.extend(codes.iter().map(|c| scale * *c as f32));
+        let reals = codes.iter().map(|c| scale * *c as f32);
+        if index % planes == 0 {
+            out.extend(reals);
+        } else {
+            let coarse = out.len() - A8::GROUP;
+            out[coarse..].iter_mut().zip(reals).for_each(|(coarse, fine)| *coarse += fine);
+        }
     }
     out
 }
@@ -279,6 +305,21 @@ impl StepArrays {
             Some(Dim::R) => self.rows.len(),
             _ => panic!("{ty} has no rows"),
         }
+    }
+
+    /// The step's arguments as bytes for an address in another machine's memory, and the arrays after them.
+    pub fn whole(&self, address: usize) -> Vec<u8> {
+        let args = self.args();
+        let mut head: Vec<i64> = vec![args.t, args.s, args.r, args.tiles, args.table_stride];
+        let (tile, sequences) = (self.tiles.as_flattened(), self.sequences.as_flattened());
+        let arrays = [&self.tokens, &self.positions, &self.rows, &self.slots, tile, &self.tables, sequences];
+        let (mut at, mut tail) = (size_of::<StepArgs>(), vec![]);
+        for array in arrays {
+            head.push((address + at) as i64);
+            at += 4 * array.len();
+            tail.extend(array.iter().flat_map(|x| x.to_le_bytes()));
+        }
+        head.iter().flat_map(|x| x.to_le_bytes()).chain(tail).collect()
     }
 
     /// What kernels get.

@@ -78,7 +78,7 @@ pub fn inputs(kernel: &Kernel, step: &Step, seed: u64) -> Vec<Given> {
             Type::Tensor { dtype, shape } => {
                 let shape: Vec<usize> = shape.iter().map(|d| extent(*d, step)).collect();
                 let reals = Value::Tensor(Tensor::new(shape.clone(), random.reals(shape.iter().product())));
-                Given::Value(if *dtype == DType::A8 { quantized(&reals) } else { reals })
+                Given::Value(quantized(&reals, dtype.planes().unwrap_or(0)))
             }
             ty @ Type::Cache { .. } => Given::Value(cache(body, ValueId(i as u32), ty, step, &mut random)),
             Type::Routing { top, experts } => Given::Value(routing(*top, *experts, step.tokens(), &mut random)),
@@ -102,9 +102,10 @@ fn extent(dim: Dim, step: &Step) -> usize {
     }
 }
 
-/// What `quantize` makes of the reals.
-pub fn quantized(reals: &Value) -> Value {
-    (Op::named("quantize").unwrap().row().eval)(&[reals], &Attrs::none()).unwrap()
+/// What is left of reals in that many planes of int8 codes; all, in none.
+pub fn quantized(reals: &Value, planes: usize) -> Value {
+    let Some(name) = [None, Some("quantize"), Some("quantize_fine")][planes] else { return reals.clone() };
+    (Op::named(name).unwrap().row().eval)(&[reals], &Attrs::none()).unwrap()
 }
 
 fn readers(body: &Graph, value: ValueId) -> impl Iterator<Item = &mansard_ir::Node> {

@@ -4,14 +4,15 @@
 //! rows each) and multiplied with every token's signed codes by `u8 x s8` dot products:
 //!
 //! ```text
-//! sum   = -zero * sum(x)                     starts the integer accumulator (0 for formats with a minimum)
+//! sum   = -zero * sum(x)                     starts the integer accumulator (0 for formats with a minimum, and where
+//!                                            codes are multiplied as signed bytes)
 //! sum  += codes[quad] . x[quad]              8 dot products, one 32-bit sum a lane
 //! acc  += float(sum) * (scale_w * scale_x)   and, with a minimum, acc += min_w * (scale_x * sum(x))
 //! ```
 
 use super::Rows;
-use super::isa::dot4;
-use crate::emit::{Emitter, F16, F32, I8, I32, I64, Val};
+use super::isa::{self, dot4};
+use crate::emit::{Emitter, F16, F32, I8, I32, Val};
 use mansard_ir::formats::{IntFormat, Zero};
 use mansard_ir::layout::{A8, STRIP, StripLayout, code_bytes, high_bytes};
 use mansard_ir::target::Target;
@@ -70,7 +71,7 @@ impl Tile<'_> {
                     Some(figures) => figures[s],
                     None => unit.figures(e),
                 };
-                let codes = unit.codes(e);
+                let codes = unit.codes(e, self.target);
                 for (r, acc) in acc.iter_mut().enumerate() {
                     for plane in 0..rows.planes {
                         let x = e.gep_const(x, r * rows.stride + plane * A8::LINE);
@@ -116,11 +117,11 @@ fn unit_product(
         _ => (A8::NEG_SUM_16 + 4 * part, A8::REAL_SUM_16 + 4 * part),
     };
     let mut sum = match int.zero {
-        Zero::Min => e.int(I32.x(STRIP), 0),
-        Zero::Fixed(zero) => {
+        Zero::Fixed(zero) if zero as i64 != isa::code_offset(target, int.bits) => {
             let neg = splat(e, x, neg_sum, I32);
             e.shl(neg, zero.trailing_zeros() as i64)
         }
+        _ => e.int(I32.x(STRIP), 0),
     };
     for (quad, codes) in codes.iter().enumerate() {
         let dword = splat(e, x, part * int.unit() + 4 * quad, I32);
@@ -175,7 +176,7 @@ impl UnitAt<'_> {
     }
 
     /// The unit's codes: one vector of 64 unsigned bytes for each quad of k.
-    fn codes(&self, e: &mut Emitter) -> Vec<Val> {
+    fn codes(&self, e: &mut Emitter, target: &Target) -> Vec<Val> {
         let bytes = I8.x(4 * STRIP);
         let quads = self.int.unit() / 4;
         let at = self.at(e, self.layout.codes, code_bytes(self.int));
@@ -183,7 +184,8 @@ impl UnitAt<'_> {
             return (0..quads)
                 .map(|q| {
                     let p = e.gep_const(at, 64 * q);
-                    e.load(p, bytes, 64)
+                    let codes = e.load(p, bytes, 64);
+                    isa::operand(e, target, self.int.bits, codes)
                 })
                 .collect();
         }
@@ -196,12 +198,12 @@ impl UnitAt<'_> {
         let fifteen = e.int(bytes, 15);
         let mut codes: Vec<Val> = lines.iter().map(|l| e.and(*l, fifteen)).collect();
         codes.extend(lines.iter().map(|l| e.shr(*l, 4)).collect::<Vec<_>>());
-        self.add_high_bits(e, &mut codes);
+        self.add_high_bits(e, target, &mut codes);
         codes
     }
 
     /// Adds bits 4 and 5, where the format has them.
-    fn add_high_bits(&self, e: &mut Emitter, codes: &mut [Val]) {
+    fn add_high_bits(&self, e: &mut Emitter, target: &Target, codes: &mut [Val]) {
         let bytes = I8.x(4 * STRIP);
         if high_bytes(self.int) == 0 {
             return;
@@ -210,11 +212,8 @@ impl UnitAt<'_> {
         for (quad, code) in codes.iter_mut().enumerate() {
             if self.int.bits == 5 {
                 let p = e.gep_const(at, 8 * quad);
-                let word = e.load(p, I64.x(1), 8);
-                let mask = e.bitcast(word, crate::emit::I1.x(64));
-                let sixteen = e.int(bytes, 16);
-                let with = e.or(*code, sixteen);
-                *code = e.select(mask, with, *code);
+                let bits = isa::where_bits(e, target, p, 16);
+                *code = e.or(*code, bits);
             } else {
                 let p = e.gep_const(at, 64 * (quad / 4));
                 let crumbs = e.load(p, bytes, 64);

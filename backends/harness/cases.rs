@@ -1,0 +1,101 @@
+//! Every kernel that the case files and the tiny checkpoints come to, on every level.
+
+use super::{Kernel, TokenRange, check, inputs};
+use mansard_frontend as frontend;
+use mansard_ir::eval::Step;
+use mansard_ir::ops::Class;
+use mansard_ir::{DType, Graph, Model, Node, Stage, Target, Type, sample, text};
+use mansard_passes::{self as passes, Event, Hooks, Options, State, manager};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+fn tests() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests")
+}
+
+/// The kernels of a model: its planned graphs, or what the passes that its stage is before make of it. One plan serves all
+/// levels, as in an artifact with all of them.
+fn kernels(model: Model) -> mansard_ir::Result<Vec<Kernel>> {
+    let stage = model.graphs.iter().map(|g| g.stage).max().unwrap_or(Stage::Imported);
+    if stage == Stage::Planned {
+        let range = |body: &Graph| body.range.unwrap_or(TokenRange { min: 1, max: 512 });
+        let kernel = |body: Graph| Kernel { name: body.name.clone(), range: range(&body), body };
+        return Ok(model.graphs.into_iter().map(kernel).collect());
+    }
+    let levels: Vec<&str> = crate::target::names().into_iter().filter(|name| *name != "native").collect();
+    let mut options = Options::new(Target::common(&crate::targets(&levels)?)?);
+    options.limits.context = Some(512);
+    let left = passes::PIPELINE.iter().filter(|name| passes::pass(name).is_ok_and(|pass| pass.from >= stage));
+    let left: Vec<&str> = left.copied().collect();
+    let mut sink = |_: Event<'_>| {};
+    let (state, _) = manager::run(&left, State::new(model), &options, &mut Hooks::new(&mut sink))?;
+    Ok(state.plan.map(|plan| plan.kernels).unwrap_or_default())
+}
+
+/// A step of the fewest tokens that a kernel is for, and one of a few more in two sequences.
+fn steps(range: TokenRange) -> Vec<Step> {
+    let more = range.max.min(range.min + 5);
+    let mut steps = vec![Step::new(&[(3, range.min)])];
+    if more > range.min {
+        steps.push(Step::new(&[(0, more - 1), (66, 1)]));
+    }
+    steps
+}
+
+/// Sums in another order differ in the last digits; where such a value lies between two codes or two f16 numbers, either
+/// is right.
+fn tolerance(kernel: &Kernel) -> f64 {
+    let body = &kernel.body;
+    let rounds = |n: &Node| n.op.class() == Class::Quantize || matches!(n.ty, Type::Cache { dtype: DType::F16, .. });
+    if body.nodes.iter().any(rounds) { 1e-2 } else { 1e-4 }
+}
+
+/// Checks those that no earlier call has; gives how many.
+fn check_all(seen: &mut BTreeSet<String>, kernels: &[Kernel]) -> usize {
+    let mut checked = 0;
+    for kernel in kernels {
+        let mut body = kernel.body.clone();
+        body.name = String::new();
+        if seen.insert(format!("{:?} {}", kernel.range, text::print_graph(&body))) {
+            checked += 1;
+            for step in steps(kernel.range) {
+                check(kernel, &inputs(kernel, &step, 1), &step, tolerance(kernel));
+            }
+        }
+    }
+    checked
+}
+
+#[test]
+fn every_kernel_of_the_cases() {
+    let (mut seen, mut checked) = (BTreeSet::new(), 0);
+    for folder in ["codegen", "fusion", "passes"] {
+        let entries = std::fs::read_dir(tests().join("cases").join(folder)).unwrap();
+        let mut paths: Vec<PathBuf> = entries.map(|e| e.unwrap().path()).collect();
+        paths.sort();
+        for path in paths.iter().filter(|p| p.extension().is_some_and(|e| e == "mir")) {
+            let case = std::fs::read_to_string(path).unwrap();
+            let header = |key: &str| case.lines().find_map(|l| l.strip_prefix(&format!("# {key}:")));
+            if header("error").is_some() {
+                continue;
+            }
+            let name = path.file_name().unwrap().to_string_lossy();
+            let mut model = text::parse(&name, &case).unwrap();
+            sample::fill_weights(&mut model, 5).unwrap();
+            let kernels = kernels(model).unwrap_or_else(|e| panic!("{name}: {e}"));
+            checked += check_all(&mut seen, &kernels);
+        }
+    }
+    assert!(checked > 60, "{checked} kernels");
+}
+
+/// Dense and grouped attention, windows, several norms; and experts.
+#[test]
+fn every_kernel_of_two_checkpoints() {
+    let mut seen = BTreeSet::new();
+    for family in ["gemma3", "mixtral"] {
+        let model = frontend::open(&tests().join("goldens").join(family), &frontend::Options::default()).unwrap();
+        let kernels = kernels(model).unwrap_or_else(|e| panic!("{family}: {e}"));
+        assert!(check_all(&mut seen, &kernels) > 10, "{family}: {} kernels", kernels.len());
+    }
+}
