@@ -170,18 +170,12 @@ impl Contraction<'_> {
         let strips = component.n.div_ceil(STRIP);
         let strip_bytes: usize = component.dots.iter().map(|d| StripLayout::new(d.dtype, d.k).bytes).sum();
         let cache_tile = (CACHE_TILE_BYTES / strip_bytes).clamp(1, strips.max(1));
-        // Runs of whole multi-strip tiles keep the tail at the very end of the matrix.
-        let round = shape::shapes(self.target, &self.component.dots, self.kernel.range.max)
-            .iter()
-            .map(|s| s.strips)
-            .max()
-            .unwrap_or(1);
-        let cache_tile = cache_tile.next_multiple_of(round) as i64;
-        let rounds = e.i64(strips.div_ceil(round) as i64);
-        let (low, high) = e.share(self.k, rounds);
-        let (per_round, last) = (e.i64(round as i64), e.i64(strips as i64));
-        let (low, high) = (e.mul(low, per_round), e.mul(high, per_round));
-        let high = e.min(high, last);
+        // Cache tiles of whole multi-strip tiles keep the odd strips at the end of a worker's share.
+        let shapes = shape::shapes(self.target, &self.component.dots, self.kernel.range.max);
+        let together = shapes.iter().map(|s| s.strips).max().unwrap_or(1);
+        let cache_tile = cache_tile.next_multiple_of(together) as i64;
+        let all = e.i64(strips as i64);
+        let (low, high) = e.share(self.k, all);
         let rows = count_of(e, self.k, self.body.ty(component.dots[0].value))?;
         let mut result = Ok(());
         e.repeat(low, high, cache_tile, |e, from| {

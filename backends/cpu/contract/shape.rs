@@ -14,14 +14,14 @@ pub struct Shape {
 
 /// Register tiles in order of use: the first for full tiles, the others for what is left.
 ///
-/// A lone token reads four streams at once, which hides the page walks of file mappings. With 32 registers of 64
-/// bytes, float weights get 12 x 2 accumulators; integer ones 16 x 1, since eight more registers hold unpacked codes.
+/// A lone token reads four streams at once, which hides the page walks of file mappings. With 32 registers, float
+/// weights get 12 x 2 accumulators; integer ones 8 x 1, since every accumulator has an integer one beside it.
 pub fn shapes(target: &Target, dots: &[Dot], most: usize) -> Vec<Shape> {
     let wide = target.wide_registers() >= 32;
     let integer = dots.iter().any(|d| d.dtype.int().is_some());
     let joined = dots.len();
     let main = match (wide, integer) {
-        (true, true) => Shape { tokens: 16, strips: 1 },
+        (true, true) => Shape { tokens: 8, strips: 1 },
         (true, false) => Shape { tokens: 12, strips: 2 },
         (false, true) => Shape { tokens: 2, strips: 1 },
         (false, false) => Shape { tokens: 4, strips: 1 },

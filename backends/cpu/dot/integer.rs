@@ -1,13 +1,13 @@
 //! Integer products: unsigned weight codes times signed int8 activations.
 //!
-//! For each line of 32 activations the weight codes are unpacked once into eight vectors of bytes (one quad of k for 16
-//! rows each) and multiplied with every token's signed codes by `u8 x s8` dot products:
+//! For each unit of codes (32 columns, or a group where that is less) every token has an integer accumulator for each strip.
+//! Quads of codes are unpacked one or two at a time and multiplied with all tokens at once, so that neighbouring dot
+//! products do not wait for one another:
 //!
 //! ```text
-//! sum   = -zero * sum(x)                     starts the integer accumulator (0 for formats with a minimum, and where
-//!                                            codes are multiplied as signed bytes)
-//! sum  += codes[quad] . x[quad]              8 dot products, one 32-bit sum a lane
-//! acc  += float(sum) * (scale_w * scale_x)   and, with a minimum, acc += min_w * (scale_x * sum(x))
+//! sum[token]   = -zero * sum(x)                     0 for formats with a minimum, and where codes are signed bytes
+//! for quad:  for token:  sum[token] += codes[quad] . x[token][quad]
+//! acc[token]  += float(sum) * (scale_w * scale_x)   and, with a minimum, acc += min_w * (scale_x * sum(x))
 //! ```
 
 use super::Rows;
@@ -61,26 +61,49 @@ impl Tile<'_> {
     /// One line of activations of every row against every strip; `figures` of each strip where several lines share them.
     fn line(&self, e: &mut Emitter, line: Val, figures: Option<&[Figures]>, acc: &[Val]) -> Vec<Val> {
         let (mut acc, rows) = (acc.to_vec(), self.rows);
-        let x = e.row(rows.first, line, A8::LINE * rows.planes);
+        let first = e.row(rows.first, line, A8::LINE * rows.planes);
+        let at = |r: usize, plane: usize| r * rows.stride + plane * A8::LINE;
+        let lines: Vec<usize> = (0..rows.count).flat_map(|r| (0..rows.planes).map(move |p| at(r, p))).collect();
+        let lines: Vec<Val> = lines.into_iter().map(|at| e.gep_const(first, at)).collect(); // [row][plane]
         let units = A8::GROUP / self.int.unit();
-        for (s, strip) in self.strips.iter().enumerate() {
-            let acc = &mut acc[s * rows.count..][..rows.count];
-            for part in 0..units {
-                let unit = UnitAt { int: self.int, layout: &self.layout, strip: *strip, line, units, part };
+        for part in 0..units {
+            let unit = |strip: &Val| UnitAt { tile: self, strip: *strip, line, units, part };
+            let units: Vec<UnitAt<'_>> = self.strips.iter().map(unit).collect();
+            let sums = self.sums(e, &units, &lines); // [strip][row][plane]
+            for (s, unit) in units.iter().enumerate() {
                 let figures = match figures {
                     Some(figures) => figures[s],
                     None => unit.figures(e),
                 };
-                let codes = unit.codes(e, self.target);
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    for plane in 0..rows.planes {
-                        let x = e.gep_const(x, r * rows.stride + plane * A8::LINE);
-                        *acc = unit_product(e, self.target, &unit, &codes, figures, x, *acc);
-                    }
+                for (i, x) in lines.iter().enumerate() {
+                    let acc = &mut acc[s * rows.count + i / rows.planes];
+                    *acc = unit.scaled(e, figures, *x, sums[s * lines.len() + i], *acc);
                 }
             }
         }
         acc
+    }
+
+    /// Integer products of one unit of every strip with every line of activations: `sums[strip][line]`.
+    fn sums(&self, e: &mut Emitter, units: &[UnitAt<'_>], lines: &[Val]) -> Vec<Val> {
+        let mut sums: Vec<Val> = lines.iter().map(|x| units[0].first_sum(e, *x)).collect();
+        sums = units.iter().flat_map(|_| sums.clone()).collect();
+        let packed = self.int.unit() / if self.int.bits == 8 { 4 } else { 8 };
+        for packed in 0..packed {
+            let codes: Vec<Vec<(usize, Val)>> = units.iter().map(|unit| unit.codes(e, packed)).collect();
+            for i in 0..codes[0].len() {
+                for (l, x) in lines.iter().enumerate() {
+                    let (quad, _) = codes[0][i];
+                    let dword = splat(e, *x, units[0].part * self.int.unit() + 4 * quad, I32);
+                    let bytes = e.bitcast(dword, I8.x(4 * STRIP));
+                    for (s, codes) in codes.iter().enumerate() {
+                        let sum = &mut sums[s * lines.len() + l];
+                        *sum = dot4(e, self.target, self.int.bits, *sum, codes[i].1, bytes);
+                    }
+                }
+            }
+        }
+        sums
     }
 
     /// Figures of group `group` of a strip.
@@ -101,46 +124,6 @@ fn half_reals(e: &mut Emitter, at: Val) -> Val {
     e.convert("extf", value, F32)
 }
 
-/// Adds the product of a unit of weights and its part of one line of activations.
-fn unit_product(
-    e: &mut Emitter,
-    target: &Target,
-    unit: &UnitAt<'_>,
-    codes: &[Val],
-    Figures { scale, min }: Figures,
-    x: Val,
-    acc: Val,
-) -> Val {
-    let UnitAt { int, units, part, .. } = *unit;
-    let (neg_sum, real_sum) = match units {
-        1 => (A8::NEG_SUM, A8::REAL_SUM),
-        _ => (A8::NEG_SUM_16 + 4 * part, A8::REAL_SUM_16 + 4 * part),
-    };
-    let mut sum = match int.zero {
-        Zero::Fixed(zero) if zero as i64 != isa::code_offset(target, int.bits) => {
-            let neg = splat(e, x, neg_sum, I32);
-            e.shl(neg, zero.trailing_zeros() as i64)
-        }
-        _ => e.int(I32.x(STRIP), 0),
-    };
-    for (quad, codes) in codes.iter().enumerate() {
-        let dword = splat(e, x, part * int.unit() + 4 * quad, I32);
-        let bytes = e.bitcast(dword, I8.x(4 * STRIP));
-        sum = dot4(e, target, int.bits, sum, *codes, bytes);
-    }
-    let sum = e.convert("sitofp", sum, F32);
-    let x_scale = splat(e, x, A8::SCALE, F32);
-    let both = e.mul(scale, x_scale);
-    let acc = e.fma(sum, both, acc);
-    match min {
-        Some(min) => {
-            let real_sum = splat(e, x, real_sum, F32);
-            e.fma(min, real_sum, acc)
-        }
-        None => acc,
-    }
-}
-
 /// The 32-bit value at `x + offset` in every lane.
 fn splat(e: &mut Emitter, x: Val, offset: usize, ty: crate::emit::Ty) -> Val {
     let at = e.gep_const(x, offset);
@@ -150,8 +133,7 @@ fn splat(e: &mut Emitter, x: Val, offset: usize, ty: crate::emit::Ty) -> Val {
 
 /// Weights of a strip whose codes are packed together: unit `line * units + part`.
 struct UnitAt<'a> {
-    int: IntFormat,
-    layout: &'a StripLayout,
+    tile: &'a Tile<'a>,
     strip: Val,
     line: Val,
     units: usize,
@@ -171,62 +153,71 @@ impl UnitAt<'_> {
             let at = self.at(e, region, 2 * STRIP);
             half_reals(e, at)
         };
-        let scale = real(e, self.layout.scales);
-        Figures { scale, min: (self.int.zero == Zero::Min).then(|| real(e, self.layout.mins)) }
+        let scale = real(e, self.tile.layout.scales);
+        Figures { scale, min: (self.tile.int.zero == Zero::Min).then(|| real(e, self.tile.layout.mins)) }
     }
 
-    /// The unit's codes: one vector of 64 unsigned bytes for each quad of k.
-    fn codes(&self, e: &mut Emitter, target: &Target) -> Vec<Val> {
-        let bytes = I8.x(4 * STRIP);
-        let quads = self.int.unit() / 4;
-        let at = self.at(e, self.layout.codes, code_bytes(self.int));
-        if self.int.bits == 8 {
-            return (0..quads)
-                .map(|q| {
-                    let p = e.gep_const(at, 64 * q);
-                    let codes = e.load(p, bytes, 64);
-                    isa::operand(e, target, self.int.bits, codes)
-                })
-                .collect();
+    /// What a line's integer sum starts from.
+    fn first_sum(&self, e: &mut Emitter, x: Val) -> Val {
+        match self.tile.int.zero {
+            Zero::Fixed(zero) if zero as i64 != isa::code_offset(self.tile.target, self.tile.int.bits) => {
+                let neg = splat(e, x, if self.units == 1 { A8::NEG_SUM } else { A8::NEG_SUM_16 + 4 * self.part }, I32);
+                e.shl(neg, zero.trailing_zeros() as i64)
+            }
+            _ => e.int(I32.x(STRIP), 0),
         }
-        let lines: Vec<Val> = (0..quads / 2)
-            .map(|j| {
-                let p = e.gep_const(at, 64 * j);
-                e.load(p, bytes, 64)
-            })
-            .collect();
+    }
+
+    /// Adds a line's integer sum to its accumulator.
+    fn scaled(&self, e: &mut Emitter, Figures { scale, min }: Figures, x: Val, sum: Val, acc: Val) -> Val {
+        let sum = e.convert("sitofp", sum, F32);
+        let x_scale = splat(e, x, A8::SCALE, F32);
+        let both = e.mul(scale, x_scale);
+        let acc = e.fma(sum, both, acc);
+        let Some(min) = min else { return acc };
+        let real_sum = if self.units == 1 { A8::REAL_SUM } else { A8::REAL_SUM_16 + 4 * self.part };
+        let real_sum = splat(e, x, real_sum, F32);
+        e.fma(min, real_sum, acc)
+    }
+
+    /// The quads in line `packed` of the unit, each with its codes: 64 unsigned bytes.
+    fn codes(&self, e: &mut Emitter, packed: usize) -> Vec<(usize, Val)> {
+        let bytes = I8.x(4 * STRIP);
+        let at = self.at(e, self.tile.layout.codes, code_bytes(self.tile.int));
+        let at = e.gep_const(at, 64 * packed);
+        let line = e.load(at, bytes, 64);
+        if self.tile.int.bits == 8 {
+            return vec![(packed, isa::operand(e, self.tile.target, 8, line))];
+        }
         let fifteen = e.int(bytes, 15);
-        let mut codes: Vec<Val> = lines.iter().map(|l| e.and(*l, fifteen)).collect();
-        codes.extend(lines.iter().map(|l| e.shr(*l, 4)).collect::<Vec<_>>());
-        self.add_high_bits(e, target, &mut codes);
-        codes
+        let low = e.and(line, fifteen);
+        let high = e.shr(line, 4);
+        let codes = [(packed, low), (packed + self.tile.int.unit() / 8, high)];
+        codes.into_iter().map(|(quad, codes)| (quad, self.with_high_bits(e, quad, codes))).collect()
     }
 
     /// Adds bits 4 and 5, where the format has them.
-    fn add_high_bits(&self, e: &mut Emitter, target: &Target, codes: &mut [Val]) {
-        let bytes = I8.x(4 * STRIP);
-        if high_bytes(self.int) == 0 {
-            return;
+    fn with_high_bits(&self, e: &mut Emitter, quad: usize, codes: Val) -> Val {
+        let bytes = codes.ty;
+        if high_bytes(self.tile.int) == 0 {
+            return codes;
         }
-        let at = self.at(e, self.layout.high, high_bytes(self.int));
-        for (quad, code) in codes.iter_mut().enumerate() {
-            if self.int.bits == 5 {
-                let p = e.gep_const(at, 8 * quad);
-                let bits = isa::where_bits(e, target, p, 16);
-                *code = e.or(*code, bits);
-            } else {
-                let p = e.gep_const(at, 64 * (quad / 4));
-                let crumbs = e.load(p, bytes, 64);
-                let moved = match quad % 4 {
-                    0 => e.shl(crumbs, 4),
-                    1 => e.shl(crumbs, 2),
-                    2 => crumbs,
-                    _ => e.shr(crumbs, 2),
-                };
-                let mask = e.int(bytes, 0x30);
-                let bits = e.and(moved, mask);
-                *code = e.or(*code, bits);
-            }
+        let at = self.at(e, self.tile.layout.high, high_bytes(self.tile.int));
+        if self.tile.int.bits == 5 {
+            let p = e.gep_const(at, 8 * quad);
+            let bits = isa::where_bits(e, self.tile.target, p, 16);
+            return e.or(codes, bits);
         }
+        let p = e.gep_const(at, 64 * (quad / 4));
+        let crumbs = e.load(p, bytes, 64);
+        let moved = match quad % 4 {
+            0 => e.shl(crumbs, 4),
+            1 => e.shl(crumbs, 2),
+            2 => crumbs,
+            _ => e.shr(crumbs, 2),
+        };
+        let mask = e.int(bytes, 0x30);
+        let bits = e.and(moved, mask);
+        e.or(codes, bits)
     }
 }
