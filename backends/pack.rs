@@ -1,7 +1,7 @@
 //! Weights -> packed bytes, in the order that kernels read them ([`mansard_ir::layout`]).
 //!
 //! ```text
-//!  rows of the model file --16 at a time--> one strip: scales | minima | codes | upper bits   (quantized formats)
+//!  rows of the model file --16 at a time--> one strip: chunks of scales | minima | upper bits | codes   (quantized formats)
 //!                                                      k lines of 16 values                   (f32, f16, bf16)
 //! ```
 //!
@@ -210,9 +210,10 @@ impl Codes {
 
     /// Stores the scales and minima of the row last read.
     fn put_scales(&self, r: usize, layout: &StripLayout, out: &mut [u8]) -> Result<()> {
-        put_halves(&self.scales, r, &mut out[layout.scales..])?;
+        let at = |offset, group| layout.figures_at(offset, self.int, group) + 2 * r;
+        put_halves(&self.scales, out, |group| at(layout.scales, group))?;
         if self.int.zero == Zero::Min {
-            put_halves(&self.mins, r, &mut out[layout.mins..])?;
+            put_halves(&self.mins, out, |group| at(layout.mins, group))?;
         }
         Ok(())
     }
@@ -220,9 +221,9 @@ impl Codes {
     /// Stores the codes of all rows.
     fn put_codes(&self, layout: &StripLayout, out: &mut [u8]) {
         let int = self.int;
-        let (codes, high) = out[layout.codes..].split_at_mut(layout.high - layout.codes);
-        let quads = self.quads.chunks_exact(STRIP * int.unit() / 4); // [unit / 4][16] of each unit
-        for (quads, codes) in quads.clone().zip(codes.chunks_exact_mut(code_bytes(int))) {
+        let units = self.quads.chunks_exact(STRIP * int.unit() / 4); // [unit / 4][16] of each unit
+        for (unit, quads) in units.enumerate() {
+            let codes = &mut out[layout.codes_at(int, unit)..][..code_bytes(int)];
             if int.bits == 8 {
                 put_quads(codes, quads.iter().copied());
             } else {
@@ -230,19 +231,12 @@ impl Codes {
                 let nibbles = |(a, b): (&u32, &u32)| a & 0x0f0f_0f0f | (b & 0x0f0f_0f0f) << 4;
                 put_quads(codes, low.iter().zip(high).map(nibbles));
             }
-        }
-        match int.bits {
-            5 => {
-                for (quads, high) in quads.zip(high.chunks_exact_mut(high_bytes(int))) {
-                    put_fifth_bits(quads, high);
-                }
+            let high = &mut out[layout.high_at(int, unit)..][..high_bytes(int)];
+            match int.bits {
+                5 => put_fifth_bits(quads, high),
+                6 => put_bits_4_and_5(quads, high),
+                _ => {}
             }
-            6 => {
-                for (quads, high) in quads.zip(high.chunks_exact_mut(high_bytes(int))) {
-                    put_bits_4_and_5(quads, high);
-                }
-            }
-            _ => {}
         }
     }
 }
@@ -271,14 +265,14 @@ fn put_bits_4_and_5(quads: &[u32], out: &mut [u8]) {
     }
 }
 
-/// Column `r` of `f16[..][16]`.
-fn put_halves(values: &[f32], r: usize, out: &mut [u8]) -> Result<()> {
-    for (x, line) in values.iter().zip(out.as_chunks_mut::<{ 2 * STRIP }>().0) {
+/// The value of each group as f16, at the byte that `at` gives for it.
+fn put_halves(values: &[f32], out: &mut [u8], at: impl Fn(usize) -> usize) -> Result<()> {
+    for (group, x) in values.iter().enumerate() {
         let half = f16::from_f32(*x);
         if !half.is_finite() {
             bail!(Input, "a group's scale or minimum of {x} does not fit f16");
         }
-        line[2 * r..][..2].copy_from_slice(&half.to_le_bytes());
+        out[at(group)..][..2].copy_from_slice(&half.to_le_bytes());
     }
     Ok(())
 }

@@ -24,13 +24,13 @@ fn half(bytes: &[u8], index: usize) -> f32 {
 /// The code at `(row, column)` of a strip, read as the layout's documentation says.
 fn code(int: IntFormat, layout: &StripLayout, strip: &[u8], row: usize, column: usize) -> u8 {
     let (unit, quad, i) = (column / int.unit(), column % int.unit() / 4, column % 4);
-    let (codes, at) = (&strip[layout.codes + unit * code_bytes(int)..], row * 4 + i);
+    let (codes, at) = (&strip[layout.codes_at(int, unit)..], row * 4 + i);
     if int.bits == 8 {
         return codes[quad * 64 + at];
     }
     let lines = int.unit() / 8;
     let low = if quad < lines { codes[quad * 64 + at] & 15 } else { codes[(quad - lines) * 64 + at] >> 4 };
-    let high = &strip[(layout.high + unit * high_bytes(int)).min(strip.len())..];
+    let high = &strip[layout.high_at(int, unit)..];
     match int.bits {
         5 => low | (high[quad * 8 + at / 8] >> (at % 8) & 1) << 4,
         6 => low | (high[quad / 4 * 64 + at] >> (2 * (quad % 4)) & 3) << 4,
@@ -50,12 +50,12 @@ fn unpack(dtype: DType, k: usize, bytes: &[u8]) -> Vec<f32> {
                 (DType::F16, _) => half(strip, at),
                 (DType::BF16, _) => bf16::from_le_bytes(strip[2 * at..][..2].try_into().unwrap()).to_f32(),
                 (_, Some(int)) => {
-                    let at = column / int.group * STRIP + row;
-                    let scale = half(&strip[layout.scales..], at);
+                    let figure = |offset| half(&strip[layout.figures_at(offset, int, column / int.group)..], row);
+                    let scale = figure(layout.scales);
                     let code = code(int, &layout, strip, row, column) as f32;
                     match int.zero {
                         Zero::Fixed(zero) => scale * (code - zero as f32),
-                        Zero::Min => scale * code + half(&strip[layout.mins..], at),
+                        Zero::Min => scale * code + figure(layout.mins),
                     }
                 }
                 _ => unreachable!(),

@@ -1,13 +1,18 @@
 //! Memory layouts that code and data must agree on: packed weights, activation rows, cache blocks.
 //!
-//! A matrix `[n, k]` is packed in *strips* of 16 output rows, one after the other. A strip has four regions, each padded to
-//! 64 bytes: scales `f16[k / group][16]`, minima likewise (formats with a minimum), codes, and the codes' upper bits. Rows
-//! are interleaved so that one 64-byte line holds 4 consecutive k of all 16 rows (byte `row * 4 + i` is `k = 4 * quad + i`)
-//! and a `u8 x s8` dot product leaves one sum per lane: no horizontal sums. Codes are packed in units of 32 columns, or of a
-//! group where that is less. For 4 low bits a line holds two quads of one unit: quad `j` in the low nibbles, quad
-//! `j + unit / 8` in the high ones.
+//! A matrix `[n, k]` is packed in *strips* of 16 output rows, one after the other. An integer strip is a run of *chunks* of
+//! columns, two groups or 64 columns, so that a kernel reads a matrix from front to back as one stream:
 //!
-//! Float matrices have one region: `k` lines of 16 values.
+//! ```text
+//! chunk:  scales f16[groups][16] | minima f16[groups][16] | upper bits of the codes | codes      (q4_1: 64 64 0 512 bytes)
+//! ```
+//!
+//! Codes are packed in units of 32 columns, or of a group where that is less. Rows are interleaved so that one 64-byte line
+//! holds 4 consecutive k of all 16 rows (byte `row * 4 + i` is `k = 4 * quad + i`) and a `u8 x s8` dot product leaves one sum
+//! per lane: no horizontal sums. For 4 low bits a line holds two quads of one unit: quad `j` in the low nibbles, quad
+//! `j + unit / 8` in the high ones. A last chunk that is not full ends behind its last unit.
+//!
+//! Float strips are `k` lines of 16 values.
 
 use crate::formats::{DType, IntFormat, Zero};
 use crate::types::{CacheRole, Type};
@@ -26,18 +31,22 @@ pub const fn aligned(bytes: usize) -> usize {
     bytes.div_ceil(ALIGN) * ALIGN
 }
 
-/// Where the regions of one packed strip lie. All figures in bytes.
+/// Where the parts of one packed strip lie. Offsets are those in a chunk, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StripLayout {
-    /// `f16[k / group][16]`.
+    /// Columns of a chunk.
+    pub chunk: usize,
+    /// Bytes of a chunk.
+    pub chunk_bytes: usize,
+    /// `f16[groups][16]`.
     pub scales: usize,
-    /// `f16[k / group][16]`, present where the format has a minimum.
+    /// `f16[groups][16]`, present where the format has a minimum.
     pub mins: usize,
-    /// Low 4 bits (two quads a line), whole bytes (one quad a line), or floats (one k a line).
-    pub codes: usize,
     /// Fifth bits (one 64-bit word a quad, bit `row * 4 + i`) or bits 4-5 (byte `row * 4 + i` holds quad
     /// `4 * line + c` of the unit at bit `2 c`).
     pub high: usize,
+    /// Low 4 bits (two quads a line), whole bytes (one quad a line), or floats (one k a line).
+    pub codes: usize,
     /// The whole strip.
     pub bytes: usize,
 }
@@ -47,22 +56,45 @@ impl StripLayout {
     pub fn new(dtype: DType, k: usize) -> StripLayout {
         let Some(int) = dtype.int() else {
             let bytes = aligned(k * STRIP * dtype.format().block_bytes);
-            return StripLayout { scales: 0, mins: 0, codes: 0, high: bytes, bytes };
+            return StripLayout { chunk: k, chunk_bytes: bytes, scales: 0, mins: 0, high: 0, codes: 0, bytes };
         };
-        let scale_bytes = aligned(k / int.group * STRIP * 2);
-        let mins = scale_bytes;
-        let codes = if int.zero == Zero::Min { mins + scale_bytes } else { mins };
-        let high = codes + k / int.unit() * code_bytes(int);
-        StripLayout { scales: 0, mins, codes, high, bytes: aligned(high + k / int.unit() * high_bytes(int)) }
+        let chunk = (2 * int.group).max(64);
+        let figures = aligned(chunk / int.group * STRIP * 2);
+        let high = if int.zero == Zero::Min { 2 * figures } else { figures };
+        let codes = high + aligned(chunk / int.unit() * high_bytes(int));
+        let through = |columns: usize| codes + columns / int.unit() * code_bytes(int);
+        let last = if k.is_multiple_of(chunk) { 0 } else { through(k % chunk) };
+        let bytes = k / chunk * through(chunk) + last;
+        StripLayout { chunk, chunk_bytes: through(chunk), scales: 0, mins: figures, high, codes, bytes }
+    }
+
+    /// Where part `index` of a strip begins, of those that lie at `offset` of each chunk, `count` a chunk, each of `bytes`.
+    pub const fn at(&self, offset: usize, (index, count): (usize, usize), bytes: usize) -> usize {
+        index / count * self.chunk_bytes + offset + index % count * bytes
+    }
+
+    /// Where the scales (or minima) of group `group` begin; `offset` is that of the scales (or minima).
+    pub const fn figures_at(&self, offset: usize, int: IntFormat, group: usize) -> usize {
+        self.at(offset, (group, self.chunk / int.group), 2 * STRIP)
+    }
+
+    /// Where the codes of unit `unit` begin.
+    pub const fn codes_at(&self, int: IntFormat, unit: usize) -> usize {
+        self.at(self.codes, (unit, self.chunk / int.unit()), code_bytes(int))
+    }
+
+    /// Where the upper bits of the codes of unit `unit` begin.
+    pub const fn high_at(&self, int: IntFormat, unit: usize) -> usize {
+        self.at(self.high, (unit, self.chunk / int.unit()), high_bytes(int))
     }
 }
 
-/// Bytes of the code region for one unit of a strip.
+/// Bytes of the codes of one unit of a strip.
 pub const fn code_bytes(int: IntFormat) -> usize {
     STRIP * int.unit() * if int.bits == 8 { 8 } else { 4 } / 8
 }
 
-/// Bytes of the upper-bits region for one unit of a strip.
+/// Bytes of the upper bits of one unit of a strip.
 pub const fn high_bytes(int: IntFormat) -> usize {
     match int.bits {
         5 => STRIP * int.unit() / 8,

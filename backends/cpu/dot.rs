@@ -44,3 +44,18 @@ pub fn strip_at(e: &mut Emitter, weight: Val, index: Val, dtype: DType, k: usize
     debug_assert_eq!(weight.ty, PTR);
     e.row(weight, index, StripLayout::new(dtype, k).bytes)
 }
+
+/// Address of part `index` of a packed strip, of those that lie at `offset` of each chunk, `count` a chunk, each of `bytes`.
+pub fn part_at(
+    e: &mut Emitter,
+    layout: &StripLayout,
+    strip: Val,
+    index: Val,
+    (offset, count, bytes): (usize, usize, usize),
+) -> Val {
+    let count = e.i64(count as i64);
+    let (chunk, within) = (e.div(index, count), e.rem(index, count));
+    let chunk = e.row(strip, chunk, layout.chunk_bytes);
+    let within = e.scaled(within, bytes, offset);
+    e.gep(chunk, within)
+}

@@ -14,7 +14,8 @@ pub struct Shape {
 
 /// Register tiles in order of use: the first for full tiles, the others for what is left.
 ///
-/// A lone token reads four streams at once, which hides the page walks of file mappings. With 32 registers, float
+/// A lone token reads four streams of float weights at once, which hides the page walks of file mappings; an integer matrix
+/// is read fastest as the one stream it is. With 32 registers, float
 /// weights get 12 x 2 accumulators; integer ones 8 x 1, since every accumulator has an integer one beside it.
 pub fn shapes(target: &Target, dots: &[Dot], most: usize) -> Vec<Shape> {
     let wide = target.wide_registers() >= 32;
@@ -26,7 +27,7 @@ pub fn shapes(target: &Target, dots: &[Dot], most: usize) -> Vec<Shape> {
         (false, true) => Shape { tokens: 2, strips: 1 },
         (false, false) => Shape { tokens: 4, strips: 1 },
     };
-    let lone = Shape { tokens: 1, strips: (4 / joined).max(1) };
+    let lone = Shape { tokens: 1, strips: if integer { 1 } else { (4 / joined).max(1) } };
     if most == 1 {
         return vec![lone];
     }

@@ -10,8 +10,8 @@
 //! acc[token]  += float(sum) * (scale_w * scale_x)   and, with a minimum, acc += min_w * (scale_x * sum(x))
 //! ```
 
-use super::Rows;
 use super::isa::{self, dot4};
+use super::{Rows, part_at};
 use crate::emit::{Emitter, F16, F32, I8, I32, Val};
 use mansard_ir::formats::{IntFormat, Zero};
 use mansard_ir::layout::{A8, STRIP, StripLayout, code_bytes, high_bytes};
@@ -108,9 +108,8 @@ impl Tile<'_> {
 
     /// Figures of group `group` of a strip.
     fn figures(&self, e: &mut Emitter, strip: Val, group: Val) -> Figures {
-        let real = |e: &mut Emitter, region| {
-            let at = e.scaled(group, 2 * STRIP, region);
-            let at = e.gep(strip, at);
+        let real = |e: &mut Emitter, offset| {
+            let at = part_at(e, &self.layout, strip, group, (offset, self.layout.chunk / self.int.group, 2 * STRIP));
             half_reals(e, at)
         };
         let scale = real(e, self.layout.scales);
@@ -141,16 +140,17 @@ struct UnitAt<'a> {
 }
 
 impl UnitAt<'_> {
-    /// Address of this unit inside a region with `bytes` a unit.
-    fn at(&self, e: &mut Emitter, region: usize, bytes: usize) -> Val {
-        let p = e.row(self.strip, self.line, self.units * bytes);
-        e.gep_const(p, region + self.part * bytes)
+    /// Address of what this unit has at `offset` of its chunk, `bytes` a unit.
+    fn at(&self, e: &mut Emitter, offset: usize, bytes: usize) -> Val {
+        let lines = (offset, self.tile.layout.chunk / A8::GROUP, self.units * bytes);
+        let p = part_at(e, &self.tile.layout, self.strip, self.line, lines);
+        e.gep_const(p, self.part * bytes)
     }
 
     /// Scales and minima, where the unit is a group.
     fn figures(&self, e: &mut Emitter) -> Figures {
-        let real = |e: &mut Emitter, region| {
-            let at = self.at(e, region, 2 * STRIP);
+        let real = |e: &mut Emitter, offset| {
+            let at = self.at(e, offset, 2 * STRIP);
             half_reals(e, at)
         };
         let scale = real(e, self.tile.layout.scales);

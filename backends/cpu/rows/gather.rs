@@ -5,6 +5,7 @@
 
 use super::Rows;
 use super::walk::{self, LANES};
+use crate::cpu::dot::part_at;
 use crate::emit::{BF16, Emitter, F16, F32, I8, I32, I64, Val};
 use crate::math;
 use mansard_ir::formats::{IntFormat, Zero};
@@ -19,6 +20,13 @@ struct StripRow {
     /// Row number in the strip.
     row: Val,
     layout: StripLayout,
+}
+
+impl StripRow {
+    /// Address of the strip's part `index`, of those at `offset` of a chunk that stand for so many columns and bytes.
+    fn part(&self, e: &mut Emitter, index: Val, (offset, columns, bytes): (usize, usize, usize)) -> Val {
+        part_at(e, &self.layout, self.strip, index, (offset, self.layout.chunk / columns, bytes))
+    }
 }
 
 impl Rows<'_> {
@@ -100,9 +108,8 @@ fn unpack_row(e: &mut Emitter, int: IntFormat, k: usize, at: StripRow, to: Val) 
     let units = e.i64((int.group / int.unit()) as i64);
     e.repeat(zero, count, 1, |e, unit| {
         let group = e.div(unit, units);
-        let figure = |e: &mut Emitter, region: usize| {
-            let line = e.scaled(group, STRIP * 2, region);
-            let base = e.gep(at.strip, line);
+        let figure = |e: &mut Emitter, offset: usize| {
+            let base = at.part(e, group, (offset, int.group, STRIP * 2));
             let from = e.row(base, at.row, 2);
             let value = e.load(from, F16, 2);
             let value = e.convert("extf", value, F32);
@@ -136,8 +143,7 @@ fn unpack_row(e: &mut Emitter, int: IntFormat, k: usize, at: StripRow, to: Val) 
 /// The codes of one unit of the row, a quad of k at a time, as `i32`.
 fn codes(e: &mut Emitter, int: IntFormat, unit: Val, at: StripRow) -> Vec<Val> {
     let quads = int.unit() / 4;
-    let line = e.scaled(unit, code_bytes(int), at.layout.codes);
-    let base = e.gep(at.strip, line);
+    let base = at.part(e, unit, (at.layout.codes, int.unit(), code_bytes(int)));
     let base = e.row(base, at.row, 4);
     let load = |e: &mut Emitter, base: Val, line: usize| {
         let from = e.gep_const(base, line * 64);
@@ -152,8 +158,7 @@ fn codes(e: &mut Emitter, int: IntFormat, unit: Val, at: StripRow) -> Vec<Val> {
     let low: Vec<Val> = lines.iter().map(|line| e.and(*line, fifteen)).collect();
     let high = lines.iter().map(|line| e.shr(*line, 4)).collect::<Vec<_>>();
     let mut codes: Vec<Val> = low.into_iter().chain(high).collect();
-    let line = e.scaled(unit, high_bytes(int), at.layout.high);
-    let upper = e.gep(at.strip, line);
+    let upper = at.part(e, unit, (at.layout.high, int.unit(), high_bytes(int)));
     for (quad, code) in codes.iter_mut().enumerate() {
         let bits = match int.bits {
             5 => fifth_bits(e, upper, quad, at.row),
