@@ -206,9 +206,15 @@ fn header(sections: &[Section<'_>], manifest: &mut Manifest) -> Result<Vec<u8>> 
     Ok(out)
 }
 
+/// Bytes written at a time, and what their place in the file is a multiple of: a huge page. File systems that can then
+/// keep the file in huge pages, which is how runtimes map it.
+const CHUNK: usize = 2 << 20;
+
 /// A file that grows beside its final place; removed unless finished.
 struct Partial {
     file: File,
+    /// What has yet to be written of the current chunk.
+    chunk: Vec<u8>,
     path: PathBuf,
     place: PathBuf,
     written: usize,
@@ -232,7 +238,7 @@ impl Partial {
             partial.push(format!(".partial-{}-{attempt}", std::process::id()));
             let path = place.with_file_name(partial);
             match OpenOptions::new().write(true).create_new(true).open(&path) {
-                Ok(file) => return Ok(Partial { file, path, place, written: 0, finished: false }),
+                Ok(file) => return Ok(Partial { file, chunk: vec![], path, place, written: 0, finished: false }),
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
                 Err(e) => return Err(Error::io(&place, e)),
             }
@@ -242,13 +248,28 @@ impl Partial {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|e| self.failed(e))?;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min(CHUNK - self.chunk.len()));
+            self.chunk.extend_from_slice(now);
+            if self.chunk.len() == CHUNK {
+                self.flush()?;
+            }
+            rest = later;
+        }
         self.written += bytes.len();
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.file.write_all(&self.chunk).map_err(|e| self.failed(e))?;
+        self.chunk.clear();
         Ok(())
     }
 
     /// Puts the header in front, makes it all durable and moves it to its place.
     fn finish(mut self, header: &[u8]) -> Result<()> {
+        self.flush()?;
         let finish = |file: &mut File| {
             file.seek(SeekFrom::Start(0))?;
             file.write_all(header)?;

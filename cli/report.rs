@@ -137,9 +137,12 @@ pub struct EngineArguments {
     /// Worker threads [default: physical cores]
     #[arg(short = 't', long, value_name = "N")]
     pub threads: Option<usize>,
-    /// Read weights from the mapped file instead of a copy on huge pages
+    /// Copy the weights to huge pages instead of reading the mapped file
     #[arg(long)]
-    pub mapped: bool,
+    pub huge_pages: bool,
+    /// Keep each worker thread to a core of its own
+    #[arg(long)]
+    pub pin: bool,
     /// Trust the weights: do not check their hashes when opening
     #[arg(long)]
     pub no_verify: bool,
@@ -157,8 +160,8 @@ impl EngineArguments {
     /// The options of its engine.
     pub fn options(&self) -> EngineOptions {
         use mansard_runtime::WeightPages;
-        let weights = if self.mapped { WeightPages::Mapped } else { WeightPages::Auto };
-        EngineOptions { threads: self.threads, weights, ..EngineOptions::default() }
+        let weights = if self.huge_pages { WeightPages::Huge } else { WeightPages::Mapped };
+        EngineOptions { threads: self.threads, weights, pin: self.pin, ..EngineOptions::default() }
     }
 }
 

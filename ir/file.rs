@@ -25,6 +25,13 @@ impl MappedFile {
         Ok(MappedFile { path: path.to_owned(), map })
     }
 
+    /// Asks for huge pages under the mapping: where the file system can cache a file in them, what is not cached yet will
+    /// be. What is cached keeps the pages it has. This is advice, refusal costs speed only.
+    pub fn advise_huge_pages(&self) {
+        #[cfg(target_os = "linux")]
+        let _ = self.map.advise(memmap2::Advice::HugePage);
+    }
+
     /// Where it was opened.
     pub fn path(&self) -> &Path {
         &self.path

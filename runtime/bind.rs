@@ -2,15 +2,15 @@
 
 use crate::artifact::Artifact;
 use crate::code::{BoundLaunch, BoundVariant};
-use crate::engine::WeightPages;
-use crate::memory::{Arena, Pages, available_memory};
+use crate::cores::placement;
+use crate::memory::{Arena, Cpus};
 use crate::step::StepArrays;
 use mansard_ir::plan::{Arg, Program};
 use mansard_ir::{Result, bail};
 
-/// A cache pool of fewer bytes stays on small pages: it is one of many, and one huge page for each would commit more
-/// memory than a short prompt fills.
-const HUGE_POOL_BYTES: usize = 16 << 20;
+/// So many bytes at the start of each cache pool are on small pages, what lies beyond on huge ones: a pool is one of many,
+/// and huge pages from its start would commit far more memory than a short prompt fills.
+const SMALL_POOL_BYTES: usize = 16 << 20;
 
 /// Where everything is that a launch may name.
 pub struct Addresses<'a> {
@@ -67,44 +67,45 @@ pub fn make_pools(program: &Program, blocks: usize) -> Result<(Arena, Vec<usize>
         };
         bytes = end;
     }
-    let huge = bytes / program.caches.len().max(1) >= HUGE_POOL_BYTES;
-    let arena = Arena::new("caches", bytes, if huge { Pages::Huge } else { Pages::Small })?;
+    let arena = Arena::new("caches", bytes)?;
+    for (offset, end) in offsets.iter().zip(offsets.iter().skip(1).chain([&bytes])) {
+        arena.use_huge_pages(offset.saturating_add(SMALL_POOL_BYTES)..*end);
+    }
     Ok((arena, offsets))
 }
 
-/// The weights side by side on huge pages, where that is wanted.
+/// A copy of the weights, side by side on huge pages. Thread `i` copies the `i`-th part of each, which is what worker `i`
+/// will read: where memory has several nodes, a page comes from the node of whoever writes to it first.
 ///
 /// # Errors
-/// Where the system refuses memory.
-pub fn copy_weights(artifact: &Artifact, pages: WeightPages, threads: usize) -> Result<Option<Arena>> {
+/// Where the system refuses memory, or a thread the place it is pinned to.
+pub fn copy_weights(artifact: &Artifact, threads: usize, pin: bool) -> Result<Arena> {
     let weights = artifact.weights()?;
-    let total: usize = weights.iter().map(|w| w.len()).sum();
-    let copy = match pages {
-        WeightPages::Mapped => false,
-        WeightPages::Huge => true,
-        WeightPages::Auto => available_memory().is_some_and(|free| total <= free / 2),
-    };
-    if !copy {
-        return Ok(None);
-    }
-    let mut arena = Arena::new("weights", total, Pages::Huge)?;
-    // Each thread copies a run of weights of about the same number of bytes.
-    std::thread::scope(|scope| {
-        let (mut target, mut weights) = (arena.bytes_mut(), &weights[..]);
-        for left in (1..=threads.max(1)).rev() {
-            let goal = target.len().div_ceil(left);
-            let (mut count, mut bytes) = (0, 0);
-            while bytes < goal && count < weights.len() {
-                bytes += weights[count].len();
-                count += 1;
-            }
-            let (run, rest) = weights.split_at(count);
-            let (place, further) = std::mem::take(&mut target).split_at_mut(bytes);
-            (weights, target) = (rest, further);
-            scope.spawn(move || copy_run(run, place));
+    let mut arena = Arena::huge("weights", weights.iter().map(|w| w.len()).sum())?;
+    let places = if pin { placement(threads)? } else { vec![] };
+    let mut parts: Vec<Vec<(&[u8], &mut [u8])>> = (0..threads).map(|_| vec![]).collect();
+    let mut target = arena.bytes_mut();
+    for mut weight in weights {
+        for (i, part) in parts.iter_mut().enumerate() {
+            let (from, rest) = weight.split_at(weight.len() / (threads - i));
+            let (to, further) = std::mem::take(&mut target).split_at_mut(from.len());
+            part.push((from, to));
+            (weight, target) = (rest, further);
         }
-    });
-    Ok(Some(arena))
+    }
+    std::thread::scope(|scope| {
+        let mut copies = vec![];
+        for (i, part) in parts.into_iter().enumerate() {
+            let place = places.get(i);
+            copies.push(scope.spawn(move || -> Result<()> {
+                place.map(Cpus::hold_me).transpose()?;
+                part.into_iter().for_each(|(from, to)| to.copy_from_slice(from));
+                Ok(())
+            }));
+        }
+        copies.into_iter().try_for_each(|c| c.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })?;
+    Ok(arena)
 }
 
 /// Address of each packed weight, in its section or in the copy.
@@ -124,13 +125,4 @@ pub fn weight_addresses(artifact: &Artifact, copy: Option<&Arena>) -> Result<Vec
         }
     });
     Ok(addresses.collect())
-}
-
-fn copy_run(weights: &[&[u8]], target: &mut [u8]) {
-    let mut rest = target;
-    for weight in weights {
-        let (place, further) = rest.split_at_mut(weight.len());
-        place.copy_from_slice(weight);
-        rest = further;
-    }
 }

@@ -6,11 +6,13 @@
 #![allow(unsafe_code)]
 
 use crate::profile::Recorder;
-use crate::spmd::Barrier;
+use crate::spmd::{Program, Share};
 use mansard_ir::artifact::Code;
 use mansard_ir::graph::TokenRange;
 use mansard_ir::plan::StepArgs;
 use mansard_ir::{Error, Kind, Result, bail};
+use std::ops::Range;
+use std::sync::Arc;
 
 /// A compiled kernel.
 type Function = unsafe extern "C" fn(args: *const *mut u8, step: *const StepArgs, thread: i64, threads: i64);
@@ -110,7 +112,7 @@ pub struct BoundLaunch {
     pub kernel: usize,
     /// Addresses of its arguments.
     pub args: Vec<*mut u8>,
-    /// Workers meet before it.
+    /// Every earlier launch is done before it.
     pub barrier: bool,
 }
 
@@ -133,7 +135,7 @@ pub struct Job {
 }
 
 // SAFETY: the arrays behind the pointers are the engine's, which neither moves nor writes them until every worker has
-// finished the job.
+// done every share of the job.
 unsafe impl Send for Job {}
 
 /// An image and launches bound to memory.
@@ -143,6 +145,8 @@ unsafe impl Send for Job {}
 pub struct Executable {
     image: Image,
     variants: Vec<BoundVariant>,
+    /// Of each variant, the runs of launches that no barrier parts.
+    phases: Vec<Vec<Range<usize>>>,
 }
 
 // SAFETY: the addresses are only passed on to kernels, which divide the memory behind them by worker.
@@ -160,7 +164,8 @@ impl Executable {
         if let Some(launch) = variants.iter().flat_map(|v| &v.launches).find(|l| l.kernel >= kernels) {
             bail!(Input, "expected one of {kernels} kernels, found k{}", launch.kernel);
         }
-        Ok(Executable { image, variants })
+        let phases = variants.iter().map(|v| phases(&v.launches)).collect();
+        Ok(Executable { image, variants, phases })
     }
 
     /// The variant for steps of `tokens` tokens.
@@ -177,27 +182,52 @@ impl Executable {
     pub fn most_launches(&self) -> usize {
         self.variants.iter().map(|v| v.launches.len()).max().unwrap_or(0)
     }
+}
 
-    /// One worker's part of a job: every launch of the variant, meeting the others where a launch says so.
-    pub fn run(&self, job: &Job, thread: usize, threads: usize, barrier: &Barrier, recorder: Option<&Recorder>) {
-        for (index, launch) in self.variants[job.variant].launches.iter().enumerate() {
-            if launch.barrier {
-                barrier.wait();
+/// What a team runs: an executable, and who notes how long its launches take.
+pub struct Running {
+    /// Whose launches.
+    pub executable: Arc<Executable>,
+    /// Without one, no clock is read.
+    pub recorder: Option<Arc<Recorder>>,
+}
+
+impl Program<Job> for Running {
+    fn phases(&self, job: &Job) -> usize {
+        self.executable.phases[job.variant].len()
+    }
+
+    fn run(&self, job: &Job, phase: usize, share: Share) {
+        let executable = &self.executable;
+        // Launches of one phase go together: a share may read what the same share of an earlier one wrote.
+        for index in executable.phases[job.variant][phase].clone() {
+            let launch = &executable.variants[job.variant].launches[index];
+            if let Some(recorder) = &self.recorder {
+                recorder.started(share.worker);
             }
-            if let Some(recorder) = recorder {
-                recorder.started(thread);
-            }
-            let function = self.image.functions[launch.kernel];
+            let function = executable.image.functions[launch.kernel];
             // SAFETY: the function is a kernel of the checked artifact. Its arguments are as many, and as long, as its
             // manifest says, which `validate` has checked against the arena, the pools and the sections; the step's
-            // arrays are built within the manifest's limits and outlive the call. Kernels write only their own share,
-            // and dependent launches are parted by barriers.
-            unsafe { function(launch.args.as_ptr(), &job.step, thread as i64, threads as i64) };
-            if let Some(recorder) = recorder {
-                recorder.ended(thread, index);
+            // arrays are built within the manifest's limits and outlive the job. Kernels write only their own share,
+            // and dependent launches are in different phases.
+            unsafe { function(launch.args.as_ptr(), &job.step, share.index as i64, share.count as i64) };
+            if let Some(recorder) = &self.recorder {
+                recorder.ended(share.worker, index);
             }
         }
     }
+}
+
+/// Runs of launches of which only the first has a barrier.
+fn phases(launches: &[BoundLaunch]) -> Vec<Range<usize>> {
+    let mut phases: Vec<Range<usize>> = vec![];
+    for (index, launch) in launches.iter().enumerate() {
+        match phases.last_mut() {
+            Some(phase) if !launch.barrier => phase.end = index + 1,
+            _ => phases.push(index..index + 1),
+        }
+    }
+    phases
 }
 
 /// The first image, that is the best, that this machine can run.

@@ -11,10 +11,11 @@
 use crate::artifact::Artifact;
 use crate::bind::{Addresses, copy_weights, make_pools, weight_addresses};
 use crate::blocks::{BlockIndex, Blocks, blocks_for};
-use crate::code::{Executable, Image, Job, choose};
-use crate::memory::{Arena, Pages};
+use crate::code::{Executable, Image, Job, Running, choose};
+use crate::cores::physical_cores;
+use crate::memory::Arena;
 use crate::profile::{Recorder, StepProfile};
-use crate::spmd::{Team, physical_cores};
+use crate::spmd::Team;
 use crate::step::{Rows, Segment, StepArrays};
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{Limits, Program, RowCount};
@@ -34,6 +35,8 @@ pub struct EngineOptions {
     pub positions: Option<usize>,
     /// Where kernels read weights from.
     pub weights: WeightPages,
+    /// Each worker keeps to a core of its own.
+    pub pin: bool,
     /// Take the time of every launch, for [`Engine::profile`].
     pub profile: bool,
 }
@@ -41,13 +44,10 @@ pub struct EngineOptions {
 /// Where kernels read weights from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightPages {
-    /// [`WeightPages::Huge`] where the weights take at most half of the memory that is free, else
-    /// [`WeightPages::Mapped`].
-    #[default]
-    Auto,
     /// The mapped file: no second copy, and processes share it.
+    #[default]
     Mapped,
-    /// A copy on huge pages, which main memory delivers faster.
+    /// A copy on huge pages: memory for it, and some speed where the file lies on small pages.
     Huge,
 }
 
@@ -111,10 +111,13 @@ impl Engine {
         };
         let image = Image::map(bytes, &code.entries)?;
         let threads = options.threads.unwrap_or_else(physical_cores);
-        let arena = Arena::new("activations", program.arena_bytes, Pages::Huge)?;
+        let arena = Arena::huge("activations", program.arena_bytes)?;
         let blocks = block_count(program, options)?;
         let (pools, offsets) = make_pools(program, blocks)?;
-        let weights = copy_weights(&artifact, options.weights, threads)?;
+        let weights = match options.weights {
+            WeightPages::Mapped => None,
+            WeightPages::Huge => Some(copy_weights(&artifact, threads, options.pin)?),
+        };
         let arrays = StepArrays::new(program.limits.tokens, program.limits.rows);
         let addresses = Addresses {
             arena: &arena,
@@ -124,10 +127,8 @@ impl Engine {
         };
         let executable = Arc::new(Executable::new(image, addresses.bind(program))?);
         let recorder = options.profile.then(|| Arc::new(Recorder::new(threads, executable.most_launches())));
-        let (runs, records) = (executable.clone(), recorder.clone());
-        let team = Team::new(threads, move |job, worker| {
-            runs.run(&job, worker.thread, worker.threads, worker.barrier, records.as_deref());
-        })?;
+        let running = Running { executable: executable.clone(), recorder: recorder.clone() };
+        let team = Team::new(threads, options.pin, running)?;
         let blocks = Blocks::new(blocks as u32);
         Ok(Engine { team, executable, recorder, arrays, arena, pools, weights, artifact, blocks, slots: vec![] })
     }

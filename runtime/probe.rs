@@ -1,7 +1,7 @@
 //! How fast this machine reads memory: the roof over decoding, measured as weights are held and read.
 
-use crate::memory::{Arena, Pages};
-use crate::spmd::{Team, Worker};
+use crate::memory::Arena;
+use crate::spmd::{Program, Share, Team};
 use mansard_ir::Result;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,15 +17,11 @@ const READS: usize = 20;
 /// Where the system refuses memory or threads.
 pub fn read_bandwidth(bytes: usize, threads: usize) -> Result<f64> {
     let words = (bytes / 4).next_multiple_of(LANES * threads.max(1));
-    let mut arena = Arena::new("a measurement", words * 4, Pages::Huge)?;
+    let mut arena = Arena::huge("a measurement", words * 4)?;
     // Untouched pages would all be one page of zeros.
     arena.bytes_mut().fill(1);
     let sum = Arc::new(AtomicU32::new(0));
-    let sink = sum.clone();
-    let mut team = Team::new(threads, move |(), worker: Worker<'_>| {
-        let share = words / worker.threads;
-        sink.fetch_add(add_up(arena.f32s(worker.thread * share * 4, share)), Ordering::Relaxed);
-    })?;
+    let mut team = Team::new(threads, false, Reading { arena, words, sum: sum.clone() })?;
     let mut best = f64::INFINITY;
     for _ in 0..READS {
         let start = Instant::now();
@@ -34,6 +30,24 @@ pub fn read_bandwidth(bytes: usize, threads: usize) -> Result<f64> {
     }
     std::hint::black_box(sum.load(Ordering::Relaxed));
     Ok((words * 4) as f64 / best)
+}
+
+/// Adds up a buffer's words.
+struct Reading {
+    arena: Arena,
+    words: usize,
+    sum: Arc<AtomicU32>,
+}
+
+impl Program<()> for Reading {
+    fn phases(&self, (): &()) -> usize {
+        1
+    }
+
+    fn run(&self, (): &(), _: usize, share: Share) {
+        let words = self.words / share.count;
+        self.sum.fetch_add(add_up(self.arena.f32s(share.index * words * 4, words)), Ordering::Relaxed);
+    }
 }
 
 /// Sums kept apart, so that loads do not wait for additions.

@@ -1,30 +1,63 @@
-//! One program, many workers: every worker runs the whole step and takes its share of every launch.
+//! One program, many workers: a job runs in phases, and a phase in shares that workers take.
 //!
-//! Workers stay alive between steps. They meet at barriers by spinning, which costs less than a microsecond where each has
-//! a core; a wait that lasts becomes a sleep, so that a busy neighbour does not stop the team and an idle engine uses no
-//! processor time. The thread that calls [`Team::run`] is worker 0.
+//! ```text
+//!  phase     0    1    2    3    4        a phase begins when every share of the one before is done
+//!  worker 0  0    0   0 1  0 1   0
+//!  worker 1  1    1    -    -    1        away for two phases, whose shares the other took
+//! ```
+//!
+//! A worker has the same share of each phase from job to job, so that it finds in its caches what it left there; others
+//! take it only when its owner does not come. What a share computes does not depend on who computes it. Workers stay alive
+//! between jobs. They wait by spinning, which costs less than a microsecond where each has a core; a wait that lasts
+//! becomes a sleep, so an idle team uses no processor time. The thread that calls [`Team::run`] is worker 0.
 
+use crate::cores::placement;
+use crate::memory::Cpus;
 use mansard_ir::{Error, Kind, Result, bail};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// The most workers a team may have.
 pub const MAX_THREADS: usize = 1024;
 
-/// Rounds of spinning before a waiting worker sleeps: some ten microseconds, by which workers' shares of a launch differ.
-/// Sleeping at once when they have passed, rather than yielding, keeps the scheduler's favour: after it has yielded, a
-/// worker waits for its neighbours' whole time slices, and the team for it.
+/// Rounds of spinning before a share is taken whose owner has not come: a microsecond or two, by which workers that all
+/// have a core differ at the start of a phase.
+const GRACE: u32 = 50;
+/// Rounds of spinning before a waiting worker sleeps: some ten microseconds, by which shares of a phase differ.
 const SPINS: u32 = 1000;
-/// The same between steps, while a token is sampled.
+/// The same between jobs, while a token is sampled.
 const IDLE_SPINS: u32 = 4000;
 /// The same where workers outnumber cores, and whoever is waited for may need this very core.
 const SPINS_CROWDED: u32 = 100;
+/// How long a worker runs before it offers its core to whoever else wants it, between two shares. The scheduler would take
+/// the core somewhat later in the midst of a share, for which all others would then wait.
+const STRETCH: Duration = Duration::from_micros(1000);
+
+/// What a team runs; `J` says what to run it on.
+pub trait Program<J>: Send + Sync {
+    /// Phases of a job.
+    fn phases(&self, job: &J) -> usize;
+    /// One share of a phase. Shares of a phase run at the same time; those of the phase before are done.
+    fn run(&self, job: &J, phase: usize, share: Share);
+}
+
+/// A part of a phase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Which part: `0..count`.
+    pub index: usize,
+    /// How many there are.
+    pub count: usize,
+    /// Who runs it: `0..threads`.
+    pub worker: usize,
+}
 
 /// A counter that threads wait on. On cache lines of its own.
 #[repr(align(128))]
 struct Epoch {
-    value: AtomicU32,
+    value: AtomicU64,
     sleepers: AtomicU32,
     lock: Mutex<()>,
     changed: Condvar,
@@ -33,10 +66,10 @@ struct Epoch {
 
 impl Epoch {
     fn new(spins: u32) -> Epoch {
-        Epoch { value: 0.into(), sleepers: 0.into(), lock: Mutex::new(()), changed: Condvar::new(), spins }
+        Epoch { value: 1.into(), sleepers: 0.into(), lock: Mutex::new(()), changed: Condvar::new(), spins }
     }
 
-    fn now(&self) -> u32 {
+    fn now(&self) -> u64 {
         self.value.load(Ordering::Acquire)
     }
 
@@ -50,13 +83,21 @@ impl Epoch {
         }
     }
 
-    /// Returns once the value is another than `seen`.
-    fn wait_past(&self, seen: u32) {
-        for _ in 0..self.spins {
+    /// Whether the value becomes another than `seen` within so many rounds of spinning.
+    fn passes(&self, seen: u64, rounds: u32) -> bool {
+        for _ in 0..rounds {
             if self.now() != seen {
-                return;
+                return true;
             }
             std::hint::spin_loop();
+        }
+        false
+    }
+
+    /// Returns once the value is another than `seen`.
+    fn wait_past(&self, seen: u64) {
+        if self.passes(seen, self.spins) {
+            return;
         }
         let mut guard = locked(&self.lock);
         self.sleepers.fetch_add(1, Ordering::SeqCst);
@@ -71,45 +112,23 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where all workers meet; its sense is the epoch, so it can be used again at once.
-pub struct Barrier {
-    arrived: AtomicU32,
-    threads: u32,
-    epoch: Epoch,
-}
+/// The stamp of the last phase in which one worker's share was taken. On cache lines of its own.
+#[repr(align(128))]
+struct Taken(AtomicU64);
 
-impl Barrier {
-    fn new(threads: u32, spins: u32) -> Barrier {
-        Barrier { arrived: 0.into(), threads, epoch: Epoch::new(spins) }
+impl Taken {
+    /// Takes the share of the phase with that stamp, unless it is taken. Whoever has overslept finds it taken too, for no
+    /// stamp comes twice.
+    fn take(&self, stamp: u64) -> bool {
+        self.0.load(Ordering::Relaxed) < stamp && self.0.fetch_max(stamp, Ordering::AcqRel) < stamp
     }
-
-    /// Returns once every worker has called it. What they wrote before is seen after.
-    pub fn wait(&self) {
-        let seen = self.epoch.now();
-        if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.threads {
-            // Nobody arrives again before the epoch has advanced.
-            self.arrived.store(0, Ordering::Relaxed);
-            self.epoch.advance();
-        } else {
-            self.epoch.wait_past(seen);
-        }
-    }
-}
-
-/// A worker, as the program sees it.
-pub struct Worker<'a> {
-    /// Which one: `0..threads`.
-    pub thread: usize,
-    /// How many there are.
-    pub threads: usize,
-    /// Where they meet.
-    pub barrier: &'a Barrier,
 }
 
 #[derive(Clone, Copy)]
 enum Order<J> {
     Wait,
-    Run(J),
+    /// A job, and the stamp of its first phase.
+    Run(J, u64),
     Stop,
 }
 
@@ -117,15 +136,20 @@ struct Shared<J> {
     order: Mutex<Order<J>>,
     /// Advances with every order.
     orders: Epoch,
-    barrier: Barrier,
-    program: Box<dyn Fn(J, Worker<'_>) + Send + Sync>,
-    threads: usize,
+    /// Advances with every phase: the stamp of the current one.
+    stamp: Epoch,
+    /// Shares of the current phase that are done.
+    done: Done,
+    taken: Box<[Taken]>,
+    program: Box<dyn Program<J>>,
 }
 
+#[repr(align(128))]
+struct Done(AtomicU32);
+
 impl<J: Copy> Shared<J> {
-    fn run(&self, job: J, thread: usize) {
-        (self.program)(job, Worker { thread, threads: self.threads, barrier: &self.barrier });
-        self.barrier.wait();
+    fn threads(&self) -> usize {
+        self.taken.len()
     }
 
     fn give(&self, order: Order<J>) {
@@ -133,17 +157,74 @@ impl<J: Copy> Shared<J> {
         self.orders.advance();
     }
 
-    fn serve(&self, thread: usize) {
-        let mut seen = 0;
+    fn serve(&self, worker: usize) {
+        let mut seen = 1;
         loop {
             self.orders.wait_past(seen);
             seen = self.orders.now();
             let order = *locked(&self.order);
             match order {
                 Order::Wait => {}
-                Order::Run(job) => self.run(job, thread),
+                Order::Run(job, first) => self.work(&job, first, worker),
                 Order::Stop => return,
             }
+        }
+    }
+
+    /// Takes part in a job until it is done.
+    fn work(&self, job: &J, first: u64, worker: usize) {
+        let phases = self.program.phases(job) as u64;
+        let mut since = Instant::now();
+        loop {
+            let stamp = self.stamp.now();
+            let phase = stamp - first;
+            if phase >= phases {
+                return;
+            }
+            let phase = Phase { shared: self, job, stamp, phase: phase as usize, worker };
+            phase.take_part();
+            if since.elapsed() >= STRETCH {
+                std::thread::yield_now();
+                since = Instant::now();
+            }
+        }
+    }
+}
+
+/// A phase in one worker's eyes.
+struct Phase<'a, J> {
+    shared: &'a Shared<J>,
+    job: &'a J,
+    stamp: u64,
+    phase: usize,
+    worker: usize,
+}
+
+impl<J: Copy> Phase<'_, J> {
+    /// Runs shares until none is left to take, and returns when all are done.
+    fn take_part(&self) {
+        self.run_share_of(self.worker);
+        if self.shared.stamp.passes(self.stamp, GRACE) {
+            return;
+        }
+        let threads = self.shared.threads();
+        for other in 1..threads {
+            self.run_share_of((self.worker + other) % threads);
+        }
+        self.shared.stamp.wait_past(self.stamp);
+    }
+
+    fn run_share_of(&self, owner: usize) {
+        let shared = self.shared;
+        if !shared.taken[owner].take(self.stamp) {
+            return;
+        }
+        let count = shared.threads();
+        shared.program.run(self.job, self.phase, Share { index: owner, count, worker: self.worker });
+        if shared.done.0.fetch_add(1, Ordering::AcqRel) + 1 == count as u32 {
+            // Nobody counts for the next phase before the stamp has advanced.
+            shared.done.0.store(0, Ordering::Relaxed);
+            shared.stamp.advance();
         }
     }
 }
@@ -152,14 +233,16 @@ impl<J: Copy> Shared<J> {
 pub struct Team<J: Copy + Send + 'static> {
     shared: Arc<Shared<J>>,
     workers: Vec<JoinHandle<()>>,
+    /// Where worker 0 runs during a job.
+    home: Option<Cpus>,
 }
 
 impl<J: Copy + Send + 'static> Team<J> {
-    /// Starts `threads - 1` workers beside the caller.
+    /// Starts `threads - 1` workers beside the caller; with `pin`, each worker keeps to a core of its own.
     ///
     /// # Errors
-    /// Where `threads` is 0 or beyond [`MAX_THREADS`], or the system refuses a thread.
-    pub fn new(threads: usize, program: impl Fn(J, Worker<'_>) + Send + Sync + 'static) -> Result<Team<J>> {
+    /// Where `threads` is 0 or beyond [`MAX_THREADS`], or the system refuses a thread or its place.
+    pub fn new(threads: usize, pin: bool, program: impl Program<J> + 'static) -> Result<Team<J>> {
         if threads == 0 || threads > MAX_THREADS {
             bail!(Usage, "expected 1 to {MAX_THREADS} threads, found {threads}");
         }
@@ -168,35 +251,44 @@ impl<J: Copy + Send + 'static> Team<J> {
         let shared = Arc::new(Shared {
             order: Mutex::new(Order::Wait),
             orders: Epoch::new(idle_spins),
-            barrier: Barrier::new(threads as u32, spins),
+            stamp: Epoch::new(spins),
+            done: Done(0.into()),
+            taken: (0..threads).map(|_| Taken(0.into())).collect(),
             program: Box::new(program),
-            threads,
         });
-        let mut team = Team { shared, workers: vec![] };
-        for thread in 1..threads {
+        let places = if pin { placement(threads)? } else { vec![] };
+        let mut team = Team { shared, workers: vec![], home: places.first().copied() };
+        for worker in 1..threads {
             let shared = team.shared.clone();
             let spawned =
-                std::thread::Builder::new().name(format!("worker {thread}")).spawn(move || shared.serve(thread));
-            let worker = spawned.map_err(|e| {
-                Error::new(Kind::Io, format!("cannot start worker {thread} of {threads}: {e}"))
+                std::thread::Builder::new().name(format!("worker {worker}")).spawn(move || shared.serve(worker));
+            let handle = spawned.map_err(|e| {
+                Error::new(Kind::Io, format!("cannot start worker {worker} of {threads}: {e}"))
                     .help("ask for fewer threads")
             })?;
-            team.workers.push(worker);
+            let placed = places.get(worker).map_or(Ok(()), |cpus| cpus.hold(&handle));
+            team.workers.push(handle);
+            placed?;
         }
         Ok(team)
     }
 
-    /// Runs the program on `job` with every worker; returns when all have finished.
+    /// Runs the program on `job` with every worker; returns when all is done.
     pub fn run(&mut self, job: J) {
+        // The caller's thread is not ours: it keeps to its core for as long as the job takes. Where the system has taken
+        // that core away since, the job runs all the same.
+        let before = self.home.and_then(|home| home.hold_me().ok());
+        let first = self.shared.stamp.now();
         if !self.workers.is_empty() {
-            self.shared.give(Order::Run(job));
+            self.shared.give(Order::Run(job, first));
         }
-        self.shared.run(job, 0);
+        self.shared.work(&job, first, 0);
+        let _ = before.map(|cpus| cpus.hold_me());
     }
 
     /// Workers, the caller included.
     pub fn threads(&self) -> usize {
-        self.shared.threads
+        self.shared.threads()
     }
 }
 
@@ -210,77 +302,6 @@ impl<J: Copy + Send + 'static> Drop for Team<J> {
     }
 }
 
-/// Cores this process may use, counting the hardware threads of one core once.
-pub fn physical_cores() -> usize {
-    let logical = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let mut cores = std::collections::BTreeSet::new();
-    for cpu in std::fs::read_dir("/sys/devices/system/cpu").into_iter().flatten().flatten() {
-        let topology = cpu.path().join("topology");
-        let read = |name| std::fs::read_to_string(topology.join(name)).ok();
-        cores.extend(read("physical_package_id").zip(read("core_id")));
-    }
-    if cores.is_empty() { logical } else { logical.min(cores.len()) }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::atomic::AtomicUsize;
-    use std::time::{Duration, Instant};
-
-    /// Every worker counts, and at each barrier sees what all have counted.
-    fn count(threads: usize, rounds: usize) -> Duration {
-        let counter = Arc::new(AtomicUsize::new(0));
-        let counted = counter.clone();
-        let mut team = Team::new(threads, move |rounds: usize, worker: Worker<'_>| {
-            for round in 0..rounds {
-                counted.fetch_add(1, Ordering::Relaxed);
-                worker.barrier.wait();
-                assert_eq!(counted.load(Ordering::Relaxed), (round + 1) * worker.threads);
-                worker.barrier.wait();
-            }
-        })
-        .unwrap();
-        let start = Instant::now();
-        team.run(rounds);
-        let time = start.elapsed();
-        assert_eq!(counter.load(Ordering::Relaxed), threads * rounds);
-        time
-    }
-
-    #[test]
-    fn barriers_hold_with_a_core_for_each_worker() {
-        count(1, 1000);
-        count(2, 10_000);
-    }
-
-    #[test]
-    fn barriers_do_not_collapse_when_workers_outnumber_cores() {
-        let time = count(8, 5000);
-        assert!(time < Duration::from_secs(20), "10 000 barriers took {time:?}");
-    }
-
-    #[test]
-    fn many_short_runs_and_a_pause() {
-        let counter = Arc::new(AtomicUsize::new(0));
-        let counted = counter.clone();
-        let mut team = Team::new(3, move |n: usize, _: Worker<'_>| {
-            counted.fetch_add(n, Ordering::Relaxed);
-        })
-        .unwrap();
-        for _ in 0..1000 {
-            team.run(1);
-        }
-        std::thread::sleep(Duration::from_millis(20)); // the workers fall asleep
-        team.run(10);
-        assert_eq!(counter.load(Ordering::Relaxed), 3 * 1010);
-    }
-
-    #[test]
-    fn senseless_numbers_of_threads_are_refused() {
-        for threads in [0, MAX_THREADS + 1] {
-            assert_eq!(Team::new(threads, |_: (), _| {}).err().map(|e| e.exit_code()), Some(2));
-        }
-        assert!(physical_cores() >= 1);
-    }
-}
+#[path = "spmd_tests.rs"]
+mod tests;
