@@ -131,12 +131,9 @@ pub fn json(value: &impl serde::Serialize) -> Result<String> {
     Ok(text.map_err(|e| Error::new(Kind::Internal, format!("report: {e}")))? + "\n")
 }
 
-/// Workers and contexts, for commands that run an artifact.
-#[derive(clap::Args)]
-pub struct EngineArguments {
-    /// Worker threads [default: physical cores]
-    #[arg(short = 't', long, value_name = "N")]
-    pub threads: Option<usize>,
+/// How artifacts are opened.
+#[derive(clap::Args, Clone, Copy)]
+pub struct OpenArguments {
     /// Copy the weights to huge pages instead of reading the mapped file
     #[arg(long)]
     pub huge_pages: bool,
@@ -148,7 +145,7 @@ pub struct EngineArguments {
     pub no_verify: bool,
 }
 
-impl EngineArguments {
+impl OpenArguments {
     /// Opens an artifact.
     ///
     /// # Errors
@@ -157,11 +154,37 @@ impl EngineArguments {
         Model::open_with(path, &mansard_runtime::OpenOptions { verify_weights: !self.no_verify })
     }
 
+    /// The same with some number of workers.
+    pub fn with_threads(self, threads: Option<usize>) -> EngineArguments {
+        EngineArguments { threads, opening: self }
+    }
+}
+
+/// Workers and opening, for commands that run an artifact.
+#[derive(clap::Args)]
+pub struct EngineArguments {
+    /// Worker threads [default: physical cores]
+    #[arg(short = 't', long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// How artifacts are opened.
+    #[command(flatten)]
+    pub opening: OpenArguments,
+}
+
+impl EngineArguments {
+    /// Opens an artifact.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open(&self, path: &Path) -> Result<Model> {
+        self.opening.open(path)
+    }
+
     /// The options of its engine.
     pub fn options(&self) -> EngineOptions {
         use mansard_runtime::WeightPages;
-        let weights = if self.huge_pages { WeightPages::Huge } else { WeightPages::Mapped };
-        EngineOptions { threads: self.threads, weights, pin: self.pin, ..EngineOptions::default() }
+        let weights = if self.opening.huge_pages { WeightPages::Huge } else { WeightPages::Mapped };
+        EngineOptions { threads: self.threads, weights, pin: self.opening.pin, ..EngineOptions::default() }
     }
 }
 

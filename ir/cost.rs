@@ -7,7 +7,7 @@
 //!
 //! Bytes are those of the layouts that kernels read: padded rows, packed strips, cache blocks at their stored type.
 
-use crate::graph::{Graph, ValueId};
+use crate::graph::{Attrs, Graph, Node, ValueId};
 use crate::layout;
 use crate::ops::Class;
 use crate::target::Machine;
@@ -72,6 +72,13 @@ impl Workload {
         }
     }
 
+    /// Bytes that an attention of `attrs` reads of a cache: with a window, only the positions any of the step's tokens sees.
+    pub fn attended_bytes(&self, ty: &Type, attrs: &Attrs) -> f64 {
+        let (window, new) = (attrs.int("window") as f64, self.tokens / self.sequences);
+        let context = if window > 0.0 { self.context.min(window + new - 1.0) } else { self.context };
+        Workload { context, ..*self }.bytes(ty)
+    }
+
     /// What the nodes among `values` of `graph` do when they run as one kernel: values from outside are read once,
     /// values that others read are written once.
     pub fn work(&self, graph: &Graph, values: &[ValueId]) -> Work {
@@ -82,7 +89,7 @@ impl Workload {
             for operand in node.operands.iter().filter(|o| !inside(o)) {
                 if !read.contains(operand) {
                     read.push(*operand);
-                    self.read(graph, node.op.class(), &node.operands, *operand, &mut work);
+                    self.read(graph, node, *operand, &mut work);
                 }
             }
         }
@@ -113,13 +120,13 @@ impl Workload {
         }
     }
 
-    /// Adds the bytes a node of `class` reads of one operand.
-    fn read(&self, graph: &Graph, class: Class, operands: &[ValueId], operand: ValueId, work: &mut Work) {
-        let ty = graph.ty(operand);
+    /// Adds the bytes a node reads of one operand.
+    fn read(&self, graph: &Graph, node: &Node, operand: ValueId, work: &mut Work) {
+        let (ty, class) = (graph.ty(operand), node.op.class());
         match (ty, class) {
-            (Type::Cache { .. }, Class::Append) => {} // writes only
-            (Type::Cache { .. }, _) => work.cache_bytes += self.bytes(ty),
-            _ if ty.is_static() => work.weight_bytes += self.bytes(ty) * self.share(graph, class, operands, ty),
+            (Type::Cache { .. }, Class::Attend) => work.cache_bytes += self.attended_bytes(ty, &node.attrs),
+            (Type::Cache { .. }, _) => {} // an append only writes
+            _ if ty.is_static() => work.weight_bytes += self.bytes(ty) * self.share(graph, class, &node.operands, ty),
             _ => work.activation_bytes += self.bytes(ty),
         }
     }
@@ -192,13 +199,16 @@ mod tests {
     }
 
     #[test]
-    fn attention_reads_its_window_of_work_and_all_of_its_cache() {
+    fn attention_works_on_its_window_and_reads_no_more() {
         let text = "graph @g(%q: f32[t, 4, 16], %k: keys<f16>[c, 2, 16], %v: values<f16>[c, 2, 16], %step: step[s]) \
                     stage imported { %y = attend %q, %k, %v, %step {scale = 1, causal = true, window = 8, softcap = 0} \
                     return y = %y }";
         let found = work(text, Workload::one(1, 100));
         assert_eq!(found.f32_ops, 8.0 * (4.0 * 64.0 + 5.0 * 4.0));
-        assert_eq!(found.cache_bytes, 2.0 * 100.0 * 32.0 * 2.0);
+        assert_eq!(found.cache_bytes, 2.0 * 8.0 * 32.0 * 2.0);
+        let (short, several) = (work(text, Workload::one(1, 5)), work(text, Workload::one(3, 100)));
+        assert_eq!(short.cache_bytes, 2.0 * 5.0 * 32.0 * 2.0);
+        assert_eq!(several.cache_bytes, 2.0 * (8.0 + 2.0) * 32.0 * 2.0);
     }
 
     #[test]

@@ -118,7 +118,9 @@ fn streamed(choice: &Choice, types: &[&Type], ty: &Type, rows: f64, step: &Workl
             _ => 1.0,
         };
         match operand {
-            Type::Cache { .. } if choice.op.class() == Class::Attend => bytes += step.bytes(operand),
+            Type::Cache { .. } if choice.op.class() == Class::Attend => {
+                bytes += step.attended_bytes(operand, &choice.attrs)
+            }
             _ if operand.is_static() => bytes += step.bytes(operand) * share,
             _ => {}
         }

@@ -175,6 +175,20 @@ impl Engine {
         Ok(self.insert(twin))
     }
 
+    /// A sequence with the same tokens in cache blocks of its own.
+    ///
+    /// # Errors
+    /// Where the sequence has been released or there are too few cache blocks free.
+    pub fn duplicate(&mut self, sequence: SequenceId) -> Result<SequenceId> {
+        let Sequence { length, table } = self.sequence(sequence)?.clone();
+        self.check_free(table.len())?;
+        let own = table.iter().map(|_| self.blocks.take()).collect::<Result<Vec<_>>>()?;
+        for (from, to) in table.iter().zip(&own) {
+            self.copy_block(*from, *to);
+        }
+        Ok(self.insert(Sequence { length, table: own }))
+    }
+
     /// Tokens the sequence has.
     ///
     /// # Errors

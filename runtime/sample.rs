@@ -4,7 +4,7 @@
 //! those at least `min_p` times as likely as the likeliest, of them the fewest that reach the mass `top_p` - and a draw.
 //! At temperature 0 the likeliest token is taken (ties: the lowest id). Same seed, same logits, same tokens.
 
-use mansard_ir::{Result, bail};
+use mansard_ir::{Error, Kind, Result, bail};
 
 /// How tokens are chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,6 +88,9 @@ impl Sampler {
     /// Where no logit is a number.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
         let o = self.options;
+        if o.temperature == 0.0 && o.repetition_penalty == 1.0 {
+            return likeliest(logits).ok_or_else(|| no_numbers(logits));
+        }
         self.candidates.clear();
         self.candidates.extend(logits.iter().enumerate().map(|(i, x)| Candidate { score: *x, token: i as u32 }));
         if o.repetition_penalty != 1.0 {
@@ -96,9 +99,7 @@ impl Sampler {
         self.candidates.retain(|c| !c.score.is_nan());
         // Of equals the first: ids ascend.
         let best = self.candidates.iter().copied().reduce(|a, b| if b.score > a.score { b } else { a });
-        let Some(best) = best.filter(|b| b.score.is_finite()) else {
-            bail!(Internal, "expected {} logits that are numbers, found none", logits.len());
-        };
+        let best = best.filter(|b| b.score.is_finite()).ok_or_else(|| no_numbers(logits))?;
         if o.temperature == 0.0 {
             return Ok(best.token);
         }
@@ -166,6 +167,23 @@ impl Sampler {
         z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         ((z ^ z >> 31) >> 11) as f64 / (1u64 << 53) as f64
     }
+}
+
+fn no_numbers(logits: &[f32]) -> Error {
+    Error::new(Kind::Internal, format!("expected {} logits that are numbers, found none", logits.len()))
+}
+
+/// The first of the largest, where that is a number. Without copies: a large vocabulary takes a share of a small model's step.
+fn likeliest(logits: &[f32]) -> Option<u32> {
+    let mut most = [f32::NEG_INFINITY; 64];
+    for chunk in logits.chunks(most.len()) {
+        for (most, x) in most.iter_mut().zip(chunk) {
+            *most = if *x > *most { *x } else { *most };
+        }
+    }
+    let most = most.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let index = logits.iter().position(|x| *x == most)?;
+    most.is_finite().then_some(index as u32)
 }
 
 #[cfg(test)]

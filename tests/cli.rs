@@ -61,13 +61,6 @@ fn every_command_on_a_tiny_model() {
     let same = folder.path().join("same.npy").display().to_string();
     done(&["logits", &m, "--tokens-file", &ids, "-o", &same]);
     assert_eq!(fs::read(&same).unwrap(), bytes);
-    let rows: serde_json::Value =
-        serde_json::from_str(&done(&["bench", &m, "-p", "16", "-n", "8", "-t", "1", "-r", "2", "-o", "json"])).unwrap();
-    for test in ["pp16", "tg8"] {
-        let row = rows.as_array().unwrap().iter().find(|r| r["test"] == test).expect(test);
-        assert!(row["tokens_per_second"].as_f64().unwrap() > 0.0 && row["threads"] == 1);
-        assert!(row["stddev"].is_number() && row["roofline_share"].is_number());
-    }
     let model = goldens("llama").display().to_string();
     let eval = ["eval", &m, "--tokens-file", &ids, "--against", &model, "--json"];
     let found: serde_json::Value = serde_json::from_str(&done(&eval)).unwrap();
@@ -82,13 +75,57 @@ fn every_command_on_a_tiny_model() {
     assert!(done(&["doctor"]).contains("LLVM"));
 }
 
+/// What `mansard` with these arguments prints, as JSON.
+fn json(arguments: &str) -> serde_json::Value {
+    serde_json::from_str(&done(&arguments.split(' ').collect::<Vec<_>>())).unwrap()
+}
+
+#[test]
+fn bench_fills_its_matrix() {
+    let (folder, m) = tiny("llama");
+    let rows = json(&format!("bench {m} -p 16,40 -n 4 -b 1,3 -d 0,8 -t 1,2 -r 2 -o json"));
+    let names = ["pp16", "pp40", "tg4", "pp16 b3", "pp40 b3", "tg4 b3", "pp16 @ d8", "pp40 @ d8", "tg4 @ d8"];
+    let names = [&names[..], &["pp16 b3 @ d8", "pp40 b3 @ d8", "tg4 b3 @ d8"]].concat();
+    let rows = rows.as_array().unwrap();
+    assert_eq!(rows.iter().map(|r| r["test"].as_str().unwrap()).collect::<Vec<_>>(), [&names[..], &names].concat());
+    for row in rows {
+        let figure = |field: &str| row[field].as_f64().unwrap_or_else(|| panic!("{field} of {row}"));
+        let steps = if row["test"].as_str().unwrap().starts_with("tg") { figure("tokens") } else { 1.0 };
+        let tokens = figure("tokens") * figure("batch") / steps;
+        assert!((figure("tokens_per_second") * figure("milliseconds") / 1e3 / tokens - 1.0).abs() < 1e-9);
+        assert!(figure("roofline_share") > 0.0 && figure("stddev") >= 0.0 && figure("open_milliseconds") > 0.0);
+        assert!(figure("bandwidth") > 1e6 && row["peaks"] == "target" && row["kl_divergence"].is_null());
+    }
+    assert!(rows[0]["threads"] == 1 && rows[12]["threads"] == 2 && rows[11]["depth"] == 8);
+    let csv = done(&["bench", &m, "-p", "16", "-n", "0", "-r", "1", "-o", "csv"]);
+    let lines: Vec<&str> = csv.lines().collect();
+    assert!(lines[0].starts_with("test,tokens,batch,depth,threads,tokens_per_second,"), "{csv}");
+    assert!(lines.len() == 2 && lines[1].starts_with("pp16,16,1,0,") && lines[1].ends_with(','), "{csv}");
+    let ids = write(&folder, "ids.json", b"[1, 14, 51, 3]");
+    let model = goldens("llama").display().to_string();
+    let rows = json(&format!("bench {m} -p 0 -n 4 -r 1 --against {model} --tokens-file {ids} -o json"));
+    assert!(rows[0]["kl_divergence"].as_f64().unwrap().abs() < 1e-6);
+    refused(&["bench", &m, "-d", "0,4000"], 2, &["pp512 @ d4000: 512 tokens after 4000 exceed the context of"]);
+    refused(&["bench", &m, "-p", "0", "-n", "4", "-b", "65"], 2, &["tg4 b65: expected at most 64 sequences"]);
+    refused(&["bench", &m, "-b", "0"], 2, &["-b: expected at least 1 sequence"]);
+    refused(&["bench", &m, "-p", "4", "-n", "4", "-t", "0"], 2, &["threads, found 0"]);
+}
+
+#[test]
+fn bench_reads_whole_texts_with_encoders() {
+    let (_folder, m) = tiny("bert");
+    let rows = json(&format!("bench {m} -p 16 -b 1,40 -r 1 -o json"));
+    let names: Vec<&str> = rows.as_array().unwrap().iter().map(|r| r["test"].as_str().unwrap()).collect();
+    assert_eq!(names, ["pp16", "pp16 b40"]);
+    refused(&["bench", &m, "-n", "4"], 2, &["is an encoder: it has no decoding"]);
+}
+
 #[test]
 fn bench_says_where_the_time_goes() {
     let (_folder, m) = tiny("llama");
-    let arguments = format!("bench {m} --kernels -p 16 -n 8 -t 2 -r 2 -o json");
-    let text = done(&arguments.split(' ').collect::<Vec<_>>());
-    let tables: serde_json::Value = serde_json::from_str(&text).unwrap();
-    for (table, test) in tables.as_array().unwrap().iter().zip(["pp16", "tg8"]) {
+    let tables = json(&format!("bench {m} --kernels -p 16 -n 8 -b 1,3 -t 2 -r 2 -o json"));
+    assert_eq!(tables.as_array().unwrap().len(), 4);
+    for (table, test) in tables.as_array().unwrap().iter().zip(["pp16", "tg8", "pp16 b3", "tg8 b3"]) {
         assert_eq!((&table["test"], &table["threads"]), (&test.into(), &2.into()));
         let kernels = table["kernels"].as_array().unwrap();
         let shares: f64 = kernels.iter().map(|k| k["share"].as_f64().unwrap()).sum();

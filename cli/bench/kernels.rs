@@ -11,13 +11,13 @@
 //! steps: what a neighbour has held up is no property of a kernel.
 
 use super::roof::{Bound, Roof};
-use super::{deep, some_tokens};
+use super::steps::{Kind, Runner, Test, workload};
 use crate::report;
 use mansard_ir::cost::{Work, Workload};
 use mansard_ir::plan::Program;
 use mansard_ir::{Result, bail};
-use mansard_runtime::{Engine, Rows, StepProfile, Work as SequenceWork};
-use serde_json::json;
+use mansard_runtime::StepProfile;
+use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// One kernel's part of a test.
@@ -37,7 +37,7 @@ pub struct KernelRow {
 
 /// A test's kernels, the longest first.
 pub struct KernelTable {
-    test: String,
+    test: Test,
     /// Ranges of `t` of the variants that ran.
     variants: Vec<(usize, usize)>,
     seconds: f64,
@@ -86,7 +86,7 @@ impl Sample {
 }
 
 /// Means over the faster half of the samples.
-fn table(test: String, mut samples: Vec<Sample>, program: &Program, roof: &Roof, threads: usize) -> KernelTable {
+fn table(test: Test, mut samples: Vec<Sample>, program: &Program, roof: &Roof, threads: usize) -> KernelTable {
     samples.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     samples.truncate(samples.len().div_ceil(2));
     let mean = |figure: &dyn Fn(&Sample) -> f64| samples.iter().map(figure).sum::<f64>() / samples.len() as f64;
@@ -124,69 +124,31 @@ fn table(test: String, mut samples: Vec<Sample>, program: &Program, roof: &Roof,
     }
 }
 
-/// Runs a step and adds where its time went.
-fn profiled(engine: &mut Engine, roof: &Roof, sample: &mut Sample, work: SequenceWork<'_>) -> Result<()> {
-    let (before, count) = (engine.length(work.sequence)? as f64, work.tokens.len() as f64);
-    engine.step(&[work])?;
-    let Some(profile) = engine.profile() else { bail!(Internal, "an engine without times") };
-    let rows = work.rows.of(work.tokens.len()) as f64;
-    // A token sees those before it and itself: over a step, on average, half of the step's own.
-    let step = Workload { tokens: count, sequences: 1.0, rows, context: before + (count + 1.0) / 2.0 };
-    sample.add(&engine.artifact().manifest().program, roof, &step, &profile);
-    Ok(())
-}
-
-/// Kernels of a prefill of `count` tokens after `depth`, over `repetitions` after one to warm up.
+/// Where the time of a test goes, `repetitions` times after one to warm up: of a whole prefill, or of each decoded step.
 ///
 /// # Errors
-/// Where the context has no room.
-pub fn prefill(
-    engine: &mut Engine,
-    roof: &Roof,
-    count: usize,
-    depth: usize,
-    repetitions: usize,
-) -> Result<KernelTable> {
-    let artifact = engine.artifact().clone();
-    let (program, tokens) = (&artifact.manifest().program, some_tokens(count, artifact.manifest().model.vocab));
-    let sequence = deep(engine, depth)?;
-    engine.prefill(sequence, &tokens)?;
-    let mut samples = vec![];
-    for _ in 0..repetitions {
-        engine.truncate(sequence, depth)?;
-        let mut sample = Sample::default();
-        for chunk in tokens.chunks(program.limits.tokens) {
-            let last = engine.length(sequence)? + chunk.len() == depth + count;
-            let rows = if last { Rows::Last } else { Rows::None };
-            profiled(engine, roof, &mut sample, SequenceWork { sequence, tokens: chunk, rows })?;
-        }
-        samples.push(sample);
-    }
-    engine.release(sequence)?;
-    Ok(table(super::name("pp", count, depth), samples, program, roof, engine.threads()))
-}
-
-/// Kernels of one decoded token, over `count` tokens after `depth`, `repetitions` times after one to warm up.
-///
-/// # Errors
-/// Where the context has no room.
-pub fn decode(engine: &mut Engine, roof: &Roof, count: usize, depth: usize, repetitions: usize) -> Result<KernelTable> {
-    let artifact = engine.artifact().clone();
-    let (program, tokens) = (&artifact.manifest().program, some_tokens(count, artifact.manifest().model.vocab));
-    let sequence = deep(engine, depth)?;
+/// Where the cache has no room.
+pub fn measure(runner: &mut Runner, roof: &Roof, test: &Test, repetitions: usize) -> Result<KernelTable> {
+    let artifact = runner.engine.artifact().clone();
+    let (program, encoder) = (&artifact.manifest().program, artifact.manifest().model.encoder);
+    let steps = test.steps(&program.limits, encoder);
     let mut samples = vec![];
     for repetition in 0..=repetitions {
-        engine.truncate(sequence, depth)?;
-        for token in &tokens {
-            let mut sample = Sample::default();
-            profiled(engine, roof, &mut sample, SequenceWork { sequence, tokens: &[*token], rows: Rows::Last })?;
-            if repetition > 0 {
-                samples.push(sample);
+        let mut passed = vec![];
+        runner.run(test, &steps, |engine, step| {
+            let Some(profile) = engine.profile() else { bail!(Internal, "an engine without times") };
+            if test.kind == Kind::Decode || passed.is_empty() {
+                passed.push(Sample::default());
             }
+            let work = workload(step, encoder);
+            passed.last_mut().into_iter().for_each(|sample| sample.add(program, roof, &work, &profile));
+            Ok(())
+        })?;
+        if repetition > 0 {
+            samples.append(&mut passed);
         }
     }
-    engine.release(sequence)?;
-    Ok(table(super::name("tg", count, depth), samples, program, roof, engine.threads()))
+    Ok(table(*test, samples, program, roof, runner.engine.threads()))
 }
 
 impl KernelRow {
@@ -228,7 +190,7 @@ impl KernelTable {
         let variants: Vec<String> = self.variants.iter().map(|(min, max)| format!("{min} to {max}")).collect();
         format!(
             "{}: {}, in steps for {} tokens; threads: {}; waking them up: {}\n{}",
-            self.test,
+            self.test.name(),
             ms(self.seconds),
             variants.join(", "),
             self.threads,
@@ -239,14 +201,36 @@ impl KernelTable {
 
     /// For programs.
     pub fn json(&self) -> serde_json::Value {
-        let kernel = |row: &KernelRow| {
-            json!({"kernel": row.name, "launches": row.launches, "seconds": row.seconds, "slowest_seconds": row.slowest,
-                "wait_seconds": row.wait, "share": row.seconds / self.seconds, "weight_bytes": row.work.weight_bytes,
-                "cache_bytes": row.work.cache_bytes, "activation_bytes": row.work.activation_bytes,
-                "f32_ops": row.work.f32_ops, "i8_ops": row.work.i8_ops, "bytes_per_second": row.bandwidth(),
-                "ops_per_second": row.operations(), "bound": row.least.1.name(), "roof_share": row.roof_share()})
-        };
-        json!({"test": self.test, "seconds": self.seconds, "start_seconds": self.start, "threads": self.threads, "step_tokens": self.variants,
-            "kernels": self.rows.iter().map(kernel).collect::<Vec<_>>()})
+        let object = |row: &KernelRow| self.fields(row).into_iter().map(|(k, v)| (k.to_string(), v)).collect();
+        let kernels: Vec<serde_json::Map<String, Value>> = self.rows.iter().map(object).collect();
+        json!({"test": self.test.name(), "tokens": self.test.count, "batch": self.test.batch, "depth": self.test.depth,
+            "threads": self.threads, "seconds": self.seconds, "start_seconds": self.start, "step_tokens": self.variants,
+            "kernels": kernels})
+    }
+
+    fn fields(&self, row: &KernelRow) -> [(&'static str, Value); 15] {
+        [
+            ("kernel", row.name.as_str().into()),
+            ("launches", row.launches.into()),
+            ("seconds", row.seconds.into()),
+            ("slowest_seconds", row.slowest.into()),
+            ("wait_seconds", row.wait.into()),
+            ("share", (row.seconds / self.seconds).into()),
+            ("weight_bytes", row.work.weight_bytes.into()),
+            ("cache_bytes", row.work.cache_bytes.into()),
+            ("activation_bytes", row.work.activation_bytes.into()),
+            ("f32_ops", row.work.f32_ops.into()),
+            ("i8_ops", row.work.i8_ops.into()),
+            ("bytes_per_second", row.bandwidth().into()),
+            ("ops_per_second", row.operations().into()),
+            ("bound", row.least.1.name().into()),
+            ("roof_share", row.roof_share().into()),
+        ]
+    }
+
+    /// For spreadsheets: the test and its threads, then a kernel's fields.
+    pub fn csv(&self) -> Vec<Vec<(&'static str, Value)>> {
+        let test = [("test", self.test.name().into()), ("threads", self.threads.into())];
+        self.rows.iter().map(|row| test.iter().cloned().chain(self.fields(row)).collect()).collect()
     }
 }

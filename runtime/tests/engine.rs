@@ -130,6 +130,22 @@ fn forks_share_until_they_part() {
 }
 
 #[test]
+fn duplicates_share_nothing() {
+    let mut engine = engine(small(1));
+    let a = engine.new_sequence();
+    for _ in 0..7 {
+        sum_after(&mut engine, a, &[1; 10]);
+    }
+    let b = engine.duplicate(a).unwrap();
+    assert_eq!(engine.cache_blocks(), (0, 4));
+    assert_eq!(sum_after(&mut engine, a, &[3]), 73.0);
+    assert_eq!(sum_after(&mut engine, b, &[5]), 75.0);
+    engine.truncate(b, 20).unwrap();
+    assert_eq!((sum_after(&mut engine, b, &[7]), engine.cache_blocks().0), (27.0, 1));
+    assert!(engine.duplicate(a).unwrap_err().message().contains("expected 2 free cache blocks"));
+}
+
+#[test]
 fn what_does_not_fit_changes_nothing() {
     let mut engine = engine(small(1));
     let (a, b) = (engine.new_sequence(), engine.new_sequence());

@@ -1,0 +1,283 @@
+//! A test of the matrix -> the ragged steps that run it.
+//!
+//! ```text
+//! pp512 b2, limits of 512 tokens   [seq 0: 512]  [seq 1: 512]
+//! pp128 b8                         [seq 0..3: 128 each]  [seq 4..7: 128 each]
+//! tg64 b8 @ d2048                  64 times [seq 0..7: 1 token each]
+//! ```
+//!
+//! Every sequence has a cache of its own, filled to the test's depth. A decoded token is the likeliest of the logits before
+//! it, so a step's time holds what it takes to read every sequence's row.
+
+use mansard_ir::cost::Workload;
+use mansard_ir::plan::Limits;
+use mansard_ir::{Result, bail};
+use mansard_runtime::{Engine, Rows, Sampler, SamplerOptions, SequenceId, Work};
+use std::time::Instant;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `pp`: whole prompts, of each of which one row leaves.
+    Prefill,
+    /// `tg`: one token of every sequence at a time.
+    Decode,
+}
+
+/// One cell of the matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Test {
+    /// What is measured.
+    pub kind: Kind,
+    /// Tokens of each sequence.
+    pub count: usize,
+    /// Sequences.
+    pub batch: usize,
+    /// Tokens in each sequence's cache before.
+    pub depth: usize,
+}
+
+/// One sequence's part of a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Part {
+    /// Index of the sequence.
+    pub sequence: usize,
+    /// Tokens it has before.
+    pub before: usize,
+    /// New tokens.
+    pub count: usize,
+    /// Rows that leave the step.
+    pub rows: Rows,
+}
+
+impl Test {
+    /// As it is called in reports: `tg128 b8 @ d2048`.
+    pub fn name(&self) -> String {
+        let kind = if self.kind == Kind::Prefill { "pp" } else { "tg" };
+        let batch = if self.batch > 1 { format!(" b{}", self.batch) } else { String::new() };
+        let depth = if self.depth > 0 { format!(" @ d{}", self.depth) } else { String::new() };
+        format!("{kind}{}{batch}{depth}", self.count)
+    }
+
+    /// Tokens of all sequences.
+    pub fn tokens(&self) -> usize {
+        self.count * self.batch
+    }
+
+    /// Tokens of one sequence, those before included.
+    pub fn length(&self) -> usize {
+        self.depth.saturating_add(self.count)
+    }
+
+    /// Refuses what a step or a sequence has no room for.
+    ///
+    /// # Errors
+    /// Names the test and the limit.
+    pub fn check(&self, limits: &Limits, encoder: bool) -> Result<()> {
+        let (name, Test { count, depth, batch, .. }) = (self.name(), *self);
+        if self.length() > limits.context {
+            bail!(Usage, "{name}: {count} tokens after {depth} exceed the context of {}", limits.context);
+        }
+        if encoder && count > limits.tokens {
+            bail!(Usage, "{name}: expected texts of at most {} tokens, which an encoder reads at once", limits.tokens);
+        }
+        let most = limits.sequences.min(limits.rows).min(limits.tokens);
+        if self.kind == Kind::Decode && batch > most {
+            bail!(Usage, "{name}: expected at most {most} sequences in a step, found {batch}");
+        }
+        Ok(())
+    }
+
+    /// As few steps as the limits allow; of an encoder each text is whole.
+    pub fn steps(&self, limits: &Limits, encoder: bool) -> Vec<Vec<Part>> {
+        if self.kind == Kind::Decode {
+            let part = |sequence, i| Part { sequence, before: self.depth + i, count: 1, rows: Rows::Last };
+            return (0..self.count).map(|i| (0..self.batch).map(|sequence| part(sequence, i)).collect()).collect();
+        }
+        let mut steps: Vec<Vec<Part>> = vec![];
+        for sequence in 0..self.batch {
+            let mut done = 0;
+            while done < self.count {
+                let least = if encoder { self.count } else { 1 };
+                let room = match steps.last() {
+                    Some(step) if step.len() < limits.sequences.min(limits.rows) => {
+                        limits.tokens - step.iter().map(|part| part.count).sum::<usize>()
+                    }
+                    _ => 0,
+                };
+                if room < least {
+                    steps.push(vec![]);
+                    continue;
+                }
+                let count = room.min(self.count - done);
+                let last = !encoder && done + count == self.count;
+                let rows = if last { Rows::Last } else { Rows::None };
+                let part = Part { sequence, before: self.depth + done, count, rows };
+                steps.last_mut().into_iter().for_each(|step| step.push(part));
+                done += count;
+            }
+        }
+        steps
+    }
+}
+
+/// What a step asks of a roofline. A token sees those before it and itself; of an encoder, the whole text.
+pub fn workload(step: &[Part], encoder: bool) -> Workload {
+    let tokens: usize = step.iter().map(|part| part.count).sum();
+    let seen = |part: &Part| match encoder {
+        true => part.count as f64,
+        false => part.before as f64 + (part.count + 1) as f64 / 2.0,
+    };
+    Workload {
+        tokens: tokens as f64,
+        sequences: step.len() as f64,
+        rows: step.iter().map(|part| part.rows.of(part.count)).sum::<usize>() as f64,
+        context: step.iter().map(|part| seen(part) * part.count as f64).sum::<f64>() / tokens as f64,
+    }
+}
+
+/// An engine, and sequences of one depth that tests share.
+pub struct Runner {
+    /// Runs the steps.
+    pub engine: Engine,
+    sampler: Sampler,
+    depth: usize,
+    sequences: Vec<SequenceId>,
+}
+
+impl Runner {
+    /// Without sequences yet.
+    ///
+    /// # Errors
+    /// None for the options used.
+    pub fn new(engine: Engine) -> Result<Runner> {
+        Ok(Runner { engine, sampler: Sampler::new(SamplerOptions::greedy())?, depth: 0, sequences: vec![] })
+    }
+
+    /// Sequences of the test's depth, cut back to it.
+    fn ready(&mut self, test: &Test) -> Result<()> {
+        let engine = &mut self.engine;
+        if self.depth != test.depth {
+            self.sequences.drain(..).try_for_each(|sequence| engine.release(sequence))?;
+            self.depth = test.depth;
+        }
+        for sequence in &self.sequences {
+            engine.truncate(*sequence, test.depth)?;
+        }
+        while self.sequences.len() < test.batch {
+            let next = match self.sequences.first() {
+                Some(first) => engine.duplicate(*first)?,
+                None => engine.new_sequence(),
+            };
+            if self.sequences.is_empty() && test.depth > 0 {
+                let vocab = engine.artifact().manifest().model.vocab;
+                engine.prefill(next, &some_tokens(0, test.depth, vocab))?;
+            }
+            self.sequences.push(next);
+        }
+        Ok(())
+    }
+
+    /// Runs a test's steps once and gives the seconds they took together; `after` hears of each step when it is done.
+    ///
+    /// # Errors
+    /// Where the cache has no room, or `after` fails.
+    pub fn run(
+        &mut self,
+        test: &Test,
+        steps: &[Vec<Part>],
+        mut after: impl FnMut(&Engine, &[Part]) -> Result<()>,
+    ) -> Result<f64> {
+        self.ready(test)?;
+        let vocab = self.engine.artifact().manifest().model.vocab;
+        let mut tokens: Vec<Vec<u32>> = (1..=test.batch).map(|seed| some_tokens(seed, test.count, vocab)).collect();
+        let start = Instant::now();
+        for step in steps {
+            let work = step.iter().map(|part| {
+                let first = part.before - test.depth;
+                let tokens = &tokens[part.sequence][first..first + part.count];
+                Work { sequence: self.sequences[part.sequence], tokens, rows: part.rows }
+            });
+            let output = self.engine.step(&work.collect::<Vec<_>>())?;
+            if test.kind == Kind::Decode {
+                for (row, part) in step.iter().enumerate() {
+                    let next = self.sampler.sample(output.logits(row)?, &[])?;
+                    let place = tokens[part.sequence].get_mut(part.before - test.depth + 1);
+                    place.into_iter().for_each(|place| *place = next);
+                }
+            }
+            after(&self.engine, step)?;
+        }
+        Ok(start.elapsed().as_secs_f64())
+    }
+}
+
+/// Tokens of no particular meaning, the same in every run.
+fn some_tokens(seed: usize, count: usize, vocab: usize) -> Vec<u32> {
+    let first = (seed as u64) << 32;
+    (first..first + count as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as u32 % vocab as u32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { tokens: 512, rows: 128, sequences: 64, context: 2048, tile: 4 };
+
+    fn test(kind: Kind, count: usize, batch: usize, depth: usize) -> Test {
+        Test { kind, count, batch, depth }
+    }
+
+    #[test]
+    fn names_say_what_differs() {
+        assert_eq!(test(Kind::Prefill, 512, 1, 0).name(), "pp512");
+        assert_eq!(test(Kind::Decode, 128, 8, 2048).name(), "tg128 b8 @ d2048");
+    }
+
+    #[test]
+    fn prompts_fill_steps_and_encoders_read_whole_texts() {
+        let shape = |test: Test, encoder| -> Vec<Vec<(usize, usize)>> {
+            let steps = test.steps(&LIMITS, encoder);
+            steps.iter().map(|step| step.iter().map(|p| (p.sequence, p.count)).collect()).collect()
+        };
+        let prompts = test(Kind::Prefill, 300, 3, 0);
+        assert_eq!(shape(prompts, false), [vec![(0, 300), (1, 212)], vec![(1, 88), (2, 300)]]);
+        assert_eq!(shape(prompts, true), [vec![(0, 300)], vec![(1, 300)], vec![(2, 300)]]);
+        assert_eq!(shape(test(Kind::Prefill, 2, 70, 0), true).iter().map(Vec::len).collect::<Vec<_>>(), [64, 6]);
+        let rows: Vec<usize> = prompts.steps(&LIMITS, false).iter().map(|s| workload(s, false).rows as usize).collect();
+        assert_eq!(rows, [1, 2]);
+        assert_eq!(shape(test(Kind::Decode, 2, 3, 9), false), [[(0, 1), (1, 1), (2, 1)]; 2]);
+    }
+
+    #[test]
+    fn a_token_sees_what_is_before_it_and_itself() {
+        let deep = test(Kind::Decode, 4, 2, 100).steps(&LIMITS, false);
+        let context: Vec<f64> = deep.iter().map(|step| workload(step, false).context).collect();
+        assert_eq!(context, [101.0, 102.0, 103.0, 104.0]);
+        assert_eq!(workload(&test(Kind::Prefill, 3, 1, 10).steps(&LIMITS, false)[0], false).context, 12.0);
+        assert_eq!(workload(&test(Kind::Prefill, 3, 2, 0).steps(&LIMITS, true)[0], true).context, 3.0);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let says = |test: Test, encoder, word: &str| {
+            let error = test.check(&LIMITS, encoder).unwrap_err();
+            assert!(error.message().contains(word) && error.exit_code() == 2, "{error}");
+        };
+        says(
+            test(Kind::Decode, 128, 1, 2000),
+            false,
+            "tg128 @ d2000: 128 tokens after 2000 exceed the context of 2048",
+        );
+        says(test(Kind::Decode, 1, 1, usize::MAX), false, "exceed the context of 2048");
+        says(test(Kind::Decode, 1, 65, 0), false, "at most 64 sequences in a step, found 65");
+        says(test(Kind::Prefill, 513, 1, 0), true, "at most 512 tokens");
+        assert!(test(Kind::Prefill, 2048, 1000, 0).check(&LIMITS, false).is_ok());
+    }
+
+    #[test]
+    fn tokens_are_in_the_vocabulary() {
+        assert!(some_tokens(3, 1000, 7).iter().all(|t| *t < 7));
+        assert_ne!(some_tokens(1, 8, 1000), some_tokens(2, 8, 1000));
+    }
+}
