@@ -389,10 +389,21 @@ impl Emitter {
         self.op(ty, format_args!("llvm.load {pointer} {{alignment = {align} : i64}} : !llvm.ptr -> {ty}"))
     }
 
+    /// Asks for the cache line at an address, which need not exist, before it is loaded.
+    pub fn prefetch(&mut self, pointer: Val) {
+        let how = "<{rw = 0 : i32, hint = 3 : i32, cache = 1 : i32}>";
+        self.line(format_args!("\"llvm.intr.prefetch\"({pointer}) {how} : (!llvm.ptr) -> ()"));
+    }
+
     /// Stores a value.
     pub fn store(&mut self, value: Val, pointer: Val, align: usize) {
         let ty = value.ty;
         self.line(format_args!("llvm.store {value}, {pointer} {{alignment = {align} : i64}} : {ty}, !llvm.ptr"));
+    }
+
+    /// Adds to an `i64` that workers share and gives what it was; orders their other accesses before and after.
+    pub fn atomic_add(&mut self, pointer: Val, value: Val) -> Val {
+        self.op(value.ty, format_args!("llvm.atomicrmw add {pointer}, {value} acq_rel : !llvm.ptr, {}", value.ty))
     }
 
     /// Bytes on the stack, 64-byte aligned, allocated once at the top of the function.

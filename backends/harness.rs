@@ -130,7 +130,8 @@ pub fn run(
     }
     let lengths: Vec<usize> = step.sequences.iter().map(|s| s.past + s.len).collect();
     let pool = Pool::new(&lengths);
-    let arrays = StepArrays::new(step, rows, &pool);
+    let most = threads.iter().max().copied().unwrap_or(1);
+    let mut arrays = StepArrays::new(step, rows, &pool, (kernel.scratch_bytes(), most));
     let mut memories: Vec<Memory> = vec![];
     for (input, given) in body.inputs.iter().zip(inputs) {
         match (given, &input.ty) {
@@ -144,10 +145,12 @@ pub fn run(
         memories.push(Memory::for_result(body.ty(*v), arrays.rows_of(body.ty(*v))));
     }
     let mut runs: Vec<(Vec<Memory>, usize)> = threads.iter().map(|n| (memories.clone(), *n)).collect();
+    let args = arrays.args();
     match machine {
-        Machine::Here => runs.iter_mut().for_each(|(memories, n)| call(image, memories, &arrays.args(), *n)),
+        Machine::Here => runs.iter_mut().for_each(|(memories, n)| call(image, memories, &args, *n)),
         Machine::Qemu(qemu) => qemu.call(image, &mut runs, &arrays),
     }
+    arrays.scratch.check_canaries(&format!("scratch of `{}`", kernel.name));
     let results = |(memories, _): &(Vec<Memory>, usize)| {
         memories.iter().enumerate().for_each(|(i, m)| m.check_canaries(&format!("argument {i} of `{}`", kernel.name)));
         let mut results = outputs..;

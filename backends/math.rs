@@ -89,6 +89,22 @@ pub fn exp(e: &mut Emitter, x: Val) -> Val {
     e.convert("bitcast", bits, F32)
 }
 
+/// `2^x` for `x <= 0`, at least 2^-126: relative error 2.3e-7.
+///
+/// `x = n + r` with `|r| <= 1/2`; `2^r` by a minimax polynomial of degree 5; `2^n` by adding to the exponent field.
+pub fn exp2_falling(e: &mut Emitter, x: Val) -> Val {
+    let low = e.float(x.ty, -126.0);
+    let clamped = e.max(x, low);
+    let n = e.math("roundeven", clamped);
+    let r = e.sub(clamped, n);
+    let y = polynomial(e, r, &[1.327_647_1e-3, 9.675_541e-3, 5.550_713e-2, 0.240_221_2, 0.693_146_94, 1.000_000_1]);
+    let n = e.convert("fptosi", n, I32);
+    let exponent = e.shl(n, 23);
+    let bits = e.convert("bitcast", y, I32);
+    let bits = e.add(bits, exponent);
+    e.convert("bitcast", bits, F32)
+}
+
 /// `1 / (1 + e^-x)`.
 pub fn sigmoid(e: &mut Emitter, x: Val) -> Val {
     let minus = e.neg(x);

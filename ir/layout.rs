@@ -158,6 +158,65 @@ pub fn cache_block_bytes(ty: &Type) -> Option<usize> {
     }
 }
 
+/// What attention computes at once, and the memory in which workers share what they have of it.
+///
+/// An item is some tokens with the query heads of one key-value head. Where several workers compute different positions of
+/// an item, each leaves a *partial*: for every row its sums of weighted values and of weights, and its largest score.
+/// A worker's scratch is a line with a counter, then two partials: of an item that an earlier worker began, and of one
+/// that a later worker ends. It is zero before the first step, and its counter after every launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionItem {
+    /// Most tokens.
+    pub tokens: usize,
+    /// Query heads: those of a key-value head, or an equal part where they are very many.
+    pub heads: usize,
+    /// Bytes of a row of a partial: the head, then 16 sums of weights, in f32.
+    pub row_bytes: usize,
+}
+
+impl AttentionItem {
+    /// Rows (token, query head) whose sums share the registers.
+    pub const REGISTER_ROWS: usize = 6;
+    /// Cache blocks whose scores a row keeps.
+    pub const SPAN: usize = 4;
+    /// Most rows.
+    const ROWS: usize = 64;
+    /// Most tokens.
+    const TOKENS: usize = 32;
+    /// Memory of an item, to stay in the second-level cache.
+    const BYTES: usize = 256 << 10;
+
+    /// The item for `group` query heads of `dim` on each key-value head.
+    pub fn new(group: usize, dim: usize) -> AttentionItem {
+        let row_bytes = (dim.next_multiple_of(STRIP) + STRIP) * 4;
+        let rows = (Self::BYTES / (2 * row_bytes + Self::score_bytes())).clamp(1, Self::ROWS);
+        let heads = (1..=group).rev().find(|h| group.is_multiple_of(*h) && *h <= rows).unwrap_or(1);
+        let most = (rows / heads).clamp(1, Self::TOKENS);
+        let even = (most / 2..=most).rev().find(|t| *t > 0 && (t * heads).is_multiple_of(Self::REGISTER_ROWS));
+        AttentionItem { tokens: even.unwrap_or(most), heads, row_bytes }
+    }
+
+    /// Most rows, in whole vectors.
+    pub fn rows(&self) -> usize {
+        (self.tokens * self.heads).next_multiple_of(STRIP)
+    }
+
+    /// Bytes of a row of scores: one line more, so that rows do not meet in the same lines of a cache.
+    pub const fn score_bytes() -> usize {
+        Self::SPAN * CACHE_BLOCK * 4 + ALIGN
+    }
+
+    /// Bytes of a partial: rows, then the largest scores.
+    pub fn partial_bytes(&self) -> usize {
+        self.rows() * (self.row_bytes + 4)
+    }
+
+    /// Bytes of a worker's scratch.
+    pub fn scratch_bytes(&self) -> usize {
+        ALIGN + 2 * self.partial_bytes()
+    }
+}
+
 /// Element offset of `(head, position in block, d)` inside a cache block.
 pub fn cache_offset(role: CacheRole, dim: usize, head: usize, slot: usize, d: usize) -> usize {
     match role {

@@ -9,7 +9,9 @@
 //! of the launch's [`Arg`]s. Every worker calls every kernel and takes its own share.
 
 use crate::graph::{Graph, TokenRange};
-use crate::types::Dim;
+use crate::layout::AttentionItem;
+use crate::ops::Class;
+use crate::types::{Dim, Type};
 use serde::{Deserialize, Serialize};
 
 macro_rules! index {
@@ -78,6 +80,17 @@ impl Kernel {
         let values: Vec<_> = self.body.values().filter(|v| self.body.node(*v).is_some()).collect();
         crate::kernel::kind(&self.body, &values)
     }
+
+    /// Bytes of scratch that each worker needs.
+    pub fn scratch_bytes(&self) -> usize {
+        let (body, attends) = (&self.body, |n: &&crate::Node| n.op.class() == Class::Attend);
+        match body.nodes.iter().find(attends).map(|n| (body.ty(n.operands[0]), body.ty(n.operands[1]))) {
+            Some((q, Type::Cache { heads, dim, .. })) => {
+                AttentionItem::new(q.row_width().unwrap_or(0) / dim / heads, *dim).scratch_bytes()
+            }
+            _ => 0,
+        }
+    }
 }
 
 /// How a packed weight is made from the weight table.
@@ -96,6 +109,9 @@ pub struct Program {
     pub limits: Limits,
     /// Size of the activation arena.
     pub arena_bytes: usize,
+    /// Memory of each worker for what it shares with others inside a launch; zero before the first step.
+    #[serde(default)]
+    pub scratch_bytes: usize,
     /// Activations, by offset into the arena; they share memory where their lifetimes do not meet.
     pub buffers: Vec<Buffer>,
     /// Packed weights.
@@ -121,7 +137,8 @@ pub struct Limits {
     pub sequences: usize,
     /// Positions of a sequence.
     pub context: usize,
-    /// Tokens of an attention tile: the runtime cuts each sequence's tokens into tiles of at most this many.
+    /// Tokens of an attention tile: the runtime cuts each sequence's tokens into tiles of at most this many. Kernels cut
+    /// tiles again, as [`crate::layout::AttentionItem`] says.
     pub tile: usize,
 }
 
@@ -285,4 +302,8 @@ pub struct StepArgs {
     pub tables: *const i32,
     /// `i32[s][2]`: first token and number of tokens of each sequence in this step.
     pub sequences: *const i32,
+    /// Scratch of all workers, one after the other.
+    pub scratch: *mut u8,
+    /// Bytes of one worker's scratch.
+    pub scratch_bytes: i64,
 }

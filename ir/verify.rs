@@ -323,6 +323,15 @@ pub fn verify_plan(plan: &Plan) -> Result<Verified<'_, Plan>> {
         }
     }
     let limits = &program.limits;
+    if let Some(kernel) = plan.kernels.iter().find(|k| k.scratch_bytes() > program.scratch_bytes) {
+        bail!(
+            Input,
+            "expected {} bytes of scratch for `{}`, found {}",
+            kernel.scratch_bytes(),
+            kernel.name,
+            program.scratch_bytes
+        );
+    }
     for (i, buffer) in program.buffers.iter().enumerate() {
         let rows = buffer.rows.most(limits).checked_next_multiple_of(layout::STRIP);
         let size = rows.and_then(|rows| rows.checked_mul(buffer.row_bytes));

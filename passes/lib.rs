@@ -61,7 +61,7 @@ pub struct LimitsRequest {
 
 impl Default for LimitsRequest {
     fn default() -> Self {
-        LimitsRequest { tokens: 512, rows: 128, sequences: 64, context: None, tile: 4 }
+        LimitsRequest { tokens: 512, rows: 128, sequences: 64, context: None, tile: 512 }
     }
 }
 

@@ -62,6 +62,7 @@ pub fn plan(model: &Model, request: &LimitsRequest) -> Result<Plan> {
     let program = Program {
         limits,
         arena_bytes,
+        scratch_bytes: bodies.kernels.iter().map(Kernel::scratch_bytes).max().unwrap_or(0),
         buffers,
         weights: tables.weights.iter().map(|w| weight_spec(&w.pack, &w.ty)).collect::<Result<_>>()?,
         caches: tables.caches.iter().map(|(name, ty)| cache_spec(name, ty)).collect::<Result<_>>()?,

@@ -77,6 +77,7 @@ pub struct Engine {
     recorder: Option<Arc<Recorder>>,
     arrays: StepArrays,
     arena: Arena,
+    scratch: Arena,
     pools: Arena,
     weights: Option<Arena>,
     artifact: Arc<Artifact>,
@@ -112,6 +113,7 @@ impl Engine {
         let image = Image::map(bytes, &code.entries)?;
         let threads = options.threads.unwrap_or_else(physical_cores);
         let arena = Arena::huge("activations", program.arena_bytes)?;
+        let scratch = Arena::new("scratch of workers", program.scratch_bytes.saturating_mul(threads))?;
         let blocks = block_count(program, options)?;
         let (pools, offsets) = make_pools(program, blocks)?;
         let weights = match options.weights {
@@ -130,7 +132,7 @@ impl Engine {
         let running = Running { executable: executable.clone(), recorder: recorder.clone() };
         let team = Team::new(threads, options.pin, running)?;
         let blocks = Blocks::new(blocks as u32);
-        Ok(Engine { team, executable, recorder, arrays, arena, pools, weights, artifact, blocks, slots: vec![] })
+        Ok(Engine { team, executable, recorder, arrays, arena, scratch, pools, weights, artifact, blocks, slots: vec![] })
     }
 
     /// What it runs.
@@ -241,7 +243,7 @@ impl Engine {
         };
         let segments: Vec<Segment<'_>> = work.iter().map(segment).collect::<Result<_>>()?;
         self.arrays.fill(&segments, self.artifact.manifest().program.limits.tile);
-        let step = self.arrays.args();
+        let step = self.arrays.args(self.scratch.at(0), self.program().scratch_bytes);
         let Some(variant) = self.executable.variant_for(self.arrays.tokens.len()) else {
             bail!(Internal, "no variant for {} tokens", self.arrays.tokens.len());
         };

@@ -112,8 +112,8 @@ impl StepArrays {
         }
     }
 
-    /// The arrays as kernels see them.
-    pub fn args(&self) -> StepArgs {
+    /// The arrays as kernels see them, beside the workers' scratch of so many bytes each.
+    pub fn args(&self, scratch: *mut u8, scratch_bytes: usize) -> StepArgs {
         StepArgs {
             t: self.tokens.len() as i64,
             s: self.sequences.len() as i64,
@@ -127,6 +127,8 @@ impl StepArrays {
             tile: self.tiles.as_ptr().cast(),
             tables: self.tables.as_ptr(),
             sequences: self.sequences.as_ptr().cast(),
+            scratch,
+            scratch_bytes: scratch_bytes as i64,
         }
     }
 }
@@ -163,7 +165,7 @@ mod tests {
         let segment = |tokens, rows| Segment { tokens, position: 0, table: &[0], rows };
         arrays.fill(&[segment(&[1, 2], Rows::None), segment(&[3, 4], Rows::All), segment(&[5], Rows::Last)], 8);
         assert_eq!(arrays.rows, [2, 3, 4]);
-        let args = arrays.args();
+        let args = arrays.args(std::ptr::null_mut(), 0);
         assert_eq!((args.t, args.s, args.r, args.tiles), (5, 3, 3, 3));
     }
 

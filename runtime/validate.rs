@@ -15,6 +15,7 @@ const MAX_SEQUENCES: usize = 1 << 16;
 const MAX_CONTEXT: usize = 1 << 28;
 const MAX_BYTES: usize = 1 << 46;
 const MAX_CACHE_BLOCK_BYTES: usize = 1 << 30;
+const MAX_SCRATCH_BYTES: usize = 1 << 26;
 const MAX_ARGS: usize = 1 << 10;
 
 /// Checks an artifact whose hashes hold.
@@ -27,6 +28,10 @@ pub fn validate(artifact: &Artifact) -> Result<()> {
     }
     if program.arena_bytes > MAX_BYTES {
         bail!(Input, "expected an arena of at most {MAX_BYTES} bytes, found {}", program.arena_bytes);
+    }
+    let scratch = program.scratch_bytes;
+    if scratch > MAX_SCRATCH_BYTES || !scratch.is_multiple_of(ALIGN) {
+        bail!(Input, "expected scratch of a multiple of {ALIGN} bytes up to {MAX_SCRATCH_BYTES}, found {scratch}");
     }
     for (i, b) in program.buffers.iter().enumerate() {
         buffer(b, program).at(|| format!("buf{i} `{}`", b.name))?;

@@ -60,6 +60,8 @@ pub enum StepField {
     Tile,
     Tables,
     Sequences,
+    Scratch,
+    ScratchBytes,
 }
 
 /// Loads a field of the step: counts are `i64`, arrays are pointers.
@@ -77,6 +79,8 @@ pub fn step_field(e: &mut Emitter, k: KernelArgs, field: StepField) -> Val {
         StepField::Tile => (offset_of!(StepArgs, tile), PTR),
         StepField::Tables => (offset_of!(StepArgs, tables), PTR),
         StepField::Sequences => (offset_of!(StepArgs, sequences), PTR),
+        StepField::Scratch => (offset_of!(StepArgs, scratch), PTR),
+        StepField::ScratchBytes => (offset_of!(StepArgs, scratch_bytes), I64),
     };
     e.step_field(k, offset, ty)
 }

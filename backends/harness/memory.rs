@@ -8,7 +8,7 @@ use mansard_ir::{CacheRole, DType, Dim, Type};
 use std::sync::Arc;
 
 /// Most tokens of an attention tile.
-const TILE: usize = 4;
+const TILE: usize = 50;
 /// Cache lines of canary on either side of a buffer.
 pub const GUARD: usize = 4;
 const CANARY: u8 = 0xA5;
@@ -276,11 +276,19 @@ pub struct StepArrays {
     tiles: Vec<[i32; 4]>,
     tables: Vec<i32>,
     sequences: Vec<[i32; 2]>,
+    /// Of all workers.
+    pub scratch: Memory,
+    scratch_bytes: usize,
 }
 
 impl StepArrays {
-    /// As a runtime describes `step`.
-    pub fn new(step: &Step, rows: Vec<i32>, pool: &Pool) -> StepArrays {
+    /// As a runtime describes `step`, with so many bytes of scratch for each of the workers.
+    pub fn new(
+        step: &Step,
+        rows: Vec<i32>,
+        pool: &Pool,
+        (scratch_bytes, workers): (usize, usize),
+    ) -> StepArrays {
         let (mut tiles, mut sequences, mut slots) = (vec![], vec![], vec![]);
         for (index, s) in step.sequences.iter().enumerate() {
             sequences.push([s.start as i32, s.len as i32]);
@@ -292,7 +300,8 @@ impl StepArrays {
         }
         let (t, s) = (step.tokens(), step.sequences.len());
         let (tokens, positions, tables) = (vec![0; t], step.positions(), pool.table());
-        StepArrays { t, s, stride: pool.stride, tokens, positions, rows, slots, tiles, tables, sequences }
+        let (stride, scratch) = (pool.stride, Memory::new(&vec![0; scratch_bytes * workers]));
+        StepArrays { t, s, stride, tokens, positions, rows, slots, tiles, tables, sequences, scratch, scratch_bytes }
     }
 
     /// How many rows an activation of this type has; a step in which no row is asked for by an input asks for as many as
@@ -309,8 +318,8 @@ impl StepArrays {
 
     /// The step's arguments as bytes for an address in another machine's memory, and the arrays after them.
     pub fn whole(&self, address: usize) -> Vec<u8> {
-        let args = self.args();
-        let mut head: Vec<i64> = vec![args.t, args.s, args.r, args.tiles, args.table_stride];
+        let counts = [self.t, self.s, self.rows_of(&Type::f32([Dim::R])), self.tiles.len(), self.stride];
+        let mut head: Vec<i64> = counts.iter().map(|n| *n as i64).collect();
         let (tile, sequences) = (self.tiles.as_flattened(), self.sequences.as_flattened());
         let arrays = [&self.tokens, &self.positions, &self.rows, &self.slots, tile, &self.tables, sequences];
         let (mut at, mut tail) = (size_of::<StepArgs>(), vec![]);
@@ -319,11 +328,14 @@ impl StepArrays {
             at += 4 * array.len();
             tail.extend(array.iter().flat_map(|x| x.to_le_bytes()));
         }
+        let scratch = at.next_multiple_of(64);
+        head.extend([(address + scratch) as i64, self.scratch_bytes as i64]);
+        tail.resize(tail.len() + scratch - at + self.scratch.whole().len(), 0);
         head.iter().flat_map(|x| x.to_le_bytes()).chain(tail).collect()
     }
 
     /// What kernels get.
-    pub fn args(&self) -> StepArgs {
+    pub fn args(&mut self) -> StepArgs {
         StepArgs {
             t: self.t as i64,
             s: self.s as i64,
@@ -337,6 +349,8 @@ impl StepArrays {
             tile: self.tiles.as_ptr().cast(),
             tables: self.tables.as_ptr(),
             sequences: self.sequences.as_ptr().cast(),
+            scratch: self.scratch.address() as *mut u8,
+            scratch_bytes: self.scratch_bytes as i64,
         }
     }
 }

@@ -89,6 +89,8 @@ struct Unplaced {
     inputs: usize,
     /// Caches it appends to.
     appended: BTreeSet<CacheId>,
+    /// Its workers share the scratch.
+    scratch: bool,
 }
 
 /// The launches of one variant and the values between them.
@@ -211,7 +213,8 @@ impl Flattener<'_> {
             };
             self.bound.insert(*value, bound);
         }
-        self.out.launches.push(Unplaced { kernel: site.kernel, args, inputs, appended });
+        let scratch = bodies.kernels[site.kernel.0 as usize].scratch_bytes() > 0;
+        self.out.launches.push(Unplaced { kernel: site.kernel, args, inputs, appended, scratch });
         Ok(())
     }
 
@@ -327,6 +330,7 @@ struct Hazards {
     written: Vec<(usize, usize)>,
     caches_read: BTreeSet<CacheId>,
     caches_written: BTreeSet<CacheId>,
+    scratch: bool,
 }
 
 impl Hazards {
@@ -348,7 +352,8 @@ impl Hazards {
             || meet(&writes, &self.read)
             || touched(&cache_reads, &self.caches_written)
             || touched(&site.appended, &self.caches_written)
-            || touched(&site.appended, &self.caches_read);
+            || touched(&site.appended, &self.caches_read)
+            || site.scratch && self.scratch;
         if wait {
             *self = Hazards::default();
         }
@@ -356,6 +361,7 @@ impl Hazards {
         self.written.extend(writes);
         self.caches_read.extend(cache_reads);
         self.caches_written.extend(&site.appended);
+        self.scratch |= site.scratch;
         wait
     }
 }

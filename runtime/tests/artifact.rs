@@ -117,6 +117,8 @@ fn figures_that_do_not_fit_are_refused() {
         ("limits: expected tile", |m| m.program.limits.tile = 0),
         ("expected a vocabulary", |m| m.model.vocab = 1 << 33),
         ("expected an arena", |m| m.program.arena_bytes = 1 << 60),
+        ("expected scratch", |m| m.program.scratch_bytes = 1 << 40),
+        ("expected scratch", |m| m.program.scratch_bytes = 65),
         ("inside an arena of 4096", |m| m.program.buffers[1].offset = 4096),
         ("inside an arena", |m| m.program.buffers[1].offset = usize::MAX - 63),
         ("inside an arena", |m| m.program.buffers[1].row_bytes = usize::MAX),

@@ -7,6 +7,7 @@
 
 use crate::cpu::rows::walk::LANES;
 use crate::emit::{Emitter, F16, F32, Val};
+use mansard_ir::layout::ALIGN;
 
 /// `sums[row][chunk] += sum over k of a[row][k] * b[k][chunk]`, `a` in f32, `b` as cached.
 pub(super) struct Product<'a> {
@@ -22,6 +23,8 @@ pub(super) struct Product<'a> {
     pub(super) align: usize,
     /// `(first element, lanes)`.
     pub(super) chunks: &'a [(usize, usize)],
+    /// What will be read next; as much of it is asked for as is read of `b`.
+    pub(super) next: Val,
 }
 
 impl Product<'_> {
@@ -31,6 +34,11 @@ impl Product<'_> {
             let mut sums = sums.to_vec();
             let line = e.row(self.b, k, self.b_stride);
             let b: Vec<Val> = self.chunks.iter().map(|c| self.load(e, line, *c)).collect();
+            let next = e.row(self.next, k, self.b_stride);
+            for offset in (0..self.b_stride).step_by(ALIGN) {
+                let at = e.gep_const(next, offset);
+                e.prefetch(at);
+            }
             let column = e.row(self.a, k, 4);
             for row in 0..self.rows {
                 let at = e.gep_const(column, row * self.a_stride);

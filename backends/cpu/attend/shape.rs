@@ -1,38 +1,24 @@
-//! What is known of an attention kernel when it is emitted: extents, rules, and how its work falls into items, rows and
-//! registers.
+//! What is known of an attention kernel when it is emitted: extents, rules, and how its work falls into rows and registers.
 
-use super::Scratch;
 use crate::cpu::rows::walk::LANES;
-use mansard_ir::layout::{cache_block_bytes, row_bytes};
-use mansard_ir::plan::Kernel;
+use mansard_ir::layout::{AttentionItem, cache_block_bytes, row_bytes};
 use mansard_ir::{DType, Node, Result, Target, Type, bail};
 
-/// Tokens that are computed together.
-pub(super) const TOKENS: usize = 4;
-
-/// Most rows whose accumulators share the registers.
-pub(super) const ROWS: usize = 6;
-
-/// Bytes of stack that an item's rows may take before its group is cut: what stays in the second-level cache.
-pub(super) const SCRATCH_BYTES: usize = 256 << 10;
-
-/// Tokens of a step from which its tiles alone keep the workers busy.
-const MANY_TOKENS: usize = 9;
-
-/// Tokens of a tile that this kernel computes at once: steps of fewer have no full tiles.
-pub(super) fn tokens_together(kernel: &Kernel) -> usize {
-    if kernel.range.max < TOKENS { 1 } else { TOKENS }
-}
+/// Registers that a product leaves to what it reads.
+const SPARE: usize = 8;
+/// The same where there are sixteen in all.
+const SPARE_OF_16: usize = 4;
 
 /// Extents and rules, all known now.
 pub(super) struct Shape {
     /// Width of a head.
     pub(super) dim: usize,
-    /// Query heads of an item: a group, or a part of one.
-    pub(super) heads: usize,
-    /// Items of each key-value head and tile.
+    /// What is computed at once.
+    pub(super) item: AttentionItem,
+    /// Items of each token: key-value heads, times the parts of a group that is too large for one.
+    pub(super) slices: usize,
+    /// Items of each token and key-value head.
     pub(super) parts: usize,
-    pub(super) kv_heads: usize,
     /// Bytes of a stored key or value.
     pub(super) element: usize,
     pub(super) cache_block_bytes: usize,
@@ -42,13 +28,13 @@ pub(super) struct Shape {
     pub(super) causal: bool,
     pub(super) window: usize,
     pub(super) softcap: f32,
-    pub(super) registers: usize,
+    registers: usize,
     /// Registers that 16 lanes take.
-    pub(super) per_vector: usize,
+    per_vector: usize,
 }
 
 impl Shape {
-    pub(super) fn new(kernel: &Kernel, target: &Target, node: &Node, q: &Type, cache: &Type) -> Result<Shape> {
+    pub(super) fn new(target: &Target, node: &Node, q: &Type, cache: &Type) -> Result<Shape> {
         let (Type::Cache { heads: kv_heads, dim, dtype, .. }, Some(width)) = (cache, q.row_width()) else {
             bail!(Internal, "attention of {q} over {cache}")
         };
@@ -61,14 +47,13 @@ impl Shape {
             other => bail!(Unsupported, "a cache of {other}: f32 or f16 is needed"),
         };
         let group = width / dim / kv_heads;
-        let workers = Some(target.machine.threads).filter(|_| kernel.range.min < MANY_TOKENS);
-        let tokens = tokens_together(kernel);
-        let parts = parts(*kv_heads, group, workers, &|heads| Scratch::bytes(tokens * heads, *dim) <= SCRATCH_BYTES);
+        let item = AttentionItem::new(group, *dim);
+        let parts = group / item.heads;
         Ok(Shape {
             dim: *dim,
-            heads: group / parts,
+            item,
+            slices: kv_heads * parts,
             parts,
-            kv_heads: *kv_heads,
             element,
             cache_block_bytes,
             row_bytes,
@@ -81,14 +66,14 @@ impl Shape {
         })
     }
 
-    /// Bytes of a row of scratch: a head in whole vectors.
+    /// Bytes of a row of queries: a head in whole vectors.
     pub(super) fn stride(&self) -> usize {
         self.dim.next_multiple_of(LANES) * 4
     }
 
     /// Vectors of 16 lanes that go with `rows` rows into one pass of a product.
     pub(super) fn vectors(&self, rows: usize) -> usize {
-        let spare = if self.registers >= 32 { 8 } else { 4 };
+        let spare = if self.registers >= 32 { SPARE } else { SPARE_OF_16 };
         ((self.registers - spare) / (rows * self.per_vector)).max(1)
     }
 
@@ -104,23 +89,11 @@ impl Shape {
         }
         chunks
     }
-}
 
-/// Into how many parts to cut each group. `fits` tells whether a worker's memory holds the rows of so many heads.
-///
-/// Where tiles are few, a part more reads the cache once more, which costs as much as the work of about two rows; a part
-/// fewer may leave workers idle.
-pub(super) fn parts(kv_heads: usize, group: usize, workers: Option<usize>, fits: &dyn Fn(usize) -> bool) -> usize {
-    let cost = |parts: usize| match workers {
-        Some(workers) => (kv_heads * parts).div_ceil(workers.max(1)) * (2 + group / parts),
-        None => parts,
-    };
-    let divisors = (1..=group).filter(|p| group.is_multiple_of(*p) && fits(group / p));
-    divisors.min_by_key(|p| cost(*p)).unwrap_or(group)
-}
-
-/// `(rows, how often)`: as few and as equal groups of rows as go into registers.
-pub(super) fn row_groups(rows: usize) -> [(usize, usize); 2] {
-    let size = rows.div_ceil(rows.div_ceil(ROWS));
-    [(size, rows / size), (rows % size, 1)]
+    /// How many rows an item can have beyond whole groups of [`AttentionItem::REGISTER_ROWS`].
+    pub(super) fn odd_rows(&self) -> Vec<usize> {
+        let rows = (1..=self.item.tokens).map(|tokens| tokens * self.item.heads % AttentionItem::REGISTER_ROWS);
+        let odd: std::collections::BTreeSet<usize> = rows.filter(|r| *r > 0).collect();
+        odd.into_iter().collect()
+    }
 }

@@ -1,7 +1,7 @@
 //! Attention against the interpreter: masks, groups, widths, caches, ragged steps.
 
-use super::shape::{ROWS, parts, row_groups};
 use crate::harness;
+use mansard_ir::layout::AttentionItem;
 
 /// A step of several sequences: prompts, continued prompts, lone tokens, over one and several cache blocks.
 const RAGGED: [(usize, usize); 5] = [(0, 9), (200, 1), (61, 6), (63, 1), (127, 4)];
@@ -71,14 +71,15 @@ fn lone_tokens() {
 }
 
 #[test]
-fn work_is_cut_for_the_workers() {
-    let any = |_| true;
-    assert_eq!(parts(1, 4, Some(2), &any), 2);
-    assert_eq!(parts(8, 4, Some(2), &any), 1);
-    assert_eq!(parts(1, 4, None, &any), 1);
-    assert_eq!(parts(1, 12, None, &|heads| heads <= 5), 3);
-    for rows in 1..100 {
-        let [(size, count), (rest, _)] = row_groups(rows);
-        assert!(size * count + rest == rows && size <= ROWS && rest < size);
+fn items_fit_their_memory() {
+    for group in [1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 64, 71, 72] {
+        for dim in [8, 32, 64, 80, 128, 256, 512] {
+            let item = AttentionItem::new(group, dim);
+            assert!(group.is_multiple_of(item.heads) && item.tokens > 0);
+            assert!(item.tokens * item.heads <= item.rows() && item.rows() <= 64);
+            let bytes = item.rows() * (2 * item.row_bytes + AttentionItem::score_bytes());
+            assert!(bytes <= 320 << 10, "{group} x {dim}: {bytes} bytes");
+        }
     }
+    assert_eq!((AttentionItem::new(3, 64).tokens, AttentionItem::new(3, 64).heads), (20, 3));
 }

@@ -101,6 +101,7 @@ fn counting_program() -> Program {
     Program {
         limits,
         arena_bytes: 4096,
+        scratch_bytes: 0,
         buffers: vec![
             buffer("logits", 0, RowCount::Rows),
             buffer("sums", 1024, RowCount::Sequences),
