@@ -395,6 +395,13 @@ impl Emitter {
         self.line(format_args!("llvm.store {value}, {pointer} {{alignment = {align} : i64}} : {ty}, !llvm.ptr"));
     }
 
+    /// Asks for the cache line `bytes` behind `pointer`, which may lie anywhere.
+    pub fn prefetch(&mut self, pointer: Val, bytes: usize) {
+        let at = self.op(PTR, format_args!("llvm.getelementptr {pointer}[{bytes}] : (!llvm.ptr) -> !llvm.ptr, i8"));
+        let how = "{rw = 0 : i32, hint = 3 : i32, cache = 1 : i32}";
+        self.line(format_args!("\"llvm.intr.prefetch\"({at}) {how} : (!llvm.ptr) -> ()"));
+    }
+
     /// Bytes on the stack, 64-byte aligned, allocated once at the top of the function.
     pub fn stack(&mut self, bytes: usize) -> Val {
         let size = self.i64(bytes as i64);
