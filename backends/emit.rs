@@ -389,10 +389,11 @@ impl Emitter {
         self.op(ty, format_args!("llvm.load {pointer} {{alignment = {align} : i64}} : !llvm.ptr -> {ty}"))
     }
 
-    /// Asks for the cache line at an address, which need not exist, before it is loaded.
-    pub fn prefetch(&mut self, pointer: Val) {
+    /// Asks for the cache line `bytes` behind `pointer`, which need not exist, before it is loaded.
+    pub fn prefetch(&mut self, pointer: Val, bytes: usize) {
+        let at = self.op(PTR, format_args!("llvm.getelementptr {pointer}[{bytes}] : (!llvm.ptr) -> !llvm.ptr, i8"));
         let how = "<{rw = 0 : i32, hint = 3 : i32, cache = 1 : i32}>";
-        self.line(format_args!("\"llvm.intr.prefetch\"({pointer}) {how} : (!llvm.ptr) -> ()"));
+        self.line(format_args!("\"llvm.intr.prefetch\"({at}) {how} : (!llvm.ptr) -> ()"));
     }
 
     /// Stores a value.

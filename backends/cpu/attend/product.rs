@@ -36,8 +36,7 @@ impl Product<'_> {
             let b: Vec<Val> = self.chunks.iter().map(|c| self.load(e, line, *c)).collect();
             let next = e.row(self.next, k, self.b_stride);
             for offset in (0..self.b_stride).step_by(ALIGN) {
-                let at = e.gep_const(next, offset);
-                e.prefetch(at);
+                e.prefetch(next, offset);
             }
             let column = e.row(self.a, k, 4);
             for row in 0..self.rows {

@@ -14,8 +14,12 @@ use super::isa::{self, dot4};
 use super::{Rows, part_at};
 use crate::emit::{Emitter, F16, F32, I8, I32, Val};
 use mansard_ir::formats::{IntFormat, Zero};
-use mansard_ir::layout::{A8, STRIP, StripLayout, code_bytes, high_bytes};
+use mansard_ir::layout::{A8, ALIGN, STRIP, StripLayout, code_bytes, high_bytes};
 use mansard_ir::target::Target;
+
+/// How far ahead of use weights are asked for. Left to itself, hardware falls behind once several tokens' dot products
+/// stand between one line of weights and the next.
+const PREFETCH: usize = 8 << 10;
 
 /// Every row against every strip, weight group by weight group where those are wide, else line of activations by line.
 pub fn tile(
@@ -58,9 +62,19 @@ struct Tile<'a> {
 }
 
 impl Tile<'_> {
+    /// Asks for the weights that follow a line's, some way ahead.
+    fn prefetch(&self, e: &mut Emitter, line: Val) {
+        let bytes = self.layout.chunk_bytes * A8::GROUP / self.layout.chunk;
+        for strip in self.strips {
+            let from = e.row(*strip, line, bytes);
+            (0..bytes).step_by(ALIGN).for_each(|at| e.prefetch(from, PREFETCH + at));
+        }
+    }
+
     /// One line of activations of every row against every strip; `figures` of each strip where several lines share them.
     fn line(&self, e: &mut Emitter, line: Val, figures: Option<&[Figures]>, acc: &[Val]) -> Vec<Val> {
         let (mut acc, rows) = (acc.to_vec(), self.rows);
+        self.prefetch(e, line);
         let first = e.row(rows.first, line, A8::LINE * rows.planes);
         let at = |r: usize, plane: usize| r * rows.stride + plane * A8::LINE;
         let lines: Vec<usize> = (0..rows.count).flat_map(|r| (0..rows.planes).map(move |p| at(r, p))).collect();
