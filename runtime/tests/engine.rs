@@ -64,6 +64,20 @@ fn every_worker_runs_every_launch() {
 }
 
 #[test]
+fn pinned_engines_give_the_same() {
+    for weights in [WeightPages::Mapped, WeightPages::Huge] {
+        let mut engine = engine(EngineOptions { pin: true, weights, ..small(1) });
+        let sequence = engine.new_sequence();
+        let output = engine.prefill(sequence, &[1, 2, 3]).unwrap();
+        assert_eq!(output.rows("sum").unwrap().row(0), Some(&[6.0][..]));
+    }
+    let open = Model::open(support::counting_parts().write().path()).unwrap();
+    let options = EngineOptions { pin: true, threads: Some(1000), ..EngineOptions::default() };
+    let error = open.engine(&options).err().unwrap();
+    assert!(error.exit_code() == 2 && error.message().contains("processors"), "{error}");
+}
+
+#[test]
 fn caches_follow_their_sequences() {
     let mut engine = engine(small(1));
     let (a, b) = (engine.new_sequence(), engine.new_sequence());
