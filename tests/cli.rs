@@ -155,8 +155,9 @@ fn several_targets_make_one_artifact_in_any_order() {
     let best = compile("best", "x86-64-v4,x86-64-v3+avxvnni,x86-64-v3,aarch64+i8mm,aarch64+dotprod");
     let worst = compile("worst", "aarch64+dotprod,x86-64-v3,aarch64+i8mm,x86-64-v3+avxvnni,x86-64-v4");
     assert!(fs::read(&best).unwrap() == fs::read(&worst).unwrap());
-    let manifest: serde_json::Value = serde_json::from_str(&done(&["inspect", &best, "--json"])).unwrap();
-    let images: Vec<&str> = manifest["code"].as_array().unwrap().iter().filter_map(|c| c["target"].as_str()).collect();
+    let seen: serde_json::Value = serde_json::from_str(&done(&["inspect", &best, "--json"])).unwrap();
+    let images: Vec<&str> =
+        seen["manifest"]["code"].as_array().unwrap().iter().filter_map(|c| c["target"].as_str()).collect();
     assert_eq!(images, ["x86-64-v4", "x86-64-v3+avxvnni", "x86-64-v3", "aarch64+i8mm", "aarch64+dotprod"]);
     let says = |m: &str| done(&["run", m, "--tokens", "1,14,51", "-n", "8", "--temp", "0"]);
     let one = if cfg!(target_arch = "x86_64") { "x86-64-v3" } else { "aarch64+dotprod" };
