@@ -407,6 +407,15 @@ impl Emitter {
         self.op(value.ty, format_args!("llvm.atomicrmw add {pointer}, {value} acq_rel : !llvm.ptr, {}", value.ty))
     }
 
+    /// Asks for the cache line at `pointer + bytes` in the second-level cache. It may lie beyond the object.
+    pub fn prefetch(&mut self, pointer: Val, bytes: Val) {
+        let pointer =
+            self.op(PTR, format_args!("llvm.getelementptr {pointer}[{bytes}] : (!llvm.ptr, i64) -> !llvm.ptr, i8"));
+        self.line(format_args!(
+            "\"llvm.intr.prefetch\"({pointer}) <{{cache = 1 : i32, hint = 2 : i32, rw = 0 : i32}}> : (!llvm.ptr) -> ()"
+        ));
+    }
+
     /// Bytes on the stack, 64-byte aligned, allocated once at the top of the function.
     pub fn stack(&mut self, bytes: usize) -> Val {
         let size = self.i64(bytes as i64);

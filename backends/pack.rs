@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  rows of the model file --16 at a time--> one strip: chunks of scales | minima | upper bits | codes   (quantized formats)
-//!                                                      k lines of 16 values                   (f32, f16, bf16)
+//!                                                      k lines of 16 values                   (f32, f16)
+//!                                                      k / 2 lines of 16 pairs                (bf16)
 //! ```
 //!
 //! Quantized rows keep their codes; scales and minima become f16. A float weight may be stored otherwise than its type says
@@ -149,7 +150,7 @@ impl<'a> Packer<'a> {
         }
         match self.dtype {
             DType::F16 => interleave(reals, self.k, out, |x| f16::from_f32(x).to_le_bytes()),
-            DType::BF16 => interleave(reals, self.k, out, |x| bf16::from_f32(x).to_le_bytes()),
+            DType::BF16 => interleave_pairs(reals, self.k, out),
             _ => interleave(reals, self.k, out, f32::to_le_bytes),
         }
         Ok(())
@@ -168,6 +169,17 @@ fn interleave<const N: usize>(reals: &[f32], k: usize, out: &mut [u8], convert: 
     for (i, line) in out.chunks_exact_mut(STRIP * N).take(k).enumerate() {
         for (r, out) in line.as_chunks_mut::<N>().0.iter_mut().enumerate() {
             *out = convert(reals[r * k + i]);
+        }
+    }
+}
+
+/// `[16][k]` reals -> `[k / 2][16][2]` bf16, a zero after an odd last column.
+fn interleave_pairs(reals: &[f32], k: usize, out: &mut [u8]) {
+    for (i, line) in out.chunks_exact_mut(2 * STRIP * 2).take(k.div_ceil(2)).enumerate() {
+        for (r, out) in line.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let row = &reals[r * k..][..k];
+            let bits = |i: usize| row.get(i).map_or(0, |x| u32::from(bf16::from_f32(*x).to_bits()));
+            *out = (bits(2 * i) | bits(2 * i + 1) << 16).to_le_bytes();
         }
     }
 }

@@ -48,7 +48,10 @@ fn unpack(dtype: DType, k: usize, bytes: &[u8]) -> Vec<f32> {
             out.push(match (dtype, dtype.int()) {
                 (DType::F32, _) => f32::from_le_bytes(strip[4 * at..][..4].try_into().unwrap()),
                 (DType::F16, _) => half(strip, at),
-                (DType::BF16, _) => bf16::from_le_bytes(strip[2 * at..][..2].try_into().unwrap()).to_f32(),
+                (DType::BF16, _) => {
+                    let at = column / 2 * 64 + row * 4 + column % 2 * 2;
+                    bf16::from_le_bytes(strip[at..][..2].try_into().unwrap()).to_f32()
+                }
                 (_, Some(int)) => {
                     let figure = |offset| half(&strip[layout.figures_at(offset, int, column / int.group)..], row);
                     let scale = figure(layout.scales);

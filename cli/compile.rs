@@ -41,7 +41,7 @@ pub struct Arguments {
 /// What shapes a program; shared with `opt`.
 #[derive(clap::Args)]
 pub struct Choices {
-    /// Weights in the file's own formats, or as floats
+    /// Weights in the file's own formats, as f32 (`none`), or with matrices rounded to bf16 or f16
     #[arg(long, value_name = "FORMATS", default_value = "file")]
     quant: Quant,
     /// What the machine code is for: native, x86-64-v3, x86-64-v3+avxvnni, x86-64-v4, aarch64+dotprod or aarch64+i8mm;
@@ -69,6 +69,19 @@ pub struct Choices {
 enum Quant {
     File,
     None,
+    Bf16,
+    F16,
+}
+
+impl Quant {
+    /// What matrices are rounded to.
+    fn weights(self) -> Option<DType> {
+        match self {
+            Quant::File | Quant::None => None,
+            Quant::Bf16 => Some(DType::BF16),
+            Quant::F16 => Some(DType::F16),
+        }
+    }
 }
 
 /// Layers in the order they are made.
@@ -92,7 +105,8 @@ impl Choices {
     pub fn options(&self) -> Result<CompileOptions> {
         let mut options = CompileOptions {
             targets: self.target.clone(),
-            float_weights: matches!(self.quant, Quant::None),
+            float_weights: !matches!(self.quant, Quant::File),
+            weights: self.quant.weights(),
             synthetic_seed: self.synthetic_weights,
             ..CompileOptions::default()
         };

@@ -14,8 +14,10 @@ use std::time::{Duration, Instant};
 pub struct CompileOptions {
     /// Names of the targets, in any order: the artifact holds the best first.
     pub targets: Vec<String>,
-    /// Weights as f32, whatever the file holds (`--quant none`).
+    /// Weights as f32, whatever the file holds (`--quant none`, and where they are to be rounded otherwise).
     pub float_weights: bool,
+    /// What matrices are rounded to when packed (`--quant bf16`).
+    pub weights: Option<DType>,
     /// Stored type of caches; `None` lets the precision pass choose.
     pub kv: Option<DType>,
     /// Bounds of a step.
@@ -31,6 +33,7 @@ impl Default for CompileOptions {
         CompileOptions {
             targets: vec!["native".into()],
             float_weights: false,
+            weights: None,
             kv: None,
             limits: passes::LimitsRequest::default(),
             synthetic_seed: None,
@@ -83,7 +86,7 @@ pub fn import(path: &Path, options: &CompileOptions) -> Result<Model> {
 
 /// The options of the passes for one target.
 pub fn pass_options(target: Target, options: &CompileOptions) -> passes::Options {
-    passes::Options { kv: options.kv, limits: options.limits, ..passes::Options::new(target) }
+    passes::Options { kv: options.kv, weights: options.weights, limits: options.limits, ..passes::Options::new(target) }
 }
 
 /// Imports, plans and generates code for every target, and writes the artifact at `output`.
@@ -144,8 +147,12 @@ pub fn compile(
 impl CompileOptions {
     /// What shaped the result, for the provenance.
     fn recorded(&self, targets: &[Target]) -> BTreeMap<String, String> {
+        let quant = match self.weights {
+            Some(dtype) => dtype.to_string(),
+            None => if self.float_weights { "none" } else { "file" }.to_string(),
+        };
         let mut options = BTreeMap::from([
-            ("quant".to_string(), if self.float_weights { "none" } else { "file" }.to_string()),
+            ("quant".to_string(), quant),
             ("target".to_string(), targets.iter().map(|t| t.name.as_str()).collect::<Vec<_>>().join(",")),
         ]);
         if let Some(kv) = self.kv {

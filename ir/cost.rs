@@ -7,6 +7,7 @@
 //!
 //! Bytes are those of the layouts that kernels read: padded rows, packed strips, cache blocks at their stored type.
 
+use crate::formats::DType;
 use crate::graph::{Attrs, Graph, Node, ValueId};
 use crate::layout;
 use crate::ops::Class;
@@ -109,9 +110,12 @@ impl Workload {
         let types: Vec<&Type> = node.operands.iter().map(|o| graph.ty(*o)).collect();
         let rows = types.iter().find_map(|ty| ty.rows()).map_or(0.0, |dim| self.extent(dim));
         let ops = (node.op.row().flops)(&types, &node.attrs, &node.ty, rows, self.context);
-        match types.first().and_then(|ty| ty.as_tensor()?.0.planes()) {
-            Some(planes) => work.i8_ops += ops * planes as f64,
-            None => work.f32_ops += ops,
+        let activations = types.first().and_then(|ty| Some(ty.as_tensor()?.0));
+        match activations.map(|dtype| (dtype, dtype.planes())) {
+            Some((_, Some(planes))) => work.i8_ops += ops * planes as f64,
+            // Pairs: two products in the time of one.
+            Some((DType::BF16, _)) => work.f32_ops += ops / 2.0,
+            _ => work.f32_ops += ops,
         }
         if let (Class::Append, [_, x, ..]) = (node.op.class(), types.as_slice()) {
             let Type::Cache { dtype, .. } = node.ty else { return };

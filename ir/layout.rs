@@ -3,16 +3,8 @@
 //! A matrix `[n, k]` is packed in *strips* of 16 output rows, one after the other. An integer strip is a run of *chunks* of
 //! columns, two groups or 64 columns, so that a kernel reads a matrix from front to back as one stream:
 //!
-//! ```text
-//! chunk:  scales f16[groups][16] | minima f16[groups][16] | upper bits of the codes | codes      (q4_1: 64 64 0 512 bytes)
-//! ```
-//!
-//! Codes are packed in units of 32 columns, or of a group where that is less. Rows are interleaved so that one 64-byte line
-//! holds 4 consecutive k of all 16 rows (byte `row * 4 + i` is `k = 4 * quad + i`) and a `u8 x s8` dot product leaves one sum
-//! per lane: no horizontal sums. For 4 low bits a line holds two quads of one unit: quad `j` in the low nibbles, quad
-//! `j + unit / 8` in the high ones. A last chunk that is not full ends behind its last unit.
-//!
-//! Float strips are `k` lines of 16 values.
+//! Float strips are `k` lines of 16 values; of bf16 `k / 2` lines of 16 pairs (`[row][2]`, the last one half empty where `k` is
+//! odd), since dot products of pairs leave one sum per lane.
 
 use crate::formats::{DType, IntFormat, Zero};
 use crate::types::{CacheRole, Type};
@@ -45,7 +37,7 @@ pub struct StripLayout {
     /// Fifth bits (one 64-bit word a quad, bit `row * 4 + i`) or bits 4-5 (byte `row * 4 + i` holds quad
     /// `4 * line + c` of the unit at bit `2 c`).
     pub high: usize,
-    /// Low 4 bits (two quads a line), whole bytes (one quad a line), or floats (one k a line).
+    /// Low 4 bits (two quads a line), whole bytes (one quad a line), or floats (one k a line; of bf16 two).
     pub codes: usize,
     /// The whole strip.
     pub bytes: usize,
@@ -55,7 +47,8 @@ impl StripLayout {
     /// The layout of a strip of a `[n, k]` matrix in `dtype`.
     pub fn new(dtype: DType, k: usize) -> StripLayout {
         let Some(int) = dtype.int() else {
-            let bytes = aligned(k * STRIP * dtype.format().block_bytes);
+            let columns = if dtype == DType::BF16 { k.next_multiple_of(2) } else { k };
+            let bytes = aligned(columns * STRIP * dtype.format().block_bytes);
             return StripLayout { chunk: k, chunk_bytes: bytes, scales: 0, mins: 0, high: 0, codes: 0, bytes };
         };
         let chunk = (2 * int.group).max(64);
@@ -136,14 +129,15 @@ impl A8 {
     pub const REAL_SUM_16: usize = 56;
 }
 
-/// Bytes from one row of an activation to the next: f32 and i32 rows are padded to 16 elements, so kernels store whole
-/// vectors. A routing row is `i32[top]`, then `f32[top]`.
+/// Bytes from one row of an activation to the next: f32, bf16 and i32 rows are padded to 16 elements, so kernels store
+/// whole vectors. A routing row is `i32[top]`, then `f32[top]`.
 pub fn row_bytes(ty: &Type) -> Option<usize> {
     match ty {
         Type::Tensor { dtype: dtype @ (DType::A8 | DType::A16), .. } => {
             Some(ty.row_width()? / A8::GROUP * A8::LINE * dtype.planes()?)
         }
         Type::Tensor { dtype: DType::F32, .. } => Some(aligned(ty.row_width()? * 4)),
+        Type::Tensor { dtype: DType::BF16, .. } => Some(aligned(ty.row_width()? * 2)),
         Type::Tensor { dtype: DType::I32, .. } => Some(4 * ty.row_width()?),
         Type::Routing { top, .. } => Some(aligned(top * 8)),
         _ => None,

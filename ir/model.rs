@@ -207,11 +207,22 @@ impl Weight {
         part.file.bytes(part.offset + row * bytes, bytes)
     }
 
-    /// Row `row` (of the logical matrix) dequantized to f32.
+    /// Row `row` (of the logical matrix) as f32: dequantized, and rounded where the weight's type is narrower than its
+    /// source.
     ///
     /// # Errors
     /// Where the file is too short.
     pub fn read_row(&self, row: usize, out: &mut [f32]) -> Result<()> {
+        self.read_source(row, out)?;
+        match self.dtype_shape().0 {
+            DType::BF16 => out.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32()),
+            DType::F16 => out.iter_mut().for_each(|x| *x = half::f16::from_f32(*x).to_f32()),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn read_source(&self, row: usize, out: &mut [f32]) -> Result<()> {
         match &self.source {
             Source::Values(values) => out.copy_from_slice(&values[row * out.len()..][..out.len()]),
             Source::Bytes { dtype, .. } => dequantize(*dtype, self.raw_row(row)?, out),

@@ -565,7 +565,7 @@ mod tests {
     #[test]
     fn random_models_are_legal_and_run() {
         let mut seen = std::collections::BTreeSet::new();
-        for seed in 0..60 {
+        for seed in 0..90 {
             let model = graph(seed, 30).unwrap();
             crate::verify::verify_model(&model).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
             let text = crate::text::print_model(&model);

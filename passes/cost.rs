@@ -13,7 +13,7 @@ use crate::kernels::{Candidate, Place};
 use ir::cost::Workload;
 use ir::kernel::{KernelKind, after_anchor};
 use ir::ops::Class;
-use ir::{Dim, Machine, Type};
+use ir::{DType, Dim, Machine, Type};
 
 /// Share of the f32 peak that work outside contractions reaches: few multiply-adds, horizontal sums, polynomials.
 const SCALAR_SHARE: f64 = 0.25;
@@ -52,9 +52,13 @@ impl Roofline {
             let types: Vec<&Type> = choice.operands.iter().map(|o| &program.values[*o].ty).collect();
             let ops = (choice.op.row().flops)(&types, &choice.attrs, ty, rows, step.context);
             let mut work = Work::default();
-            match (choice.op.class(), types.first().and_then(|t| t.as_tensor()?.0.planes())) {
+            let activations = types.first().and_then(|t| Some(t.as_tensor()?.0));
+            match (choice.op.class(), activations.and_then(DType::planes)) {
                 (Class::Contract | Class::ContractExperts, Some(planes)) => {
                     work.anchored = ops * planes as f64 / machine.peak_i8
+                }
+                (Class::Contract | Class::ContractExperts, _) if activations == Some(DType::BF16) => {
+                    work.anchored = ops / (2.0 * machine.peak_f32) // pairs
                 }
                 (Class::Contract | Class::ContractExperts | Class::Attend, _) => work.anchored = ops / machine.peak_f32,
                 _ => work.scalar = ops / (machine.peak_f32 * SCALAR_SHARE),

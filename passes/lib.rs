@@ -38,6 +38,8 @@ pub struct Options {
     pub target: Target,
     /// Stored element type of caches; `None`: f16 where any weight is quantized, else f32.
     pub kv: Option<DType>,
+    /// What float matrices are rounded to when packed; `None`: they stay as they are.
+    pub weights: Option<DType>,
     /// Bounds of one step, as requested.
     pub limits: LimitsRequest,
     /// Bounds of the search. None of them is a time: the same inputs give the same plan on any machine.
@@ -87,7 +89,7 @@ impl Default for SearchLimits {
 impl Options {
     /// Default limits for `target`.
     pub fn new(target: Target) -> Options {
-        Options { target, kv: None, limits: LimitsRequest::default(), search: SearchLimits::default() }
+        Options { target, kv: None, weights: None, limits: LimitsRequest::default(), search: SearchLimits::default() }
     }
 }
 
@@ -116,7 +118,7 @@ pub static PASSES: &[Pass] = &[
     },
     Pass {
         name: "precision",
-        summary: "stored type of caches; int8 activations for contractions with integer weights",
+        summary: "stored type of matrices and caches; int8 activations for contractions with integer weights",
         from: Stage::Canonical,
         to: Stage::Canonical,
         run: precision::run,

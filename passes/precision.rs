@@ -1,9 +1,12 @@
-//! Canonical to canonical: in what type caches are stored and what integer weights are multiplied with.
+//! Canonical to canonical: in what types matrices and caches are stored, and what integer and bf16 weights are multiplied
+//! with.
 //!
 //! ```text
 //! %y = matmul %x, %w          # w: q4_1        %q = quantize %x            # a8[t, 576]
 //!                                       ->     %y = matmul %q, %w
 //! ```
+//!
+//! The activations of bf16 weights become bf16 (`round_bf16`), on every target: one artifact means the same everywhere.
 //!
 //! These choices change values beyond rounding. Each is one line of `State::approximations`, which ends up in the
 //! artifact's provenance.
@@ -18,20 +21,28 @@ use ir::{Attrs, DType, Dim, Error, Graph, Kind, Model, Op, Place, Result, Type, 
 /// # Errors
 /// Where caches are asked for in a type they cannot have.
 pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
-    let kv = options.kv.unwrap_or(if quantized(&state.model) { DType::F16 } else { DType::F32 });
+    if let Some(dtype) = options.weights {
+        let count = store_matrices(&mut state.model, dtype)?;
+        state.approximations.push(format!("weights: {count} matrices rounded to {dtype}"));
+    }
+    let kv = options.kv.unwrap_or(if narrow(&state.model) { DType::F16 } else { DType::F32 });
     if !matches!(kv, DType::F32 | DType::F16) {
         return Err(Error::new(Kind::Usage, format!("caches cannot be stored as {kv}")).help("choose f32 or f16"));
     }
-    let (mut rounded, mut caches) = (0, 0);
+    let (mut rounded, mut caches) = (Rounded::default(), 0);
     for graph in &mut state.model.graphs {
         let name = graph.name.clone();
-        let (next, quantizes) = choose(graph, kv).at(|| format!("graph @{name}"))?;
-        rounded += quantizes;
+        let (next, added) = choose(graph, kv).at(|| format!("graph @{name}"))?;
+        rounded.int8 += added.int8;
+        rounded.bf16 += added.bf16;
         caches += next.inputs.iter().filter(|i| matches!(i.ty, Type::Cache { .. })).count();
         *graph = next;
     }
-    if rounded > 0 {
+    if rounded.int8 > 0 {
         state.approximations.push("activations of integer contractions: int8 with one scale per 32".into());
+    }
+    if rounded.bf16 > 0 {
+        state.approximations.push("activations of bf16 contractions: bf16".into());
     }
     if has_weight(&state.model, |d| d.int().is_some_and(|int| d.format().block > 32 && int.group < d.format().block)) {
         state.approximations.push("scales of k-quants: products of two stored scales, rounded to f16".into());
@@ -39,11 +50,51 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     if caches > 0 && kv != DType::F32 {
         state.approximations.push(format!("keys and values: {kv}"));
     }
-    Ok(vec![format!("caches {kv}, {rounded} activations quantized")])
+    let Rounded { int8, bf16 } = rounded;
+    Ok(vec![format!("caches {kv}, {int8} activations quantized, {bf16} rounded to bf16")])
 }
 
-fn quantized(model: &Model) -> bool {
-    has_weight(model, |d| d.int().is_some())
+/// Gives every float matrix the type `dtype`, in the graphs and in the weight table: packing rounds to it. Returns how many
+/// of the table there are.
+fn store_matrices(model: &mut Model, dtype: DType) -> Result<usize> {
+    if !dtype.is_float() {
+        return Err(Error::new(Kind::Usage, format!("weights cannot be rounded to {dtype}")).help("choose bf16 or f16"));
+    }
+    let is_matrix = |ty: &Type| ty.as_tensor().is_some_and(|(d, shape)| d.is_float() && shape.len() > 1);
+    let mut names = vec![];
+    for graph in &mut model.graphs {
+        for node in graph.nodes.iter_mut().filter(|n| n.op == Op::WEIGHT && is_matrix(&n.ty)) {
+            let calls = model.calls.iter().filter(|call| call.graph == graph.name);
+            names.extend(calls.map(|call| format!("{}{}", call.prefix, node.attrs.str("name"))));
+            store(&mut node.ty, dtype);
+        }
+    }
+    names.sort_unstable();
+    names.dedup();
+    for name in &names {
+        if let Some(weight) = model.weights.get_mut(name) {
+            store(&mut weight.ty, dtype);
+        }
+    }
+    Ok(names.len())
+}
+
+fn store(ty: &mut Type, to: DType) {
+    if let Type::Tensor { dtype, .. } = ty {
+        *dtype = to;
+    }
+}
+
+/// Activations that were rounded for their contractions.
+#[derive(Clone, Copy, Debug, Default)]
+struct Rounded {
+    int8: usize,
+    bf16: usize,
+}
+
+/// Some contraction's activations are rounded, so caches may be.
+fn narrow(model: &Model) -> bool {
+    has_weight(model, |d| d.int().is_some() || d == DType::BF16)
 }
 
 fn has_weight(model: &Model, is: impl Fn(DType) -> bool) -> bool {
@@ -51,32 +102,42 @@ fn has_weight(model: &Model, is: impl Fn(DType) -> bool) -> bool {
     model.graphs.iter().any(of)
 }
 
-/// The graph with caches of type `kv` and quantized activations, and how many of those there are.
-fn choose(graph: &Graph, kv: DType) -> Result<(Graph, usize)> {
+/// The graph with caches of type `kv` and rounded activations, and how many of those there are.
+fn choose(graph: &Graph, kv: DType) -> Result<(Graph, Rounded)> {
     let mut builder = Builder::like(graph);
     for input in &mut builder.graph.inputs {
         if let Type::Cache { dtype, .. } = &mut input.ty {
             *dtype = kv;
         }
     }
-    let op =
-        |name: &str| Op::named(name).ok_or_else(|| Error::new(Kind::Internal, format!("the op table has no `{name}`")));
-    let (coarse, fine) = (op("quantize")?, op("quantize_fine")?);
     let mut to: Vec<ValueId> = graph.values().collect();
     for (index, node) in graph.nodes.iter().enumerate() {
         let mut operands: Vec<ValueId> = node.operands.iter().map(|o| to[o.0 as usize]).collect();
-        if matches!(node.op.class(), Class::Contract | Class::ContractExperts) {
-            let integer = matches!(graph.ty(node.operands[1]).as_tensor(), Some((d, _)) if d.int().is_some());
-            let float = matches!(builder.graph.ty(operands[0]).as_tensor(), Some((DType::F32, _)));
-            if integer && float {
-                // What leaves the step is read by people and samplers: few rows, so two planes cost nothing.
-                let leaves = builder.graph.ty(operands[0]).rows() == Some(Dim::R);
-                operands[0] = builder.add(if leaves { fine } else { coarse }, Attrs::none(), &operands[..1])?;
-            }
+        if matches!(node.op.class(), Class::Contract | Class::ContractExperts)
+            && let Some(op) = rounding(builder.graph.ty(operands[0]), graph.ty(node.operands[1]))
+        {
+            let op = Op::named(op).ok_or_else(|| Error::new(Kind::Internal, format!("the op table has no `{op}`")))?;
+            operands[0] = builder.add(op, Attrs::none(), &operands[..1])?;
         }
         to[graph.value_of(index).0 as usize] = builder.copy(node, &operands)?;
     }
     builder.graph.results = graph.results.iter().map(|(n, v)| (n.clone(), to[v.0 as usize])).collect();
-    let quantizes = builder.graph.nodes.iter().filter(|n| n.op.class() == Class::Quantize).count();
-    Ok((builder.graph, quantizes))
+    let of = |name| builder.graph.nodes.iter().filter(|n| n.op.name().starts_with(name)).count();
+    let rounded = Rounded { int8: of("quantize"), bf16: of("round_bf16") };
+    Ok((builder.graph, rounded))
+}
+
+/// The op that rounds activations of type `x` before they are multiplied with `weight`.
+///
+/// What leaves the step is read by people and samplers, and is few rows: two planes of int8 cost nothing there, nor do f32
+/// activations beside bf16 weights.
+fn rounding(x: &Type, weight: &Type) -> Option<&'static str> {
+    let (Some((DType::F32, shape)), Some((weight, _))) = (x.as_tensor(), weight.as_tensor()) else { return None };
+    let (leaves, pairs) = (x.rows() == Some(Dim::R), matches!(shape.last(), Some(Dim::N(k)) if k % 2 == 0));
+    match weight {
+        DType::BF16 if pairs && !leaves => Some("round_bf16"),
+        _ if weight.int().is_none() => None,
+        _ if leaves => Some("quantize_fine"),
+        _ => Some("quantize"),
+    }
 }

@@ -17,7 +17,7 @@ mod shape;
 
 use crate::cpu::count_of;
 use crate::cpu::dot::{self, Rows};
-use crate::emit::{Emitter, F32, KernelArgs, Val};
+use crate::emit::{Cmp, Emitter, F32, KernelArgs, Scalar, Val};
 use crate::math;
 use mansard_ir::kernel::PROLOGUE_TOKENS;
 use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
@@ -58,8 +58,21 @@ struct Dot {
     dtype: DType,
     /// Columns.
     k: usize,
+    /// Type of the activations.
+    activations: DType,
     /// Planes of int8 codes of the activations.
     planes: usize,
+}
+
+impl Dot {
+    fn rows(&self, first: Val, stride: usize, count: usize) -> Rows {
+        Rows { first, stride, count, dtype: self.activations, planes: self.planes, ahead: None }
+    }
+
+    /// One register tile can hold both.
+    fn shares_tile(&self, other: &Dot) -> bool {
+        self.dtype.int().is_none() && (self.x, self.dtype, self.k) == (other.x, other.dtype, other.k)
+    }
 }
 
 /// Contractions that meet in the epilogue, and the nodes where they do.
@@ -82,14 +95,14 @@ fn components(body: &Graph) -> Result<Vec<Component>> {
                 let extent = |i: usize| if let Some(Dim::N(n)) = shape.get(i) { *n } else { 0 };
                 let (n, columns) = (extent(shape.len() - 2), extent(shape.len() - 1));
                 let routing = node.operands.get(2).copied();
-                let planes = body.ty(node.operands[0]).as_tensor().and_then(|(d, _)| d.planes());
-                if planes.is_some() != dtype.int().is_some() {
+                let activations = body.ty(node.operands[0]).as_tensor().map_or(DType::F32, |(d, _)| d);
+                if activations.planes().is_some() != dtype.int().is_some() {
                     let x = body.ty(node.operands[0]);
                     bail!(Unsupported, "no product of {x} and {dtype} weights: int8 meets integer formats only");
                 }
-                let planes = planes.unwrap_or(1);
+                let planes = activations.planes().unwrap_or(1);
                 let (x, weight) = (node.operands[0], node.operands[1]);
-                let dot = Dot { value, x, weight, routing, dtype, k: columns, planes };
+                let dot = Dot { value, x, weight, routing, dtype, k: columns, activations, planes };
                 home[value.0 as usize] = Some(parts.len());
                 parts.push(Component { dots: vec![dot], epilogue: vec![], n });
             }
@@ -168,11 +181,9 @@ impl Contraction<'_> {
     fn emit(&self, e: &mut Emitter) -> Result<()> {
         let component = self.component;
         let strips = component.n.div_ceil(STRIP);
-        let strip_bytes: usize = component.dots.iter().map(|d| StripLayout::new(d.dtype, d.k).bytes).sum();
-        let cache_tile = (CACHE_TILE_BYTES / strip_bytes).clamp(1, strips.max(1));
-        // Cache tiles of whole multi-strip tiles keep the odd strips at the end of a worker's share.
-        let shapes = shape::shapes(self.target, &self.component.dots, self.kernel.range.max);
-        let together = shapes.iter().map(|s| s.strips).max().unwrap_or(1);
+        let cache_tile = shape::cache_tile(&component.dots).min(strips.max(1));
+        // Cache tiles of whole register tiles keep the odd strips at the end of a worker's share.
+        let together = shape::shapes(self.target, &self.component.dots, self.kernel.range.max)[0].strips;
         let cache_tile = cache_tile.next_multiple_of(together) as i64;
         let all = e.i64(strips as i64);
         let (low, high) = e.share(self.k, all);
@@ -182,13 +193,15 @@ impl Contraction<'_> {
             let size = e.i64(cache_tile);
             let to = e.add(from, size);
             let to = e.min(to, high);
-            result = self.token_tiles(e, rows, (from, to));
+            let (last, none) = (e.cmp(Cmp::Eq, to, high), e.i64(0));
+            let ahead = e.select(last, none, size);
+            result = self.token_tiles(e, rows, Strips { from, to, ahead });
         });
         result
     }
 
     /// Full token tiles, then one tile that covers the rest.
-    fn token_tiles(&self, e: &mut Emitter, rows: Val, strips: (Val, Val)) -> Result<()> {
+    fn token_tiles(&self, e: &mut Emitter, rows: Val, strips: Strips) -> Result<()> {
         let shapes = shape::shapes(self.target, &self.component.dots, self.kernel.range.max);
         let main = shapes[0];
         let mut result = Ok(());
@@ -207,8 +220,8 @@ impl Contraction<'_> {
         for (i, shape) in shapes.iter().enumerate() {
             let above = e.i64(shapes.get(i + 1).map_or(0, |s| s.tokens) as i64);
             let upto = e.i64(if i == 0 { main.tokens as i64 - 1 } else { shape.tokens as i64 });
-            let fits = e.cmp(crate::emit::Cmp::Gt, rest, above);
-            let small = e.cmp(crate::emit::Cmp::Le, rest, upto);
+            let fits = e.cmp(Cmp::Gt, rest, above);
+            let small = e.cmp(Cmp::Le, rest, upto);
             let here = e.and(fits, small);
             e.when(here, |e| {
                 if result.is_ok() {
@@ -220,10 +233,11 @@ impl Contraction<'_> {
     }
 
     /// All strips of a cache tile for one token tile: several at a time, then the odd ones.
-    fn strips(&self, e: &mut Emitter, shape: Shape, first: Val, (from, to): (Val, Val)) -> Result<()> {
+    fn strips(&self, e: &mut Emitter, shape: Shape, first: Val, strips: Strips) -> Result<()> {
+        let Strips { from, to, ahead } = strips;
         if shape.strips == 1 {
             let mut result = Ok(());
-            e.repeat(from, to, 1, |e, strip| result = self.register_tile(e, shape, first, strip));
+            e.repeat(from, to, 1, |e, strip| result = self.register_tile(e, shape, first, (strip, ahead)));
             return result;
         }
         let many = e.i64(shape.strips as i64);
@@ -231,25 +245,31 @@ impl Contraction<'_> {
         let odd = e.rem(count, many);
         let middle = e.sub(to, odd);
         let (mut result, mut tail) = (Ok(()), Ok(()));
-        e.repeat(from, middle, shape.strips as i64, |e, strip| result = self.register_tile(e, shape, first, strip));
+        e.repeat(from, middle, shape.strips as i64, |e, strip| {
+            result = self.register_tile(e, shape, first, (strip, ahead))
+        });
         let single = Shape { strips: 1, ..shape };
-        e.repeat(middle, to, 1, |e, strip| tail = self.register_tile(e, single, first, strip));
+        e.repeat(middle, to, 1, |e, strip| tail = self.register_tile(e, single, first, (strip, ahead)));
         result.and(tail)
     }
 
     /// Products of one register tile, epilogue, stores.
-    fn register_tile(&self, e: &mut Emitter, shape: Shape, first: Val, strip: Val) -> Result<()> {
-        let mut products = BTreeMap::new();
+    fn register_tile(&self, e: &mut Emitter, shape: Shape, first: Val, (strip, ahead): (Val, Val)) -> Result<()> {
+        let mut tiles = vec![];
         for dot in &self.component.dots {
             let weight = self.pointer(dot.weight)?;
             let stride = row_bytes(self.body.ty(dot.x)).ok_or_else(|| internal(self.body))?;
             let x = self.pointer(dot.x)?;
-            let rows = Rows { first: e.row(x, first, stride), stride, count: shape.tokens, planes: dot.planes };
             let base = dot::strip_at(e, weight, strip, dot.dtype, dot.k);
             let bytes = StripLayout::new(dot.dtype, dot.k).bytes;
-            let strips: Vec<Val> = (0..shape.strips).map(|s| e.gep_const(base, s * bytes)).collect();
-            products.insert(dot.value, dot::tile(e, self.target, dot.dtype, dot.k, &strips, rows));
+            let mut rows = dot.rows(e.row(x, first, stride), stride, shape.tokens);
+            // Where one tile of tokens follows another, there is time for it.
+            if shape.tokens > 8 {
+                rows.ahead = Some(e.scaled(ahead, bytes, 0));
+            }
+            tiles.push(((0..shape.strips).map(|s| e.gep_const(base, s * bytes)).collect(), rows));
         }
+        let products = self.products(e, &tiles);
         for s in 0..shape.strips {
             let offset = e.scaled(strip, STRIP * 4, s * STRIP * 4);
             for r in 0..shape.tokens {
@@ -258,6 +278,25 @@ impl Contraction<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Products of every contraction's strips and rows. Contractions of floats that share their rows are one tile, which
+    /// loads and broadcasts each activation once.
+    fn products(&self, e: &mut Emitter, tiles: &[(Vec<Val>, Rows)]) -> BTreeMap<ValueId, Vec<Val>> {
+        let mut products: BTreeMap<ValueId, Vec<Val>> = BTreeMap::new();
+        let dots = &self.component.dots;
+        for (dot, (own, rows)) in dots.iter().zip(tiles) {
+            if products.contains_key(&dot.value) {
+                continue;
+            }
+            let alike = |other: &Dot| dot.value == other.value || dot.shares_tile(other);
+            let joined = dots.iter().zip(tiles).filter(|(other, _)| alike(other));
+            let strips: Vec<Val> = joined.clone().flat_map(|(_, (strips, _))| strips.iter().copied()).collect();
+            let all = dot::tile(e, self.target, dot.dtype, dot.k, &strips, *rows);
+            let parts = all.chunks_exact(own.len() * rows.count);
+            products.extend(joined.zip(parts).map(|((other, _), part)| (other.value, part.to_vec())));
+        }
+        products
     }
 
     /// Runs the epilogue on one vector of 16 outputs and stores the results.
@@ -280,7 +319,7 @@ impl Contraction<'_> {
         for (_, result) in &self.body.results {
             if let Some(value) = values.get(result) {
                 let at = self.element_at(e, *result, place)?;
-                e.store(*value, at, 64);
+                e.store(*value, at, if value.ty.scalar == Scalar::BF16 { 32 } else { 64 });
             }
         }
         Ok(())
@@ -328,8 +367,19 @@ impl Contraction<'_> {
         let stride = row_bytes(ty).ok_or_else(|| internal(self.body))?;
         let row = e.row(base, place.first, stride);
         let row = e.gep_const(row, place.row * stride);
-        Ok(e.gep(row, place.offset))
+        let narrow = matches!(ty.as_tensor(), Some((DType::BF16, _)));
+        let offset = if narrow { e.shr(place.offset, 1) } else { place.offset };
+        Ok(e.gep(row, offset))
     }
+}
+
+/// Strips of a cache tile.
+#[derive(Clone, Copy)]
+struct Strips {
+    from: Val,
+    to: Val,
+    /// Strips from one of them to the same of the next cache tile; 0 where there is none.
+    ahead: Val,
 }
 
 /// Where a vector of 16 outputs lies: row `first + row`, `offset` bytes in; in a vector repeated for every row, `column`

@@ -42,6 +42,47 @@ fn every_format() {
 }
 
 #[test]
+fn pairs_of_bf16() {
+    for (n, k) in [(40, 512), (7, 66), (48, 2)] {
+        let body = format!(
+            "graph @k(%x: bf16[t, {k}], %w: bf16[{n}, {k}]) stage planned {{range}} {{
+               %y = matmul %x, %w
+               return y = %y
+             }}"
+        );
+        case(&body, &STEPS, 1e-5);
+    }
+    // Beside f32 activations, where the last pair may be half empty.
+    for k in [1, 65, 96] {
+        let body = format!(
+            "graph @k(%x: f32[t, {k}], %w: bf16[40, {k}]) stage planned {{range}} {{
+               %y = matmul %x, %w
+               return y = %y
+             }}"
+        );
+        case(&body, &STEPS[..4], 1e-5);
+    }
+}
+
+#[test]
+fn results_rounded_to_bf16() {
+    for n in [80, 36] {
+        let body = format!(
+            "graph @k(%x: bf16[t, 96], %g: bf16[{n}, 96], %u: bf16[{n}, 96]) stage planned {{range}} {{
+               %a = matmul %x, %g
+               %b = matmul %x, %u
+               %s = silu %a
+               %m = mul %s, %b
+               %y = round_bf16 %m
+               return y = %y
+             }}"
+        );
+        // Sums in another order may round to the neighbour.
+        case(&body, &STEPS, 1.01 / 256.0);
+    }
+}
+
+#[test]
 fn vectors_of_a_heads_width_stand_beside_every_head() {
     for (heads, width) in [(5, 16), (2, 32), (12, 8), (4, 24), (7, 5)] {
         let n = heads * width;
@@ -105,7 +146,7 @@ fn bias_activation_and_residual() {
 
 #[test]
 fn experts() {
-    for (x, w) in [("f32", "f32"), ("a8", "q8_0"), ("a8", "q4_1")] {
+    for (x, w) in [("f32", "f32"), ("a8", "q8_0"), ("a8", "q4_1"), ("bf16", "bf16")] {
         let body = format!(
             "graph @k(%x: {x}[t, 64], %g: {w}[4, 48, 64], %u: {w}[4, 48, 64], %r: routing[t, 2, 4]) stage planned {{range}} {{
                %a = matmul_experts %x, %g, %r
@@ -176,4 +217,6 @@ fn activations_computed_inside() {
     // Rounding to int8 may tip either way where a value lies half between two codes.
     case(body, &STEPS[..3], 4e-3);
     case(&body.replace("= quantize", "= quantize_fine"), &STEPS[..3], 1e-4);
+    let body = body.replace("quantize", "round_bf16").replace("q4_1", "bf16").replace("q8_0", "bf16");
+    case(&body, &STEPS[..3], 1e-3);
 }

@@ -16,7 +16,7 @@ use mansard_ir::formats::DType;
 use mansard_ir::layout::{STRIP, StripLayout};
 use mansard_ir::target::Target;
 
-/// Activation rows of a tile.
+/// Activation rows of a tile, and what follows it.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows {
     /// First row.
@@ -25,8 +25,12 @@ pub struct Rows {
     pub stride: usize,
     /// How many.
     pub count: usize,
+    /// Their type: f32, bf16, or int8 planes.
+    pub dtype: DType,
     /// Planes of int8 codes, for integer formats.
     pub planes: usize,
+    /// Bytes from a line of weights to one that a later tile reads from main memory, and this tile asks for.
+    pub ahead: Option<Val>,
 }
 
 /// Products of `rows` and of each strip: `result[strip * rows.count + row]` is an f32 vector of 16 outputs.
@@ -35,7 +39,7 @@ pub fn tile(e: &mut Emitter, target: &Target, dtype: DType, k: usize, strips: &[
     let accumulators = vec![zero; strips.len() * rows.count];
     match dtype.int() {
         Some(int) => integer::tile(e, target, (int, StripLayout::new(dtype, k)), k, strips, rows, &accumulators),
-        None => float::tile(e, dtype, k, strips, rows, &accumulators),
+        None => float::tile(e, target, dtype, k, strips, rows, &accumulators),
     }
 }
 

@@ -49,6 +49,7 @@ impl Memory {
             (Type::Tensor { dtype, .. }, Value::Tensor(t)) if dtype.planes().is_some() => {
                 rows_of(t).map(|row| code_row(row, dtype.planes().unwrap_or(1))).collect()
             }
+            (Type::Tensor { dtype: DType::BF16, .. }, Value::Tensor(t)) => rows_of(t).map(bf16_bytes).collect(),
             (Type::Tensor { .. }, Value::Tensor(t)) => rows_of(t).map(f32_bytes).collect(),
             (_, Value::Ints(ints)) => ints.data.iter().map(|x| x.to_le_bytes().to_vec()).collect(),
             (_, Value::Routing(r)) => {
@@ -115,6 +116,7 @@ impl Memory {
                 let row = |line: &[u8]| match dtype {
                     DType::A8 | DType::A16 => code_reals(&line[..stride], dtype.planes().unwrap_or(1)),
                     DType::F32 => reals(&line[..4 * width]),
+                    DType::BF16 => bf16_reals(&line[..2 * width]),
                     other => panic!("results are not {other}"),
                 };
                 let data = lines.flat_map(row).collect();
@@ -148,6 +150,14 @@ fn rows_of(t: &Tensor) -> impl Iterator<Item = &[f32]> {
 
 fn f32_bytes(reals: &[f32]) -> Vec<u8> {
     reals.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+fn bf16_bytes(reals: &[f32]) -> Vec<u8> {
+    reals.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect()
+}
+
+fn bf16_reals(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
 }
 
 fn reals(bytes: &[u8]) -> Vec<f32> {

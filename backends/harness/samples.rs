@@ -78,7 +78,7 @@ pub fn inputs(kernel: &Kernel, step: &Step, seed: u64) -> Vec<Given> {
             Type::Tensor { dtype, shape } => {
                 let shape: Vec<usize> = shape.iter().map(|d| extent(*d, step)).collect();
                 let reals = Value::Tensor(Tensor::new(shape.clone(), random.reals(shape.iter().product())));
-                Given::Value(quantized(&reals, dtype.planes().unwrap_or(0)))
+                Given::Value(rounded(*dtype, &reals))
             }
             ty @ Type::Cache { .. } => Given::Value(cache(body, ValueId(i as u32), ty, step, &mut random)),
             Type::Routing { top, experts } => Given::Value(routing(*top, *experts, step.tokens(), &mut random)),
@@ -102,9 +102,14 @@ fn extent(dim: Dim, step: &Step) -> usize {
     }
 }
 
-/// What is left of reals in that many planes of int8 codes; all, in none.
-pub fn quantized(reals: &Value, planes: usize) -> Value {
-    let Some(name) = [None, Some("quantize"), Some("quantize_fine")][planes] else { return reals.clone() };
+/// What is left of reals that are stored as activations of type `dtype`.
+pub fn rounded(dtype: DType, reals: &Value) -> Value {
+    let name = match dtype {
+        DType::A8 => "quantize",
+        DType::A16 => "quantize_fine",
+        DType::BF16 => "round_bf16",
+        _ => return reals.clone(),
+    };
     (Op::named(name).unwrap().row().eval)(&[reals], &Attrs::none()).unwrap()
 }
 

@@ -66,6 +66,13 @@ pub fn relu(o: &[&Value], _: &Attrs) -> Result<Value> {
     map(o, |x| x.max(0.0))
 }
 
+/// Rounds once, from f32.
+pub fn round_bf16(o: &[&Value], _: &Attrs) -> Result<Value> {
+    let x = o[0].tensor()?;
+    let rounded = x.data.iter().map(|x| half::bf16::from_f32(*x).to_f32());
+    Ok(Value::Tensor(Tensor::new(x.shape.clone(), rounded.collect())))
+}
+
 pub fn tanh(o: &[&Value], _: &Attrs) -> Result<Value> {
     map(o, f64::tanh)
 }

@@ -117,6 +117,16 @@ pub fn unary(o: &[&Type], _: &Attrs) -> Rule {
     Ok(o[0].clone())
 }
 
+/// Kernels multiply pairs of neighbours.
+pub fn round_bf16(o: &[&Type], _: &Attrs) -> Rule {
+    f32s(o[0])?;
+    let (lead, rest) = rows(o[0])?;
+    if rest.last().is_none_or(|k| k % 2 != 0) {
+        bail!(Input, "expected a last axis of pairs");
+    }
+    Ok(Type::tensor(DType::BF16, with_dims(lead, rest)))
+}
+
 pub fn row_vector(o: &[&Type], _: &Attrs) -> Rule {
     let shape = f32s(o[0])?;
     let n = vector(o[1])?;
@@ -163,12 +173,13 @@ fn planes(o: &[&Type], dtype: DType) -> Rule {
     Ok(Type::tensor(dtype, with_dims(lead, rest)))
 }
 
-/// A contraction's activations are f32, or int8 planes over an integer format.
+/// A contraction's activations are f32, or bf16 over bf16, or int8 planes over an integer format.
 fn contraction(x: &Type, w: DType) -> Result<(Dim, Vec<usize>)> {
     let (dtype, _) = x.as_tensor().unwrap_or((DType::I32, &[]));
     match dtype {
         DType::F32 if w.is_float() || w.int().is_some() => rows(x),
         DType::A8 | DType::A16 if w.int().is_some() => rows(x),
+        DType::BF16 if w == DType::BF16 => rows(x),
         _ => bail!(Input, "{dtype} activations do not go with {w} weights"),
     }
 }

@@ -270,6 +270,8 @@ ops! {
         "x * sigmoid(1.702 x)";
     "relu" (x) {} Elementwise: unary, elementwise::relu, flops::each::<1>, unary, "max(x, 0)";
     "tanh" (x) {} Elementwise: unary, elementwise::tanh, flops::each::<4>, unary, "hyperbolic tangent";
+    "round_bf16" (x) {} Elementwise: round_bf16, elementwise::round_bf16, flops::each::<6>, round_bf16,
+        "x rounded to bf16, ties to even: activations of products with bf16 weights";
 
     "add_row" (x, row) {} RowBroadcast: row_vector, elementwise::add, flops::each::<1>, row_vector,
         "x + row, for every row of x";

@@ -60,9 +60,17 @@ fn any(r: &mut Random, x: Option<&Type>) -> Option<Type> {
 
 /// A float or integer format for rows of `k`; integer where the activations are.
 fn dtype_for(r: &mut Random, x: DType, k: usize) -> DType {
+    if x == DType::BF16 {
+        return DType::BF16;
+    }
     let float = x == DType::F32 && r.chance(0.4);
     let choices = weight_dtypes(k, float);
     if choices.is_empty() { DType::F32 } else { r.pick(&choices) }
+}
+
+/// Activations that contractions take.
+fn multiplies(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::BF16) || dtype.planes().is_some()
 }
 
 pub fn none(_: &mut Random, _: Option<&Type>) -> Sample {
@@ -71,6 +79,11 @@ pub fn none(_: &mut Random, _: Option<&Type>) -> Sample {
 
 pub fn unary(r: &mut Random, x: Option<&Type>) -> Sample {
     Some((vec![any(r, x)?], Attrs::none()))
+}
+
+pub fn round_bf16(r: &mut Random, x: Option<&Type>) -> Sample {
+    let (lead, rest) = reals(r, x, 2)?;
+    rest[0].is_multiple_of(2).then(|| (vec![activation(DType::F32, lead, &rest)], Attrs::none()))
 }
 
 pub fn factor(r: &mut Random, x: Option<&Type>) -> Sample {
@@ -151,7 +164,7 @@ pub fn quantize(r: &mut Random, x: Option<&Type>) -> Sample {
 pub fn matmul(r: &mut Random, x: Option<&Type>) -> Sample {
     let (dtype, lead, rest) = rows(r, x, 2)?;
     let w = fixed(dtype_for(r, dtype, rest[0]), &[r.pick(&WIDTHS), rest[0]]);
-    let fits = dtype == DType::F32 || dtype.planes().is_some();
+    let fits = multiplies(dtype);
     fits.then(|| (vec![activation(dtype, lead, &rest), w], Attrs::none()))
 }
 
@@ -170,7 +183,7 @@ pub fn matmul_experts(r: &mut Random, x: Option<&Type>) -> Sample {
     let top = if rank == 3 { rest[0] } else { 1 + r.below(2) };
     let (k, experts) = (rest[rest.len() - 1], top.max(r.pick(&[4, 8])));
     let w = fixed(dtype_for(r, dtype, k), &[experts, r.pick(&WIDTHS), k]);
-    let fits = (dtype == DType::F32 || dtype.planes().is_some()) && lead == Dim::T;
+    let fits = multiplies(dtype) && lead == Dim::T;
     fits.then(|| (vec![activation(dtype, lead, &rest), w, Type::Routing { top, experts }], Attrs::none()))
 }
 

@@ -16,12 +16,10 @@
 
 use super::shape::{self, Shape};
 use super::{CACHE_TILE_BYTES, Contraction, Dot, Place, internal};
-use crate::cpu::dot::{self, Rows};
 use crate::cpu::{StepField, step_field};
 use crate::emit::{Cmp, Emitter, I8, I32, I64, Val};
 use mansard_ir::layout::{A8, ALIGN, STRIP, StripLayout, aligned, row_bytes};
 use mansard_ir::{Result, Type, ValueId, bail};
-use std::collections::BTreeMap;
 
 /// Bytes of a worker's stack that gathered rows may take.
 const GATHERED_BYTES: usize = 512 << 10;
@@ -119,14 +117,14 @@ impl Contraction<'_> {
     }
 
     fn lone_entry(&self, e: &mut Emitter, j: usize, expert: Val, strip: Val) -> Result<()> {
-        let mut products = BTreeMap::new();
+        let mut tiles = vec![];
         for dot in &self.component.dots {
             let strip = self.expert_strip(e, dot, expert, strip)?;
             let (width, own) = self.entry_width(dot.x);
             let first = e.gep_const(self.pointer(dot.x)?, if own { j * width } else { 0 });
-            let rows = Rows { first, stride: width, count: 1, planes: dot.planes };
-            products.insert(dot.value, dot::tile(e, self.target, dot.dtype, dot.k, &[strip], rows)[0]);
+            tiles.push((vec![strip], dot.rows(first, width, 1)));
         }
+        let products = self.products(e, &tiles).into_iter().map(|(v, p)| (v, p[0])).collect();
         let n = self.component.n;
         let (first, column) = (e.i64(0), e.scaled(strip, STRIP * 4, 0));
         let offset = e.scaled(strip, STRIP * 4, j * n * 4);
@@ -144,7 +142,7 @@ impl Contraction<'_> {
     fn entry_width(&self, x: ValueId) -> (usize, bool) {
         let Some((dtype, shape)) = self.body.ty(x).as_tensor() else { return (0, false) };
         let k = self.component.dots.iter().find(|d| d.x == x).map_or(0, |d| d.k);
-        let width = dtype.planes().map_or(k * 4, |planes| k / A8::GROUP * A8::LINE * planes);
+        let width = dtype.planes().map_or(k * dtype.format().block_bytes, |planes| k / A8::GROUP * A8::LINE * planes);
         (width, shape.len() == 3)
     }
 
@@ -330,13 +328,13 @@ impl Contraction<'_> {
         gathered: &[Gathered],
         strip: Val,
     ) -> Result<()> {
-        let mut products = BTreeMap::new();
+        let mut tiles = vec![];
         for dot in &self.component.dots {
             let strip = self.expert_strip(e, dot, expert, strip)?;
             let x = gathered.iter().find(|g| g.x == dot.x).ok_or_else(|| internal(self.body))?;
-            let rows = Rows { first: x.memory, stride: x.stride, count: entries.len(), planes: dot.planes };
-            products.insert(dot.value, dot::tile(e, self.target, dot.dtype, dot.k, &[strip], rows));
+            tiles.push((vec![strip], dot.rows(x.memory, x.stride, entries.len())));
         }
+        let products = self.products(e, &tiles);
         let (zero, column) = (e.i64(0), e.scaled(strip, STRIP * 4, 0));
         for (r, entry) in entries.iter().enumerate() {
             // Rows `[top, n]` of f32 lie without gaps: n is a multiple of 16.

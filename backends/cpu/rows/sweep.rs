@@ -11,7 +11,7 @@ use super::walk::{self, Chunk};
 use crate::emit::{Emitter, F32, Val};
 use crate::math;
 use mansard_ir::ops::Class;
-use mansard_ir::{Node, Result, Type, ValueId, bail};
+use mansard_ir::{DType, Node, Result, Type, ValueId, bail};
 use std::collections::BTreeMap;
 
 /// Bytes of figures of one head: a factor, and what is taken off first.
@@ -67,9 +67,22 @@ impl Rows<'_> {
         }
         for v in nodes {
             if let (Some(base), Some(value)) = (self.at.get(v), values.get(v)) {
-                let base = e.gep(*base, place.head_offset);
-                place.chunk.store(e, *value, base, place.align);
+                self.store(e, *v, *value, *base, place)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Stores a chunk of a row; one of bf16 lies half as far.
+    fn store(&self, e: &mut Emitter, v: ValueId, value: Val, base: Val, place: Place) -> Result<()> {
+        if self.dtype(v)? == DType::BF16 {
+            let offset = e.shr(place.head_offset, 1);
+            let base = e.gep(base, offset);
+            let at = place.chunk.halved(e, base);
+            e.store(value, at, 2);
+        } else {
+            let base = e.gep(base, place.head_offset);
+            place.chunk.store(e, value, base, place.align);
         }
         Ok(())
     }

@@ -51,6 +51,21 @@ fn quantization() {
 }
 
 #[test]
+fn rounding() {
+    for width in [16, 20, 66, 576] {
+        case(&format!("%x: f32[t, {width}]"), "%q = round_bf16 %x return q = %q", 0.0);
+        let inputs = format!("%x: f32[t, {width}], %g: f32[{width}]");
+        let body = "%n = rms_normalize %x {eps = 1e-5} %m = mul_row %n, %g %q = round_bf16 %m return m = %m, q = %q";
+        // A value at the border of two may go either way.
+        case(&inputs, body, 1.01 / 256.0);
+    }
+    case("%x: f32[t, 3, 20]", "%a = scale %x {by = 3.0} %q = round_bf16 %a return q = %q", 0.0);
+    let inputs = "%x: f32[t, 60], %g: f32[20]";
+    let body = "%h = split_heads %x {heads = 3} %n = mul_row %h, %g %q = round_bf16 %n return q = %q";
+    case(inputs, body, 0.0);
+}
+
+#[test]
 fn norm_gain_quantize() {
     for width in [64, 576, 640] {
         let inputs = format!("%x: f32[t, {width}], %y: f32[t, {width}], %g: f32[{width}]");
