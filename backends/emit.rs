@@ -389,13 +389,6 @@ impl Emitter {
         self.op(ty, format_args!("llvm.load {pointer} {{alignment = {align} : i64}} : !llvm.ptr -> {ty}"))
     }
 
-    /// Asks for the cache line `bytes` behind `pointer`, which need not exist, before it is loaded.
-    pub fn prefetch(&mut self, pointer: Val, bytes: usize) {
-        let at = self.op(PTR, format_args!("llvm.getelementptr {pointer}[{bytes}] : (!llvm.ptr) -> !llvm.ptr, i8"));
-        let how = "<{rw = 0 : i32, hint = 3 : i32, cache = 1 : i32}>";
-        self.line(format_args!("\"llvm.intr.prefetch\"({at}) {how} : (!llvm.ptr) -> ()"));
-    }
-
     /// Stores a value.
     pub fn store(&mut self, value: Val, pointer: Val, align: usize) {
         let ty = value.ty;
@@ -407,13 +400,13 @@ impl Emitter {
         self.op(value.ty, format_args!("llvm.atomicrmw add {pointer}, {value} acq_rel : !llvm.ptr, {}", value.ty))
     }
 
-    /// Asks for the cache line at `pointer + bytes` in the second-level cache. It may lie beyond the object.
-    pub fn prefetch(&mut self, pointer: Val, bytes: Val) {
-        let pointer =
+    /// Asks for the line at `pointer + bytes`, which may lie beyond the object, in the first or second-level cache.
+    pub fn prefetch(&mut self, pointer: Val, bytes: Val, level: usize) {
+        let at =
             self.op(PTR, format_args!("llvm.getelementptr {pointer}[{bytes}] : (!llvm.ptr, i64) -> !llvm.ptr, i8"));
-        self.line(format_args!(
-            "\"llvm.intr.prefetch\"({pointer}) <{{cache = 1 : i32, hint = 2 : i32, rw = 0 : i32}}> : (!llvm.ptr) -> ()"
-        ));
+        let hint = 4 - level;
+        let how = format!("<{{cache = 1 : i32, hint = {hint} : i32, rw = 0 : i32}}>");
+        self.line(format_args!("\"llvm.intr.prefetch\"({at}) {how} : (!llvm.ptr) -> ()"));
     }
 
     /// Bytes on the stack, 64-byte aligned, allocated once at the top of the function.

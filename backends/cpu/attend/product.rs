@@ -36,7 +36,8 @@ impl Product<'_> {
             let b: Vec<Val> = self.chunks.iter().map(|c| self.load(e, line, *c)).collect();
             let next = e.row(self.next, k, self.b_stride);
             for offset in (0..self.b_stride).step_by(ALIGN) {
-                e.prefetch(next, offset);
+                let offset = e.i64(offset as i64);
+                e.prefetch(next, offset, 1);
             }
             let column = e.row(self.a, k, 4);
             for row in 0..self.rows {

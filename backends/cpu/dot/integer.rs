@@ -67,7 +67,10 @@ impl Tile<'_> {
         let bytes = self.layout.chunk_bytes * A8::GROUP / self.layout.chunk;
         for strip in self.strips {
             let from = e.row(*strip, line, bytes);
-            (0..bytes).step_by(ALIGN).for_each(|at| e.prefetch(from, PREFETCH + at));
+            for at in (0..bytes).step_by(ALIGN) {
+                let ahead = e.i64((PREFETCH + at) as i64);
+                e.prefetch(from, ahead, 1);
+            }
         }
     }
 
