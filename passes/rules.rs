@@ -13,7 +13,7 @@ use crate::SearchLimits;
 use crate::egraph::{Classes, ENode, Fact, Facts, Leaf, Tag, infer, value_type};
 use egg::{Applier, ENodeOrVar, Id, Pattern, PatternAst, Rewrite, Runner, SimpleScheduler, Subst, Symbol, Var};
 use ir::ops::Class;
-use ir::{DType, Error, Kind, Op, Result};
+use ir::{Attrs, DType, Dim, Error, Kind, Op, Result, Type};
 
 /// How far both sides of a rule may differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,7 +182,8 @@ impl Rule {
         let Some((pattern, class, operands)) = TEMPLATES.iter().find(|(p, ..)| self.left().contains(p)) else {
             return vec![(self.name().into(), self.left().into(), self.right().into())];
         };
-        let ops = Op::all().filter(|o| o.class() == *class && o.row().operands.len() == *operands);
+        let is = |o: &Op| o.class() == *class && o.row().operands.len() == *operands && !converts(*o);
+        let ops = Op::all().filter(is);
         let instance = |op: Op| {
             let attrs = if op.row().attrs.is_empty() { "" } else { " ?attributes" };
             let fill = |side: &str| side.replace(pattern, &format!("{op}{attrs}"));
@@ -199,6 +200,14 @@ const TEMPLATES: &[(&str, Class, usize)] = &[
     ("@row", Class::RowBroadcast, 2),
     ("@reduce", Class::RowReduce, 1),
 ];
+
+/// The op gives another element type than it is given: rules move it past nothing.
+fn converts(op: Op) -> bool {
+    let float = Type::f32([Dim::T, Dim::N(64)]);
+    let operands = vec![&float; op.row().operands.len()];
+    let result = (op.row().infer)(&operands, &Attrs::none());
+    result.is_ok_and(|ty| ty.as_tensor().map(|(dtype, _)| dtype) != Some(DType::F32))
+}
 
 /// Every rule of the table.
 pub fn table() -> impl Iterator<Item = &'static Rule> {
