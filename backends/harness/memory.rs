@@ -293,12 +293,7 @@ pub struct StepArrays {
 
 impl StepArrays {
     /// As a runtime describes `step`, with so many bytes of scratch for each of the workers.
-    pub fn new(
-        step: &Step,
-        rows: Vec<i32>,
-        pool: &Pool,
-        (scratch_bytes, workers): (usize, usize),
-    ) -> StepArrays {
+    pub fn new(step: &Step, rows: Vec<i32>, pool: &Pool, (scratch_bytes, workers): (usize, usize)) -> StepArrays {
         let (mut tiles, mut sequences, mut slots) = (vec![], vec![], vec![]);
         for (index, s) in step.sequences.iter().enumerate() {
             sequences.push([s.start as i32, s.len as i32]);
