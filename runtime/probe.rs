@@ -1,6 +1,6 @@
 //! How fast this machine reads memory: the roof over decoding, measured as weights are held and read.
 
-use crate::memory::Arena;
+use crate::memory::{Arena, LANES};
 use crate::spmd::{Program, Share, Team};
 use mansard_ir::Result;
 use std::sync::Arc;
@@ -46,21 +46,8 @@ impl Program<()> for Reading {
 
     fn run(&self, (): &(), _: usize, share: Share) {
         let words = self.words / share.count;
-        self.sum.fetch_add(add_up(self.arena.f32s(share.index * words * 4, words)), Ordering::Relaxed);
+        self.sum.fetch_add(self.arena.sum(share.index * words * 4, words), Ordering::Relaxed);
     }
-}
-
-/// Sums kept apart, so that loads do not wait for additions.
-const LANES: usize = 64;
-
-fn add_up(values: &[f32]) -> u32 {
-    let mut sums = [0u32; LANES];
-    for line in values.as_chunks::<LANES>().0 {
-        for (sum, value) in sums.iter_mut().zip(line) {
-            *sum = sum.wrapping_add(value.to_bits());
-        }
-    }
-    sums.iter().fold(0, |a, b| a.wrapping_add(*b))
 }
 
 #[cfg(test)]
