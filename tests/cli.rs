@@ -105,7 +105,11 @@ fn bench_fills_its_matrix() {
     let model = goldens("llama").display().to_string();
     let rows = json(&format!("bench {m} -p 0 -n 4 -r 1 --against {model} --tokens-file {ids} -o json"));
     assert!(rows[0]["kl_divergence"].as_f64().unwrap().abs() < 1e-6);
-    refused(&["bench", &m, "-d", "0,4000"], 2, &["pp512 @ d4000: 512 tokens after 4000 exceed the context of"]);
+    refused(
+        &["bench", &m, "-p", "16", "-d", "0,4000"],
+        2,
+        &["pp16 @ d4000: 16 tokens after 4000 exceed the context of"],
+    );
     refused(&["bench", &m, "-p", "0", "-n", "4", "-b", "65"], 2, &["tg4 b65: expected at most 64 sequences"]);
     refused(&["bench", &m, "-b", "0"], 2, &["-b: expected at least 1 sequence"]);
     refused(&["bench", &m, "-p", "4", "-n", "4", "-t", "0"], 2, &["threads, found 0"]);
