@@ -6,14 +6,15 @@
 //!                                                      k / 2 lines of 16 pairs                (bf16)
 //! ```
 //!
-//! Quantized rows keep their codes; scales and minima become f16. A float weight may be stored otherwise than its type says
-//! and may have its columns scaled. Invariants: never more than a few megabytes of a weight are in memory, the bytes do not
-//! depend on the number of threads, and rows beyond the last are zero.
+//! Quantized rows keep their codes; scales and minima become f16. A weight may be stored otherwise than its type says: its
+//! reals are rounded or quantized on the way. Columns of a float weight may be scaled. Invariants: never more than a few
+//! megabytes of a weight are in memory, the bytes do not depend on the number of threads, and rows beyond the last are zero.
 
 use half::{bf16, f16};
 use mansard_ir::formats::{IntFormat, Split, Zero};
 use mansard_ir::layout::{ALIGN, STRIP, StripLayout, aligned, code_bytes, high_bytes};
 use mansard_ir::model::Weight;
+use mansard_ir::quantize::can_quantize;
 use mansard_ir::{DType, Place, Result, bail};
 
 /// Bytes that are packed before they are handed on.
@@ -99,8 +100,8 @@ impl<'a> Packer<'a> {
         }
         match dtype.int() {
             Some(_) if column_scale.is_some() => bail!(Internal, "the columns of {} cannot be scaled", weight.ty),
-            Some(_) if !weight.stored_as(dtype) => {
-                bail!(Unsupported, "{} is not stored as {dtype}; weights are not quantized when packing", weight.ty)
+            Some(_) if !weight.stored_as(dtype) && !can_quantize(dtype) => {
+                bail!(Unsupported, "{} is not stored as {dtype}, and nothing is quantized to that", weight.ty)
             }
             None if !dtype.is_float() => bail!(Internal, "{dtype} is no format of weights"),
             _ => {}
@@ -133,7 +134,7 @@ impl<'a> Packer<'a> {
     fn quantized(&self, codes: &mut Codes, first: usize, count: usize, out: &mut [u8]) -> Result<()> {
         codes.quads.fill(0);
         for r in 0..count {
-            codes.read(r, self.weight.raw_row(first + r)?).at(|| format!("row {}", first + r))?;
+            codes.read(r, &self.weight.quantized_row(first + r)?).at(|| format!("row {}", first + r))?;
             codes.put_scales(r, &self.layout, out).at(|| format!("row {}", first + r))?;
         }
         codes.put_codes(&self.layout, out);

@@ -41,7 +41,7 @@ pub struct Arguments {
 /// What shapes a program; shared with `opt`.
 #[derive(clap::Args)]
 pub struct Choices {
-    /// Weights in the file's own formats, as f32 (`none`), or with matrices rounded to bf16 or f16
+    /// Formats of matrices: the file's own, f32 (`none`), or what they are rounded or quantized to
     #[arg(long, value_name = "FORMATS", default_value = "file")]
     quant: Quant,
     /// What the machine code is for: native, x86-64-v3, x86-64-v3+avxvnni, x86-64-v4, aarch64+dotprod or aarch64+i8mm;
@@ -67,19 +67,51 @@ pub struct Choices {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Quant {
+    /// As the file stores them
     File,
+    /// f32
     None,
+    /// Rounded
     Bf16,
+    /// Rounded
     F16,
+    /// 8 bits, one scale per 32
+    #[value(alias = "q8_0")]
+    Int8,
+    /// 4 bits, one scale per 32; like the rest of the 4- and 5-bit formats, with the vocabulary's matrices in int8
+    #[value(name = "int4-g32", alias = "q4_0")]
+    Int4G32,
+    /// 4 bits, one scale per 64
+    #[value(name = "int4-g64")]
+    Int4G64,
+    /// 4 bits, one scale per 128
+    #[value(name = "int4-g128")]
+    Int4G128,
+    /// 4 bits, scale and minimum per 32
+    #[value(name = "q4_1")]
+    Q4_1,
+    /// 5 bits, one scale per 32
+    #[value(name = "q5_0")]
+    Q5_0,
+    /// 5 bits, scale and minimum per 32
+    #[value(name = "q5_1")]
+    Q5_1,
 }
 
 impl Quant {
-    /// What matrices are rounded to.
+    /// What matrices are rounded or quantized to.
     fn weights(self) -> Option<DType> {
         match self {
             Quant::File | Quant::None => None,
             Quant::Bf16 => Some(DType::BF16),
             Quant::F16 => Some(DType::F16),
+            Quant::Int8 => Some(DType::Q8_0),
+            Quant::Int4G32 => Some(DType::Q4_0),
+            Quant::Int4G64 => Some(DType::INT4_G64),
+            Quant::Int4G128 => Some(DType::INT4_G128),
+            Quant::Q4_1 => Some(DType::Q4_1),
+            Quant::Q5_0 => Some(DType::Q5_0),
+            Quant::Q5_1 => Some(DType::Q5_1),
         }
     }
 }

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 pub struct CompileOptions {
     /// Names of the targets, in any order: the artifact holds the best first.
     pub targets: Vec<String>,
-    /// Weights as f32, whatever the file holds (`--quant none`, and where they are to be rounded otherwise).
+    /// Weights as f32, whatever the file holds (`--quant none`, and before they are rounded or quantized otherwise).
     pub float_weights: bool,
-    /// What matrices are rounded to when packed (`--quant bf16`).
+    /// The format of matrices, which are rounded or quantized when packed (`--quant bf16`, `--quant int4-g64`).
     pub weights: Option<DType>,
     /// Stored type of caches; `None` lets the precision pass choose.
     pub kv: Option<DType>,

@@ -9,8 +9,10 @@
 use crate::file::MappedFile;
 use crate::formats::{DType, dequantize};
 use crate::graph::Graph;
+use crate::quantize::quantize;
 use crate::types::{Dim, Type};
 use crate::{Error, Kind, Place, Result, bail};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -207,14 +209,37 @@ impl Weight {
         part.file.bytes(part.offset + row * bytes, bytes)
     }
 
-    /// Row `row` (of the logical matrix) as f32: dequantized, and rounded where the weight's type is narrower than its
-    /// source.
+    /// The bytes of one row of a weight of a quantized type: as stored, or its reals quantized.
     ///
     /// # Errors
-    /// Where the file is too short.
+    /// Where the row cannot be read, or its reals cannot be quantized.
+    pub fn quantized_row(&self, row: usize) -> Result<Cow<'_, [u8]>> {
+        let ((dtype, _), (_, columns)) = (self.dtype_shape(), self.rows_columns());
+        if self.stored_as(dtype) {
+            return Ok(Cow::Borrowed(self.raw_row(row)?));
+        }
+        let Some(bytes) = dtype.bytes(columns) else {
+            bail!(Input, "a row of {columns} elements does not fill whole groups of {dtype}");
+        };
+        let (mut reals, mut out) = (vec![0.0; columns], vec![0; bytes]);
+        self.read_source(row, &mut reals)?;
+        quantize(dtype, &reals, &mut out)?;
+        Ok(Cow::Owned(out))
+    }
+
+    /// Row `row` (of the logical matrix) as f32: dequantized, and rounded or quantized where the weight's type is narrower
+    /// than its source.
+    ///
+    /// # Errors
+    /// Where the file is too short, or its values cannot be quantized.
     pub fn read_row(&self, row: usize, out: &mut [f32]) -> Result<()> {
+        let dtype = self.dtype_shape().0;
+        if dtype.int().is_some() {
+            dequantize(dtype, &self.quantized_row(row)?, out);
+            return Ok(());
+        }
         self.read_source(row, out)?;
-        match self.dtype_shape().0 {
+        match dtype {
             DType::BF16 => out.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32()),
             DType::F16 => out.iter_mut().for_each(|x| *x = half::f16::from_f32(*x).to_f32()),
             _ => {}

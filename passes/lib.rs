@@ -26,6 +26,7 @@ pub mod precision;
 mod rebuild;
 pub mod rules;
 pub mod saturate;
+pub mod weights;
 
 use ir::plan::Plan;
 use ir::{DType, Model, Result, Stage, Target};
@@ -38,7 +39,8 @@ pub struct Options {
     pub target: Target,
     /// Stored element type of caches; `None`: f16 where any weight is quantized, else f32.
     pub kv: Option<DType>,
-    /// What float matrices are rounded to when packed; `None`: they stay as they are.
+    /// The format of matrices, which are rounded or quantized when packed; `None`: they stay as they are. What other format
+    /// some of them have then is written in [`weights`].
     pub weights: Option<DType>,
     /// Bounds of one step, as requested.
     pub limits: LimitsRequest,

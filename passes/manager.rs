@@ -112,7 +112,10 @@ pub fn run(names: &[&str], mut state: State, options: &Options, hooks: &mut Hook
         let done = apply(pass, &mut state, options).map_err(|e| {
             let error = e.at(format!("pass {}", pass.name));
             match (&hooks.reproducer, &before) {
-                (Some(path), Some(before)) => reproducer(error, path, before, &names[index..]),
+                // What was asked for makes no sense: nothing of ours failed.
+                (Some(path), Some(before)) if error.kind() != Kind::Usage => {
+                    reproducer(error, path, before, &names[index..])
+                }
                 _ => error,
             }
         })?;

@@ -12,6 +12,7 @@
 //! artifact's provenance.
 
 use crate::rebuild::Builder;
+use crate::weights;
 use crate::{Options, State};
 use ir::ops::Class;
 use ir::{Attrs, DType, Dim, Error, Graph, Kind, Model, Op, Place, Result, Type, ValueId};
@@ -22,8 +23,7 @@ use ir::{Attrs, DType, Dim, Error, Graph, Kind, Model, Op, Place, Result, Type, 
 /// Where caches are asked for in a type they cannot have.
 pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     if let Some(dtype) = options.weights {
-        let count = store_matrices(&mut state.model, dtype)?;
-        state.approximations.push(format!("weights: {count} matrices rounded to {dtype}"));
+        state.approximations.extend(weights::store(&mut state.model, dtype)?);
     }
     let kv = options.kv.unwrap_or(if narrow(&state.model) { DType::F16 } else { DType::F32 });
     if !matches!(kv, DType::F32 | DType::F16) {
@@ -52,37 +52,6 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     }
     let Rounded { int8, bf16 } = rounded;
     Ok(vec![format!("caches {kv}, {int8} activations quantized, {bf16} rounded to bf16")])
-}
-
-/// Gives every float matrix the type `dtype`, in the graphs and in the weight table: packing rounds to it. Returns how many
-/// of the table there are.
-fn store_matrices(model: &mut Model, dtype: DType) -> Result<usize> {
-    if !dtype.is_float() {
-        return Err(Error::new(Kind::Usage, format!("weights cannot be rounded to {dtype}")).help("choose bf16 or f16"));
-    }
-    let is_matrix = |ty: &Type| ty.as_tensor().is_some_and(|(d, shape)| d.is_float() && shape.len() > 1);
-    let mut names = vec![];
-    for graph in &mut model.graphs {
-        for node in graph.nodes.iter_mut().filter(|n| n.op == Op::WEIGHT && is_matrix(&n.ty)) {
-            let calls = model.calls.iter().filter(|call| call.graph == graph.name);
-            names.extend(calls.map(|call| format!("{}{}", call.prefix, node.attrs.str("name"))));
-            store(&mut node.ty, dtype);
-        }
-    }
-    names.sort_unstable();
-    names.dedup();
-    for name in &names {
-        if let Some(weight) = model.weights.get_mut(name) {
-            store(&mut weight.ty, dtype);
-        }
-    }
-    Ok(names.len())
-}
-
-fn store(ty: &mut Type, to: DType) {
-    if let Type::Tensor { dtype, .. } = ty {
-        *dtype = to;
-    }
 }
 
 /// Activations that were rounded for their contractions.

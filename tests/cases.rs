@@ -7,6 +7,7 @@
 //! # passes: canonicalize
 //! # same: 1e-6          (evaluated before and after on seeded inputs; `no` with a reason where values may change)
 //! # error: words        (instead: parsing, verifying or a pass must fail with these words)
+//! # weights: int4_g64   (the format that weights are quantized to)
 //! # emit: mlir          (instead of passes: code of each planned graph, for `# target: x86-64-v3` or another)
 //! ```
 //!
@@ -18,7 +19,7 @@ use mansard::driver::{CompileOptions, pass_options};
 use mansard_backends::Layer;
 use mansard_ir::eval::{self, Step, Value};
 use mansard_ir::plan::{Kernel, Plan, Program};
-use mansard_ir::{Graph, Model, Stage, Target, TokenRange, sample, text};
+use mansard_ir::{DType, Graph, Model, Stage, Target, TokenRange, sample, text};
 use mansard_passes::manager::{self, State};
 use mansard_passes::{Event, Hooks};
 use std::path::Path;
@@ -61,8 +62,13 @@ fn round_trips(model: &Model) -> String {
 }
 
 /// The result of each pass that changed something, and the state after the last.
-fn run_passes(names: &[&str], model: Model, target: &Target) -> mansard_ir::Result<(String, State)> {
-    let options = pass_options(target.clone(), &CompileOptions::default());
+fn run_passes(
+    names: &[&str],
+    model: Model,
+    target: &Target,
+    weights: Option<DType>,
+) -> mansard_ir::Result<(String, State)> {
+    let options = pass_options(target.clone(), &CompileOptions { weights, ..CompileOptions::default() });
     let (mut seen, mut last) = (String::new(), text::print_model(&model));
     let mut sink = |event: Event<'_>| {
         if let Event::Dump(pass, state) = event {
@@ -103,7 +109,8 @@ fn outcome(name: &str, case: &str) -> mansard_ir::Result<(String, Option<(Model,
     }
     let passes = header(case, "passes").unwrap_or_default();
     let passes: Vec<&str> = passes.split(',').map(str::trim).filter(|p| !p.is_empty()).collect();
-    let (seen, state) = run_passes(&passes, model.clone(), &target)?;
+    let weights = header(case, "weights").map(|w| DType::parse(w).unwrap_or_else(|| panic!("{name}: weights {w}")));
+    let (seen, state) = run_passes(&passes, model.clone(), &target, weights)?;
     Ok((if passes.is_empty() { printed } else { seen }, Some((model, state))))
 }
 
@@ -147,7 +154,7 @@ fn keeps_its_meaning(name: &str, case: &str, model: &Model, state: &State) {
         let mut model = model.clone();
         sample::fill_weights(&mut model, 5).unwrap_or_else(|e| panic!("{name}: {e}"));
         let target = mansard_backends::target("native").unwrap_or_else(|e| panic!("{name}: {e}"));
-        let agreement = mansard_tests::oracle::check(model, target).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let agreement = mansard_tests::oracle::check(model, target, &CompileOptions::default()).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert!(agreement.bound < 0.25, "{name}: {agreement:?}");
     }
 }

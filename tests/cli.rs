@@ -141,6 +141,33 @@ fn bench_says_where_the_time_goes() {
 }
 
 #[test]
+fn weights_are_quantized_on_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.mansard").display().to_string();
+    let model = goldens("llama").display().to_string();
+    let ids = write(&folder, "ids.json", b"[1, 14, 51, 88, 7, 9, 200, 31]");
+    for (quant, said, most) in
+        [("int8", "16 matrices quantized to q8_0", 1e-3), ("int4-g32", "14 matrices quantized to q4_0", 0.1)]
+    {
+        let table = done(&["compile", &model, "-o", &out, "--quant", quant]);
+        assert!(table.contains(said), "{table}");
+        let eval = ["eval", &out, "--tokens-file", &ids, "--against", &model, "--json"];
+        let found: serde_json::Value = serde_json::from_str(&done(&eval)).unwrap();
+        let divergence = found["kl_divergence_mean"].as_f64().unwrap();
+        assert!(divergence < most, "{quant}: {divergence}");
+    }
+    let other = folder.path().join("other.mansard").display().to_string();
+    // The MLP is 160 wide.
+    let words = ["model.layers.0.mlp.down_proj.weight", "64", "160", "q4_0"];
+    refused(&["compile", &model, "-o", &other, "--quant", "int4-g64"], 2, &words);
+    refused(&["compile", &model, "-o", &other, "--quant", "int3"], 2, &["int4-g64"]);
+    assert!(!Path::new(&other).exists());
+    // Experts: routers stay as they are, and it says so.
+    let table = done(&["compile", goldens("mixtral").to_str().unwrap(), "-o", &other, "--quant", "int8"]);
+    assert!(table.contains("not quantized: `model.layers.*.mlp.gate.weight` f32 (2)"), "{table}");
+}
+
+#[test]
 fn the_same_inputs_give_the_same_bytes() {
     let (_a, a) = tiny("qwen3");
     let (_b, b) = tiny("qwen3");

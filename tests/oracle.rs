@@ -56,18 +56,23 @@ type Outputs = Vec<BTreeMap<String, Tensor>>;
 ///
 /// # Errors
 /// Whatever the pipeline says; or the value that is further off than anything explains.
-pub fn check(model: Model, target: Target) -> Result<Agreement> {
-    check_against(model, target, |_| ())
+pub fn check(model: Model, target: Target, options: &CompileOptions) -> Result<Agreement> {
+    check_against(model, target, options, |_| ())
 }
 
 /// [`check`] with another model for the interpreter: what `change` makes of the optimized one.
 ///
 /// # Errors
 /// As [`check`]; and those are the point: it shows which differences are found.
-pub fn check_against(model: Model, target: Target, change: impl Fn(&mut Model)) -> Result<Agreement> {
+pub fn check_against(
+    model: Model,
+    target: Target,
+    options: &CompileOptions,
+    change: impl Fn(&mut Model),
+) -> Result<Agreement> {
     let folder = tempfile::tempdir().map_err(|e| Error::io("a temporary folder", e))?;
     let path = folder.path().join("model.mansard");
-    let optimized = assemble(model, target, &CompileOptions::default(), &path)?;
+    let optimized = assemble(model, target, options, &path)?;
     let steps = steps(optimized.info.vocab);
     let found = engine(&path, &steps)?;
     let mut optimized = as_packed(&optimized)?;
@@ -216,7 +221,7 @@ fn as_packed(model: &Model) -> Result<Model> {
         let (rows, columns) = weight.rows_columns();
         let mut values = Vec::with_capacity(rows * columns);
         for row in 0..rows {
-            for bytes in weight.raw_row(row)?.chunks_exact(format.block_bytes) {
+            for bytes in weight.quantized_row(row)?.chunks_exact(format.block_bytes) {
                 (format.split)(bytes, Split { codes: &mut codes, scales: &mut scales, mins: &mut mins });
                 for (i, code) in codes.iter().enumerate() {
                     let half = |x: &[f32]| f16::from_f32(x[i / int.group]).to_f32();
@@ -237,6 +242,7 @@ fn jump(graph: &Graph, node: &Node) -> Option<usize> {
     match node.op.class() {
         Class::Quantize | Class::Route => Some(0),
         Class::Append if matches!(graph.ty(node.operands[0]), Type::Cache { dtype: DType::F16, .. }) => Some(1),
+        Class::Elementwise if matches!(node.ty.as_tensor(), Some((DType::BF16, _))) => Some(0),
         _ => None,
     }
 }
