@@ -26,6 +26,8 @@ enum Role {
     Router,
     /// Tokens' rows are taken from it, or rows that leave the step are multiplied with it.
     Vocabulary,
+    /// Multiplied with activations that the graph itself quantizes, which go with integers only.
+    Quantized,
     /// Computed with when packing.
     Folded,
 }
@@ -78,7 +80,7 @@ pub fn store(model: &mut Model, to: DType) -> Result<Vec<String>> {
 /// The format of a matrix under a request; `None`: it stays as it is.
 fn format(role: Role, to: DType) -> Option<DType> {
     match (role, to.int()) {
-        (Role::Folded, _) => None,
+        (Role::Quantized | Role::Folded, _) => None,
         (_, None) | (Role::Product, _) => Some(to),
         (Role::Vocabulary, Some(int)) => Some(if int.bits < 8 { DType::Q8_0 } else { to }),
         (Role::Table | Role::Router, Some(_)) => None,
@@ -120,6 +122,7 @@ fn role(graph: &Graph, weight: ValueId, vocab: usize) -> Role {
             Some((_, [Dim::N(rows), ..])) if *rows == vocab => Role::Vocabulary,
             _ => Role::Table,
         },
+        _ if graph.ty(reader.operands[0]).as_tensor().is_some_and(|(d, _)| d.planes().is_some()) => Role::Quantized,
         _ if graph.ty(reader.operands[0]).rows() == Some(Dim::R) => Role::Vocabulary,
         _ if routes(graph, graph.value_of(index)) => Role::Router,
         _ => Role::Product,

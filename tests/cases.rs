@@ -154,7 +154,8 @@ fn keeps_its_meaning(name: &str, case: &str, model: &Model, state: &State) {
         let mut model = model.clone();
         sample::fill_weights(&mut model, 5).unwrap_or_else(|e| panic!("{name}: {e}"));
         let target = mansard_backends::target("native").unwrap_or_else(|e| panic!("{name}: {e}"));
-        let agreement = mansard_tests::oracle::check(model, target, &CompileOptions::default()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let agreement = mansard_tests::oracle::check(model, target, &CompileOptions::default())
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
         assert!(agreement.bound < 0.25, "{name}: {agreement:?}");
     }
 }

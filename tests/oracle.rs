@@ -19,7 +19,7 @@ use mansard_ir::formats::{Split, Zero};
 use mansard_ir::model::{Source, Weight};
 use mansard_ir::ops::Class;
 use mansard_ir::sample::Random;
-use mansard_ir::{Attrs, DType, Error, Graph, Kind, Model, Node, Op, Result, Target, Type, ValueId};
+use mansard_ir::{Attrs, DType, Dim, Error, Graph, Kind, Model, Node, Op, Result, Target, Type, ValueId};
 use mansard_passes::{Event, Hooks};
 use mansard_runtime::{Artifact, Engine, EngineOptions, OpenOptions, Rows, Work};
 use std::collections::BTreeMap;
@@ -232,7 +232,10 @@ fn as_packed(model: &Model) -> Result<Model> {
                 }
             }
         }
-        out.weights.insert(name, Weight { source: Source::Values(values.into()), ..weight.clone() });
+        // Floats by type too: as a quantized weight they would be quantized once more.
+        let shape = weight.dtype_shape().1.iter().map(|n| Dim::N(*n)).collect::<Vec<_>>();
+        let ty = Type::tensor(DType::F32, shape);
+        out.weights.insert(name, Weight { ty, source: Source::Values(values.into()), ..weight.clone() });
     }
     Ok(out)
 }
