@@ -408,7 +408,7 @@ impl Emitter {
     }
 
     /// Asks for the cache line at `pointer + bytes` in the second-level cache. It may lie beyond the object.
-    pub fn prefetch(&mut self, pointer: Val, bytes: Val) {
+    pub fn prefetch_far(&mut self, pointer: Val, bytes: Val) {
         let pointer =
             self.op(PTR, format_args!("llvm.getelementptr {pointer}[{bytes}] : (!llvm.ptr, i64) -> !llvm.ptr, i8"));
         self.line(format_args!(

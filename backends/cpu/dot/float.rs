@@ -77,7 +77,7 @@ fn columns(e: &mut Emitter, dtype: DType, k: usize, strips: &[Val], rows: Rows, 
 /// Asks for the line that a later tile finds in place of the one at `at`.
 fn ask_ahead(e: &mut Emitter, at: Val, rows: Rows) {
     if let Some(ahead) = rows.ahead {
-        e.prefetch(at, ahead);
+        e.prefetch_far(at, ahead);
     }
 }
 
