@@ -11,6 +11,7 @@
 //!
 //! Kernels have the calling convention of [`mansard_ir::plan`].
 
+use mansard_ir::Target;
 use std::fmt::{self, Write};
 
 /// Element type of a value.
@@ -113,6 +114,8 @@ pub struct Emitter {
     depth: usize,
     constants: Vec<(String, Val)>,
     entry: usize,
+    /// The target rounds 16 f32 to bf16 in one instruction.
+    pub converts_bf16: bool,
 }
 
 /// The arguments every kernel has.
@@ -129,9 +132,10 @@ pub struct KernelArgs {
 }
 
 impl Emitter {
-    /// Opens the function of a kernel.
-    pub fn kernel(name: &str) -> (Emitter, KernelArgs) {
-        let mut e = Emitter { text: String::new(), next: 4, depth: 1, constants: vec![], entry: 0 };
+    /// Opens the function of a kernel for `target`.
+    pub fn kernel(name: &str, target: &Target) -> (Emitter, KernelArgs) {
+        let converts_bf16 = target.computes_bf16();
+        let mut e = Emitter { text: String::new(), next: 4, depth: 1, constants: vec![], entry: 0, converts_bf16 };
         let _ = writeln!(e.text, "func.func @{name}(%0: !llvm.ptr, %1: !llvm.ptr, %2: i64, %3: i64) {{");
         e.entry = e.text.len();
         let arg = |id, ty| Val { id, part: -1, ty };

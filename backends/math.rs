@@ -64,8 +64,11 @@ fn polynomial(e: &mut Emitter, x: Val, coefficients: &[f32]) -> Val {
     y
 }
 
-/// f32 -> bf16, ties to even, NaNs quiet. Written out, since not every target converts to bf16 without a library.
+/// f32 -> bf16, ties to even, NaNs quiet. The one instruction for it takes numbers below 2^-126 for zero.
 fn round_bf16(e: &mut Emitter, x: Val) -> Val {
+    if e.converts_bf16 && x.ty.lanes == 16 {
+        return e.intrinsic("llvm.x86.avx512bf16.cvtneps2bf16.512", &[x], x.ty.of(BF16));
+    }
     let bits = e.convert("bitcast", x, I32);
     let ty = bits.ty;
     let high = e.shr(bits, 16);
@@ -114,10 +117,10 @@ pub fn exp(e: &mut Emitter, x: Val) -> Val {
     e.convert("bitcast", bits, F32)
 }
 
-/// `2^x` for `x <= 0`, at least 2^-126: relative error 2.3e-7.
+/// `2^x` for `x <= 126`, at least 2^-126: relative error 2.3e-7.
 ///
 /// `x = n + r` with `|r| <= 1/2`; `2^r` by a minimax polynomial of degree 5; `2^n` by adding to the exponent field.
-pub fn exp2_falling(e: &mut Emitter, x: Val) -> Val {
+pub fn exp2(e: &mut Emitter, x: Val) -> Val {
     let low = e.float(x.ty, -126.0);
     let clamped = e.max(x, low);
     let n = e.math("roundeven", clamped);
@@ -130,10 +133,17 @@ pub fn exp2_falling(e: &mut Emitter, x: Val) -> Val {
     e.convert("bitcast", bits, F32)
 }
 
+/// `2^(factor x)` within 2^-126 and 2^126; its relative error grows by half a unit in the last place of the exponent.
+fn exp2_of_product(e: &mut Emitter, x: Val, factor: f32) -> Val {
+    let (factor, high) = (e.float(x.ty, factor), e.float(x.ty, 126.0));
+    let exponent = e.mul(x, factor);
+    let exponent = e.min(exponent, high);
+    exp2(e, exponent)
+}
+
 /// `1 / (1 + e^-x)`.
 pub fn sigmoid(e: &mut Emitter, x: Val) -> Val {
-    let minus = e.neg(x);
-    let t = exp(e, minus);
+    let t = exp2_of_product(e, x, -std::f32::consts::LOG2_E);
     let one = e.float(x.ty, 1.0);
     let t = e.add(t, one);
     e.div(one, t)
@@ -141,8 +151,7 @@ pub fn sigmoid(e: &mut Emitter, x: Val) -> Val {
 
 /// `1 - 2 / (e^2x + 1)`: absolute error about 1e-7.
 pub fn tanh(e: &mut Emitter, x: Val) -> Val {
-    let twice = e.add(x, x);
-    let t = exp(e, twice);
+    let t = exp2_of_product(e, x, 2.0 * std::f32::consts::LOG2_E);
     let (one, two) = (e.float(x.ty, 1.0), e.float(x.ty, 2.0));
     let t = e.add(t, one);
     let t = e.div(two, t);

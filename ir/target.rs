@@ -47,6 +47,11 @@ impl Target {
         self.features.iter().any(|f| f == feature)
     }
 
+    /// Instructions round 16 f32 to bf16 and multiply 16 pairs of them.
+    pub fn computes_bf16(&self) -> bool {
+        self.has("avx512bf16") && self.vector_bytes == 64
+    }
+
     /// 64-byte vectors that the registers hold together: what register tiles are cut to.
     pub fn wide_registers(&self) -> usize {
         self.registers * self.vector_bytes / 64

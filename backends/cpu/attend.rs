@@ -42,7 +42,7 @@ const FEW_ROWS: i64 = 16;
 pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let body = &kernel.body;
     let broken = || Error::new(Kind::Internal, format!("`{}` is no attention over caches in memory", body.name));
-    let (mut e, k) = Emitter::kernel(&kernel.name);
+    let (mut e, k) = Emitter::kernel(&kernel.name, target);
     let memory = super::memory(&mut e, k, body);
     let attends = |v: &ValueId| body.node(*v).filter(|n| n.op.class() == Class::Attend);
     let (value, node) = body.values().find_map(|v| Some((v, attends(&v)?))).ok_or_else(broken)?;

@@ -16,9 +16,9 @@ use mansard_ir::{Error, Kind, Result, Target, Type};
 ///
 /// # Errors
 /// Where the body does not begin with a pooling, or a node after it has no code.
-pub fn emit(kernel: &Kernel, _: &Target) -> Result<String> {
+pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let body = &kernel.body;
-    let (mut e, k) = Emitter::kernel(&kernel.name);
+    let (mut e, k) = Emitter::kernel(&kernel.name, target);
     let memory = super::memory(&mut e, k, body);
     let (mut nodes, mut pooled) = (vec![], None);
     for value in body.values() {

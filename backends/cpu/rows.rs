@@ -35,9 +35,9 @@ use std::collections::BTreeMap;
 ///
 /// # Errors
 /// Where a node has no code or the rows need too much stack.
-pub fn emit(kernel: &Kernel, _: &Target) -> Result<String> {
+pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let body = &kernel.body;
-    let (mut e, k) = Emitter::kernel(&kernel.name);
+    let (mut e, k) = Emitter::kernel(&kernel.name, target);
     let memory = super::memory(&mut e, k, body);
     let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some()).collect();
     let count = count_of(&mut e, k, lead(body, &nodes)?)?;

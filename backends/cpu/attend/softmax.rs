@@ -157,7 +157,7 @@ impl Attention {
             let (from, to) = (e.row(most, row, 4), e.row(new, row, 4));
             let (before, after) = (load_vector(e, from, 0), load_vector(e, to, 0));
             let down = e.sub(before, after);
-            let factor = math::exp2_falling(e, down);
+            let factor = math::exp2(e, down);
             let at = e.row(self.buffers.factors, row, 4);
             e.store(factor, at, 64);
             e.store(after, from, 64);
@@ -178,7 +178,7 @@ impl Attention {
                 .map(|i| {
                     let score = load_vector(e, scores, i);
                     let below = e.sub(score, most);
-                    let weight = math::exp2_falling(e, below);
+                    let weight = math::exp2(e, below);
                     let at = e.gep_const(scores, i * LANES * 4);
                     e.store(weight, at, 64);
                     weight

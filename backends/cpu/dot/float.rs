@@ -29,7 +29,7 @@ pub fn tile(
     if dtype != DType::BF16 {
         return columns(e, dtype, k, strips, rows, accumulators);
     }
-    let direct = rows.dtype == DType::BF16 && target.has("avx512bf16") && target.vector_bytes == 64;
+    let direct = rows.dtype == DType::BF16 && target.computes_bf16();
     let element = rows.dtype.format().block_bytes;
     let (low, high, step) = (e.i64(0), e.i64((k / 2) as i64), e.i64(1));
     let acc = e.for_loop((low, high, step), accumulators, |e, pair, acc| {
