@@ -236,7 +236,7 @@ fn as_packed(model: &Model) -> Result<Model> {
 fn jump(graph: &Graph, node: &Node) -> Option<usize> {
     match node.op.class() {
         Class::Quantize | Class::Route => Some(0),
-        Class::Append if matches!(graph.ty(node.operands[0]), Type::Cache { dtype: DType::F16, .. }) => Some(1),
+        Class::Append if !matches!(graph.ty(node.operands[0]), Type::Cache { dtype: DType::F32, .. }) => Some(1),
         _ => None,
     }
 }
