@@ -48,9 +48,9 @@ pub struct Choices {
     /// several make one artifact that runs the best one a machine can
     #[arg(long, value_name = "TARGET", default_value = "native", value_delimiter = ',')]
     target: Vec<String>,
-    /// Stored type of caches: f16 or f32 [default: f16 with quantized weights]
-    #[arg(long, value_name = "TYPE")]
-    kv: Option<String>,
+    /// How caches store keys and values; auto is f16 with quantized weights, else f32
+    #[arg(long, value_name = "TYPE", default_value = "auto")]
+    kv: Kv,
     /// Longest sequence [default: the model's]
     #[arg(long, value_name = "POSITIONS")]
     context: Option<usize>,
@@ -116,6 +116,15 @@ impl Quant {
     }
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum Kv {
+    Auto,
+    F16,
+    Int8,
+    F32,
+    Bf16,
+}
+
 /// Layers in the order they are made.
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Emit {
@@ -142,11 +151,12 @@ impl Choices {
             synthetic_seed: self.synthetic_weights,
             ..CompileOptions::default()
         };
-        options.kv = match self.kv.as_deref() {
-            None => None,
-            Some("f16") => Some(DType::F16),
-            Some("f32") => Some(DType::F32),
-            Some(other) => bail!(Usage, "--kv: expected f16 or f32, found `{other}`"),
+        options.kv = match self.kv {
+            Kv::Auto => None,
+            Kv::F16 => Some(DType::F16),
+            Kv::Int8 => Some(DType::I8),
+            Kv::F32 => Some(DType::F32),
+            Kv::Bf16 => Some(DType::BF16),
         };
         if let Some(threads) = self.threads {
             options.threads = threads;

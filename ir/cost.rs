@@ -61,9 +61,7 @@ impl Workload {
     /// Bytes of a value in memory: an activation's rows, a packed weight, the cache's part that is attended.
     pub fn bytes(&self, ty: &Type) -> f64 {
         match ty {
-            Type::Cache { heads, dim, dtype, .. } => {
-                self.sequences * self.context * (heads * dim * dtype.format().block_bytes) as f64
-            }
+            Type::Cache { .. } => self.sequences * self.context * layout::cache_position_bytes(ty).unwrap_or(0) as f64,
             Type::Step => 0.0,
             Type::Tensor { dtype, shape } if ty.is_static() => {
                 let extents: Vec<usize> = shape.iter().map(|d| if let Dim::N(n) = d { *n } else { 1 }).collect();
@@ -118,8 +116,7 @@ impl Workload {
             _ => work.f32_ops += ops,
         }
         if let (Class::Append, [_, x, ..]) = (node.op.class(), types.as_slice()) {
-            let Type::Cache { dtype, .. } = node.ty else { return };
-            let row = x.row_width().unwrap_or(0) * dtype.format().block_bytes;
+            let row = layout::cache_position_bytes(&node.ty).unwrap_or(0);
             work.cache_bytes += self.extent(x.rows().unwrap_or(Dim::T)) * row as f64;
         }
     }

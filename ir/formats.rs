@@ -16,6 +16,8 @@ pub enum DType {
     F16,
     BF16,
     I32,
+    /// Cached keys and values: int8 codes with one scale for each head of a position.
+    I8,
     /// Activations: int8 per group of 32 along the row, see [`crate::layout::A8`].
     A8,
     /// Activations in two int8 planes: A8 lines, and A8 lines of what those leave.
@@ -117,6 +119,11 @@ impl DType {
         }
     }
 
+    /// Caches can be stored in it.
+    pub fn is_cached(self) -> bool {
+        CACHED.contains(&self)
+    }
+
     /// f32, f16 or bf16.
     pub fn is_float(self) -> bool {
         matches!(self, DType::F32 | DType::F16 | DType::BF16)
@@ -201,12 +208,16 @@ const fn quant(
     Format { dtype, name, block, block_bytes, int: Some(IntFormat { bits, group, zero }), scales, split, meaning }
 }
 
+/// What caches can be stored in.
+pub const CACHED: [DType; 4] = [DType::F16, DType::I8, DType::F32, DType::BF16];
+
 /// The table, in the order of [`DType`].
-pub static FORMATS: [Format; 18] = [
+pub static FORMATS: [Format; 19] = [
     row(DType::F32, "f32", 1, 4, "IEEE single precision"),
     row(DType::F16, "f16", 1, 2, "IEEE half precision"),
     row(DType::BF16, "bf16", 1, 2, "the upper half of f32"),
     row(DType::I32, "i32", 1, 4, "token ids, positions"),
+    row(DType::I8, "i8", 1, 1, "cached keys and values: int8 codes with one scale for each head of a position"),
     row(DType::A8, "a8", 32, 64, "activations: int8 codes with one scale per 32"),
     row(DType::A16, "a16", 32, 128, "activations: a8, and a8 of the rounding error"),
     quant(

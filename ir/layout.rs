@@ -144,12 +144,26 @@ pub fn row_bytes(ty: &Type) -> Option<usize> {
     }
 }
 
-/// Bytes of one cache block (64 positions, all heads): keys `[heads][dim][64]`, values `[heads][64][dim]`.
+/// Bytes of one cache block (64 positions, all heads): keys `[heads][dim][64]`, values `[heads][64][dim]`; for int8 codes
+/// then scales `f32[heads][64]`.
 pub fn cache_block_bytes(ty: &Type) -> Option<usize> {
+    Some(cache_position_bytes(ty)? * CACHE_BLOCK)
+}
+
+/// Bytes that a position takes in a cache.
+pub fn cache_position_bytes(ty: &Type) -> Option<usize> {
     match ty {
-        Type::Cache { heads, dim, dtype, .. } => Some(heads * dim * CACHE_BLOCK * dtype.format().block_bytes),
+        Type::Cache { heads, dim, dtype, .. } => {
+            let scale = if *dtype == DType::I8 { 4 } else { 0 };
+            Some(heads * (dim * dtype.format().block_bytes + scale))
+        }
         _ => None,
     }
+}
+
+/// Byte offset of a head's scales inside a cache block of int8 codes.
+pub fn cache_scales(heads: usize, dim: usize, head: usize) -> usize {
+    (heads * dim + head * 4) * CACHE_BLOCK
 }
 
 /// What attention computes at once, and the memory in which workers share what they have of it.

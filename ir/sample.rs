@@ -8,7 +8,7 @@
 //! and quantized weights, and stays in a range where f32 and f64 agree: it is meant for comparing two evaluations of it.
 
 use crate::eval::{Cache, Routing, Step, Tensor, Value};
-use crate::formats::DType;
+use crate::formats::{CACHED, DType};
 use crate::graph::{Attrs, Graph, ValueId};
 use crate::model::{Call, Model, ModelInfo, Source, Weight, WeightTable};
 use crate::ops::sample::{WIDTHS, attention_attrs, weight_dtypes};
@@ -101,8 +101,8 @@ pub fn value(ty: &Type, step: &Step, rows: usize, random: &mut Random) -> Value 
             Value::Tensor(Tensor::new(shape, data))
         }
         Type::Cache { heads, dim, dtype, .. } => {
-            let half = |x: f32| if *dtype == DType::F16 { half::f16::from_f32(x).to_f32() } else { x };
-            let mut past = |n: usize| Arc::new((0..n * heads * dim).map(|_| half(random.real())).collect());
+            let mut head = || Cache::stored(*dtype, &(0..*dim).map(|_| random.real()).collect::<Vec<f32>>());
+            let mut past = |n: usize| Arc::new((0..n * heads).flat_map(|_| head()).collect());
             let sequences = step.sequences.iter().map(|s| past(s.past)).collect();
             Value::Cache(Cache { heads: *heads, dim: *dim, dtype: *dtype, sequences })
         }
@@ -282,7 +282,7 @@ type Inputs = Vec<(&'static str, Type)>;
 impl Shape {
     fn new(random: &mut Random, hidden: usize, vocab: usize) -> Shape {
         let (kv_heads, groups) = (random.pick(&[1, 2, 3]), random.pick(&[1, 2, 3]));
-        let (head_dim, cache) = (random.pick(&[16, 32, 64]), random.pick(&[DType::F16, DType::F32]));
+        let (head_dim, cache) = (random.pick(&[16, 32, 64]), random.pick(&CACHED));
         Shape { hidden, vocab, heads: kv_heads * groups, kv_heads, head_dim, cache }
     }
 

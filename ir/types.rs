@@ -46,7 +46,7 @@ pub enum Type {
         heads: usize,
         /// Width of one head.
         dim: usize,
-        /// Stored element type: f32 or f16.
+        /// Stored element type: f32, f16, bf16 or i8.
         dtype: DType,
     },
     /// The ragged step: for each sequence its range of tokens and its cache blocks.

@@ -56,7 +56,7 @@ pub struct Cache {
     pub heads: usize,
     /// Width of a head.
     pub dim: usize,
-    /// f32 or f16; what is appended is rounded to it.
+    /// As stored; what is appended is rounded to it.
     pub dtype: DType,
     /// For each sequence of the step `[positions, heads, dim]`.
     pub sequences: Vec<Arc<Vec<f32>>>,
@@ -165,6 +165,16 @@ impl Cache {
         }
     }
 
+    /// What a cache of `dtype` keeps of one head at one position. In int8: codes of `scale = max |x| / 127`, ties to even.
+    pub fn stored(dtype: DType, head: &[f32]) -> Vec<f32> {
+        match dtype {
+            DType::F16 => head.iter().map(|x| half::f16::from_f32(*x).to_f32()).collect(),
+            DType::BF16 => head.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect(),
+            DType::I8 => rounded_to_codes(head),
+            _ => head.to_vec(),
+        }
+    }
+
     /// Positions of a sequence.
     pub fn positions(&self, sequence: usize) -> usize {
         self.sequences[sequence].len() / (self.heads * self.dim).max(1)
@@ -174,6 +184,13 @@ impl Cache {
     pub fn at(&self, sequence: usize, position: usize, head: usize) -> &[f32] {
         &self.sequences[sequence][(position * self.heads + head) * self.dim..][..self.dim]
     }
+}
+
+/// Int8 codes of one scale as reals: `scale = max |x| / 127`, ties to even.
+pub fn rounded_to_codes(group: &[f32]) -> Vec<f32> {
+    let scale = group.iter().fold(0f32, |most, x| most.max(x.abs())) / 127.0;
+    let code = |x: &f32| if scale > 0.0 { (x / scale).round_ties_even().clamp(-127.0, 127.0) } else { 0.0 };
+    group.iter().map(|x| scale * code(x)).collect()
 }
 
 macro_rules! accessor {

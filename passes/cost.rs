@@ -12,6 +12,7 @@ use crate::extract::{Choice, Program};
 use crate::kernels::{Candidate, Place};
 use ir::cost::Workload;
 use ir::kernel::{KernelKind, after_anchor};
+use ir::layout::cache_position_bytes;
 use ir::ops::Class;
 use ir::{DType, Dim, Machine, Type};
 
@@ -129,10 +130,8 @@ fn streamed(choice: &Choice, types: &[&Type], ty: &Type, rows: f64, step: &Workl
             _ => {}
         }
     }
-    match (ty, types) {
-        (Type::Cache { dtype, .. }, [_, x, ..]) => {
-            bytes + rows * (x.row_width().unwrap_or(0) * dtype.format().block_bytes) as f64
-        }
+    match ty {
+        Type::Cache { .. } => bytes + rows * cache_position_bytes(ty).unwrap_or(0) as f64,
         _ => bytes,
     }
 }

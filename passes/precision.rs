@@ -26,8 +26,9 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
         state.approximations.extend(weights::store(&mut state.model, dtype)?);
     }
     let kv = options.kv.unwrap_or(if narrow(&state.model) { DType::F16 } else { DType::F32 });
-    if !matches!(kv, DType::F32 | DType::F16) {
-        return Err(Error::new(Kind::Usage, format!("caches cannot be stored as {kv}")).help("choose f32 or f16"));
+    if !kv.is_cached() {
+        let error = Error::new(Kind::Usage, format!("caches cannot be stored as {kv}"));
+        return Err(error.help("choose f16, i8, f32 or bf16"));
     }
     let (mut rounded, mut caches) = (Rounded::default(), 0);
     for graph in &mut state.model.graphs {
@@ -47,8 +48,14 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     if has_weight(&state.model, |d| d.int().is_some_and(|int| d.format().block > 32 && int.group < d.format().block)) {
         state.approximations.push("scales of k-quants: products of two stored scales, rounded to f16".into());
     }
-    if caches > 0 && kv != DType::F32 {
-        state.approximations.push(format!("keys and values: {kv}"));
+    if caches > 0 {
+        match kv {
+            DType::F32 => {}
+            DType::I8 => {
+                state.approximations.push("keys and values: int8 with one scale for each head and position".into());
+            }
+            _ => state.approximations.push(format!("keys and values: {kv}")),
+        }
     }
     let Rounded { int8, bf16 } = rounded;
     Ok(vec![format!("caches {kv}, {int8} activations quantized, {bf16} rounded to bf16")])

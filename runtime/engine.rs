@@ -132,7 +132,19 @@ impl Engine {
         let running = Running { executable: executable.clone(), recorder: recorder.clone() };
         let team = Team::new(threads, options.pin, running)?;
         let blocks = Blocks::new(blocks as u32);
-        Ok(Engine { team, executable, recorder, arrays, arena, scratch, pools, weights, artifact, blocks, slots: vec![] })
+        Ok(Engine {
+            team,
+            executable,
+            recorder,
+            arrays,
+            arena,
+            scratch,
+            pools,
+            weights,
+            artifact,
+            blocks,
+            slots: vec![],
+        })
     }
 
     /// What it runs.

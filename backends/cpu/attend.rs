@@ -21,10 +21,11 @@ mod softmax;
 #[cfg(test)]
 mod tests;
 
+use super::cached::Stored;
 use super::{StepField, step_field};
 use crate::cpu::rows::walk::{self, LANES, load_index};
 use crate::emit::{Cmp, Emitter, F32, I32, Val};
-use mansard_ir::layout::{AttentionItem, CACHE_BLOCK};
+use mansard_ir::layout::{AttentionItem, CACHE_BLOCK, cache_scales};
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
 use mansard_ir::{Error, Kind, Result, Target, ValueId};
@@ -227,9 +228,16 @@ impl Attention {
     /// The item's head of a cache block in `pool`.
     fn cached(&self, e: &mut Emitter, item: &Item, pool: Val, block: Val) -> Val {
         let id = load_index(e, item.table, block);
-        let head = e.scaled(item.kv_head, self.shape.dim * CACHE_BLOCK * self.shape.element, 0);
         let block = e.row(pool, id, self.shape.cache_block_bytes);
-        e.gep(block, head)
+        e.row(block, item.kv_head, self.shape.head_bytes())
+    }
+
+    /// The scales of the item's head of a cache block of codes.
+    fn scales(&self, e: &mut Emitter, item: &Item, pool: Val, block: Val) -> Val {
+        let id = load_index(e, item.table, block);
+        let block = e.row(pool, id, self.shape.cache_block_bytes);
+        let scales = e.gep_const(block, cache_scales(self.shape.kv_heads, self.shape.dim, 0));
+        e.row(scales, item.kv_head, CACHE_BLOCK * 4)
     }
 
     /// `scores[row][position] = sum over d of q[row][d] * keys[d][position]`.
@@ -241,6 +249,7 @@ impl Attention {
             let block = e.add(span.first, index);
             let keys = self.cached(e, item, self.keys, block);
             let next = self.cached(e, item, self.values, block);
+            let scales = (shape.stored == Stored::Code).then(|| self.scales(e, item, self.keys, block));
             let scores = e.row(self.buffers.scores, index, CACHE_BLOCK * 4);
             self.row_groups(e, item.rows, &mut |e, row, rows| {
                 let stride = AttentionItem::score_bytes();
@@ -252,9 +261,9 @@ impl Attention {
                         a,
                         a_stride: shape.stride(),
                         b: keys,
-                        b_stride: CACHE_BLOCK * shape.element,
-                        element: shape.element,
-                        align: LANES * shape.element,
+                        b_stride: CACHE_BLOCK * shape.stored.bytes(),
+                        stored: shape.stored,
+                        align: LANES * shape.stored.bytes(),
                         chunks,
                         next,
                     };
@@ -262,7 +271,15 @@ impl Attention {
                     for (i, sum) in product.emit(e, &zeros).into_iter().enumerate() {
                         let (row, chunk) = (i / chunks.len(), chunks[i % chunks.len()]);
                         let to = e.gep_const(to, row * stride + chunk.0 * 4);
-                        e.store(sum, to, 64);
+                        let score = match scales {
+                            Some(scales) => {
+                                let scale = e.gep_const(scales, chunk.0 * 4);
+                                let scale = e.load(scale, sum.ty, 64);
+                                e.mul(sum, scale)
+                            }
+                            None => sum,
+                        };
+                        e.store(score, to, 64);
                     }
                 }
             });
@@ -273,7 +290,8 @@ impl Attention {
     /// are left out: their memory may never have been written.
     fn weigh(&self, e: &mut Emitter, item: &Item, state: &State, span: Span) {
         let shape = &self.shape;
-        let align = if shape.dim.is_multiple_of(LANES) { LANES * shape.element } else { shape.element };
+        let element = shape.stored.bytes();
+        let align = if shape.dim.is_multiple_of(LANES) { LANES * element } else { element };
         let (zero, all) = (e.i64(0), shape.chunks());
         e.repeat(zero, span.blocks, 1, |e, index| {
             let block = e.add(span.first, index);
@@ -298,9 +316,8 @@ impl Attention {
                         let from = e.gep_const(out, at(i));
                         sums.push(e.load(from, F32.x(lanes), lanes * 4));
                     }
-                    let (b_stride, element) = (shape.dim * shape.element, shape.element);
-                    let product =
-                        Product { rows, depth, a, a_stride, b: values, b_stride, element, align, chunks, next };
+                    let (b, b_stride, stored) = (values, shape.dim * element, shape.stored);
+                    let product = Product { rows, depth, a, a_stride, b, b_stride, stored, align, chunks, next };
                     for (i, sum) in product.emit(e, &sums).into_iter().enumerate() {
                         let to = e.gep_const(out, at(i));
                         e.store(sum, to, sum.ty.lanes * 4);

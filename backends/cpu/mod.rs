@@ -1,6 +1,7 @@
 //! CPU kernels: each kind of kernel in the plan's table has one emitter.
 
 pub mod attend;
+mod cached;
 pub mod contract;
 #[cfg(test)]
 mod contract_tests;

@@ -2,9 +2,9 @@
 
 use super::samples::Random;
 use mansard_ir::eval::{Cache, Routing, Step, Tensor, Value};
-use mansard_ir::layout::{A8, CACHE_BLOCK, STRIP, cache_block_bytes, cache_offset, row_bytes};
+use mansard_ir::layout::{A8, CACHE_BLOCK, STRIP, cache_block_bytes, cache_offset, cache_scales, row_bytes};
 use mansard_ir::plan::StepArgs;
-use mansard_ir::{CacheRole, DType, Dim, Type};
+use mansard_ir::{DType, Dim, Type};
 use std::sync::Arc;
 
 /// Most tokens of an attention tile.
@@ -132,9 +132,11 @@ impl Memory {
         let (bytes, mut cache) = (self.bytes(), Cache::empty(ty, lengths.len()).expect("a cache"));
         for (s, length) in lengths.iter().enumerate() {
             let mut sequence = vec![];
-            pool.each(ty, s, *length, |at| {
+            pool.each(ty, s, *length, |at, scale| {
                 sequence.push(match cache.dtype {
                     DType::F16 => half::f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32(),
+                    DType::BF16 => half::bf16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32(),
+                    DType::I8 => reals(&bytes[scale..scale + 4])[0] * f32::from(bytes[at] as i8),
                     _ => reals(&bytes[at..at + 4])[0],
                 });
             });
@@ -245,15 +247,16 @@ impl Pool {
         self.tables[sequence][position / CACHE_BLOCK] as usize * CACHE_BLOCK + position % CACHE_BLOCK
     }
 
-    /// Byte offsets of `[length, heads, dim]` of a sequence.
-    fn each(&self, ty: &Type, sequence: usize, length: usize, mut visit: impl FnMut(usize)) {
+    /// Byte offsets of `[length, heads, dim]` of a sequence, and of the scale of each, where there are scales.
+    fn each(&self, ty: &Type, sequence: usize, length: usize, mut visit: impl FnMut(usize, usize)) {
         let Type::Cache { role, heads, dim, dtype } = *ty else { panic!("{ty} is no cache") };
         let (block, size) = (cache_block_bytes(ty).expect("a cache"), dtype.format().block_bytes);
         for position in 0..length {
             let slot = self.slot(sequence, position);
+            let (block, slot) = (slot / CACHE_BLOCK * block, slot % CACHE_BLOCK);
             for (head, d) in (0..heads).flat_map(|h| (0..dim).map(move |d| (h, d))) {
-                let role: CacheRole = role;
-                visit(slot / CACHE_BLOCK * block + size * cache_offset(role, dim, head, slot % CACHE_BLOCK, d));
+                let scale = block + cache_scales(heads, dim, head) + 4 * slot;
+                visit(block + size * cache_offset(role, dim, head, slot, d), scale);
             }
         }
     }
@@ -261,13 +264,22 @@ impl Pool {
     fn bytes(&self, ty: &Type, cache: &Cache) -> Vec<u8> {
         let mut bytes = vec![STALE; self.blocks * cache_block_bytes(ty).expect("a cache")];
         for (s, sequence) in cache.sequences.iter().enumerate() {
-            let mut values = sequence.iter();
-            self.each(ty, s, cache.positions(s), |at| match (cache.dtype, values.next()) {
-                (DType::F16, Some(x)) => {
-                    bytes[at..at + 2].copy_from_slice(&half::f16::from_f32(*x).to_le_bytes());
+            // Codes of a head span its largest magnitude.
+            let heads = sequence.chunks(cache.dim);
+            let scales = heads.map(|head| head.iter().fold(0f32, |most, x| most.max(x.abs())) / 127.0);
+            let scales: Vec<f32> = scales.flat_map(|scale| std::iter::repeat_n(scale, cache.dim)).collect();
+            let mut values = sequence.iter().zip(scales);
+            self.each(ty, s, cache.positions(s), |at, scale_at| {
+                let Some((x, scale)) = values.next() else { panic!("a cache of too few values") };
+                match cache.dtype {
+                    DType::F16 => bytes[at..at + 2].copy_from_slice(&half::f16::from_f32(*x).to_le_bytes()),
+                    DType::BF16 => bytes[at..at + 2].copy_from_slice(&half::bf16::from_f32(*x).to_le_bytes()),
+                    DType::I8 => {
+                        bytes[at] = if scale > 0.0 { (x / scale).round() as i8 as u8 } else { 0 };
+                        bytes[scale_at..scale_at + 4].copy_from_slice(&scale.to_le_bytes());
+                    }
+                    _ => bytes[at..at + 4].copy_from_slice(&x.to_le_bytes()),
                 }
-                (_, Some(x)) => bytes[at..at + 4].copy_from_slice(&x.to_le_bytes()),
-                _ => panic!("a cache of too few values"),
             });
         }
         bytes

@@ -132,10 +132,11 @@ fn indices(body: &Graph, value: ValueId, step: &Step, count: usize, random: &mut
 fn cache(body: &Graph, value: ValueId, ty: &Type, step: &Step, random: &mut Random) -> Value {
     let appended = readers(body, value).any(|n| n.op.class() == Class::Append);
     let mut cache = Cache::empty(ty, step.sequences.len()).unwrap();
-    let width = cache.heads * cache.dim;
+    let (heads, dim, dtype) = (cache.heads, cache.dim, cache.dtype);
+    let mut head = || Cache::stored(dtype, &random.reals(dim));
     for (sequence, s) in cache.sequences.iter_mut().zip(&step.sequences) {
         let positions = if appended { s.past } else { s.past + s.len };
-        *sequence = Arc::new((0..positions * width).map(|_| stored(cache.dtype, random.real())).collect());
+        *sequence = Arc::new((0..positions * heads).flat_map(|_| head()).collect());
     }
     Value::Cache(cache)
 }

@@ -4,7 +4,7 @@
 
 use crate::graph::Attrs;
 use crate::layout::A8;
-use crate::value::{Routing, Tensor, Value};
+use crate::value::{Routing, Tensor, Value, rounded_to_codes};
 use crate::{Result, bail};
 
 /// Each row (last axis) from the whole row.
@@ -48,24 +48,18 @@ pub fn l2_normalize(o: &[&Value], attrs: &Attrs) -> Result<Value> {
 
 /// The reals that the codes stand for: `scale * code`. A group of zeros has scale 0.
 pub fn quantize(o: &[&Value], _: &Attrs) -> Result<Value> {
-    by_row(o, |row, y| row.chunks(A8::GROUP).for_each(|group| y.extend(rounded(group))))
+    by_row(o, |row, y| row.chunks(A8::GROUP).for_each(|group| y.extend(rounded_to_codes(group))))
 }
 
 /// The sum of what both planes stand for.
 pub fn quantize_fine(o: &[&Value], _: &Attrs) -> Result<Value> {
     by_row(o, |row, y| {
         for group in row.chunks(A8::GROUP) {
-            let coarse = rounded(group);
+            let coarse = rounded_to_codes(group);
             let left: Vec<f32> = group.iter().zip(&coarse).map(|(x, c)| x - c).collect();
-            y.extend(coarse.iter().zip(rounded(&left)).map(|(c, f)| c + f));
+            y.extend(coarse.iter().zip(rounded_to_codes(&left)).map(|(c, f)| c + f));
         }
     })
-}
-
-fn rounded(group: &[f32]) -> Vec<f32> {
-    let scale = group.iter().fold(0f32, |most, x| most.max(x.abs())) / 127.0;
-    let code = |x: &f32| if scale > 0.0 { (x / scale).round_ties_even().clamp(-127.0, 127.0) } else { 0.0 };
-    group.iter().map(|x| scale * code(x)).collect()
 }
 
 pub fn route(o: &[&Value], attrs: &Attrs) -> Result<Value> {

@@ -5,7 +5,7 @@
 //! models have; last axes suit the formats they are stored in.
 
 use crate::attrs;
-use crate::formats::DType;
+use crate::formats::{CACHED, DType};
 use crate::graph::Attrs;
 use crate::sample::Random;
 use crate::types::{CacheRole, Dim, Type};
@@ -199,7 +199,7 @@ fn cache(role: CacheRole, heads: usize, dim: usize, dtype: DType) -> Type {
 
 pub fn append(r: &mut Random, x: Option<&Type>) -> Sample {
     let (heads, dim, dtype) = match x {
-        None => (r.pick(&HEADS), r.pick(&[16, 32, 64]), r.pick(&[DType::F16, DType::F32])),
+        None => (r.pick(&HEADS), r.pick(&[16, 32, 64]), r.pick(&CACHED)),
         Some(Type::Cache { heads, dim, dtype, .. }) => (*heads, *dim, *dtype),
         Some(_) => return None,
     };
@@ -212,7 +212,7 @@ pub fn attend(r: &mut Random, x: Option<&Type>) -> Sample {
     let (lead, rest) = reals(r, x, 3)?;
     let (heads, dim) = (rest[0], rest[1]);
     let shared: Vec<usize> = HEADS.into_iter().filter(|h| heads.is_multiple_of(*h)).collect();
-    let (kv, dtype) = (r.pick(&shared), r.pick(&[DType::F16, DType::F32]));
+    let (kv, dtype) = (r.pick(&shared), r.pick(&CACHED));
     let caches = [CacheRole::Keys, CacheRole::Values].map(|role| cache(role, kv, dim, dtype));
     let [keys, values] = caches;
     let types = vec![activation(DType::F32, lead, &rest), keys, values, Type::Step];

@@ -4,7 +4,6 @@
 //! writes their rows; `attend` after it sees them.
 
 use super::contract::dot;
-use crate::formats::DType;
 use crate::graph::Attrs;
 use crate::value::{Cache, Sequence, Tensor, Value};
 use crate::{Result, bail};
@@ -25,15 +24,11 @@ pub fn append(o: &[&Value], _: &Attrs) -> Result<Value> {
         }
         let mut grown = cache.sequences[s].to_vec();
         for token in sequence.start..sequence.start + sequence.len {
-            grown.extend(x.outer(token).iter().map(|x| stored(cache.dtype, *x)));
+            grown.extend(x.outer(token).chunks(cache.dim).flat_map(|head| Cache::stored(cache.dtype, head)));
         }
         sequences.push(Arc::new(grown));
     }
     Ok(Value::Cache(Cache { sequences, ..cache.clone() }))
-}
-
-fn stored(dtype: DType, x: f32) -> f32 {
-    if dtype == DType::F16 { half::f16::from_f32(x).to_f32() } else { x }
 }
 
 pub fn attend(o: &[&Value], attrs: &Attrs) -> Result<Value> {

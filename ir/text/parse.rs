@@ -227,10 +227,10 @@ impl<'a> Parser<'a> {
     fn cache(&mut self, role: CacheRole) -> Result<Type> {
         self.mark("<")?;
         let dtype = match &self.token {
-            Token::Word(w) if w == "f16" => DType::F16,
-            Token::Word(w) if w == "f32" => DType::F32,
-            _ => return Err(self.expected("`f16` or `f32`")),
+            Token::Word(w) => DType::parse(w).filter(|d| d.is_cached()),
+            _ => None,
         };
+        let Some(dtype) = dtype else { return Err(self.expected("`f16`, `bf16`, `f32` or `i8`")) };
         self.advance()?;
         self.mark(">")?;
         self.mark("[")?;

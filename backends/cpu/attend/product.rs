@@ -5,8 +5,9 @@
 //!        for row: sums[row][chunks] += a[row][k] * line
 //! ```
 
+use crate::cpu::cached::Stored;
 use crate::cpu::rows::walk::LANES;
-use crate::emit::{Emitter, F16, F32, Val};
+use crate::emit::{Emitter, F32, Val};
 use mansard_ir::layout::ALIGN;
 
 /// `sums[row][chunk] += sum over k of a[row][k] * b[k][chunk]`, `a` in f32, `b` as cached.
@@ -17,8 +18,7 @@ pub(super) struct Product<'a> {
     pub(super) a_stride: usize,
     pub(super) b: Val,
     pub(super) b_stride: usize,
-    /// Bytes of an element of `b`.
-    pub(super) element: usize,
+    pub(super) stored: Stored,
     /// Alignment of whole vectors of `b`.
     pub(super) align: usize,
     /// `(first element, lanes)`.
@@ -54,12 +54,8 @@ impl Product<'_> {
     }
 
     fn load(&self, e: &mut Emitter, line: Val, (first, lanes): (usize, usize)) -> Val {
-        let at = e.gep_const(line, first * self.element);
-        let align = if lanes == LANES { self.align } else { self.element };
-        if self.element == 4 {
-            return e.load(at, F32.x(lanes), align);
-        }
-        let narrow = e.load(at, F16.x(lanes), align);
-        e.convert("extf", narrow, F32)
+        let at = e.gep_const(line, first * self.stored.bytes());
+        let align = if lanes == LANES { self.align } else { self.stored.bytes() };
+        self.stored.load(e, at, lanes, align)
     }
 }

@@ -1,8 +1,9 @@
 //! What is known of an attention kernel when it is emitted: extents, rules, and how its work falls into rows and registers.
 
+use crate::cpu::cached::Stored;
 use crate::cpu::rows::walk::LANES;
-use mansard_ir::layout::{AttentionItem, cache_block_bytes, row_bytes};
-use mansard_ir::{DType, Node, Result, Target, Type, bail};
+use mansard_ir::layout::{AttentionItem, CACHE_BLOCK, cache_block_bytes, row_bytes};
+use mansard_ir::{Node, Result, Target, Type, bail};
 
 /// Registers that a product leaves to what it reads.
 const SPARE: usize = 8;
@@ -19,8 +20,8 @@ pub(super) struct Shape {
     pub(super) slices: usize,
     /// Items of each token and key-value head.
     pub(super) parts: usize,
-    /// Bytes of a stored key or value.
-    pub(super) element: usize,
+    pub(super) kv_heads: usize,
+    pub(super) stored: Stored,
     pub(super) cache_block_bytes: usize,
     /// Bytes from token to token of queries and results.
     pub(super) row_bytes: usize,
@@ -41,11 +42,6 @@ impl Shape {
         let (Some(row_bytes), Some(cache_block_bytes)) = (row_bytes(q), cache_block_bytes(cache)) else {
             bail!(Internal, "attention of {q} over {cache}")
         };
-        let element = match dtype {
-            DType::F32 => 4,
-            DType::F16 => 2,
-            other => bail!(Unsupported, "a cache of {other}: f32 or f16 is needed"),
-        };
         let group = width / dim / kv_heads;
         let item = AttentionItem::new(group, *dim);
         let parts = group / item.heads;
@@ -54,7 +50,8 @@ impl Shape {
             item,
             slices: kv_heads * parts,
             parts,
-            element,
+            kv_heads: *kv_heads,
+            stored: Stored::of(*dtype)?,
             cache_block_bytes,
             row_bytes,
             scale: node.attrs.float("scale") as f32,
@@ -64,6 +61,11 @@ impl Shape {
             registers: target.registers,
             per_vector: (LANES * 4).div_ceil(target.vector_bytes),
         })
+    }
+
+    /// Bytes of a head of a cache block.
+    pub(super) fn head_bytes(&self) -> usize {
+        self.dim * CACHE_BLOCK * self.stored.bytes()
     }
 
     /// Bytes of a row of queries: a head in whole vectors.

@@ -10,6 +10,7 @@
 //! factor of its first real score, and every token sees itself.
 
 use super::{Attention, Item};
+use crate::cpu::cached::Stored;
 use crate::cpu::rows::walk::LANES;
 use crate::emit::{Cmp, Emitter, F32, I32, Val};
 use crate::math;
@@ -59,7 +60,7 @@ impl Attention {
         let zero = e.i64(0);
         e.repeat(zero, item.rows, 1, |e, row| self.maximum(e, state, span, row));
         self.factors(e, item, state.most, self.buffers.most);
-        e.repeat(zero, item.rows, 1, |e, row| self.weights(e, state, span, row));
+        e.repeat(zero, item.rows, 1, |e, row| self.weights(e, item, state, span, row));
     }
 
     /// Caps scores, and masks those of positions that not every row sees.
@@ -164,8 +165,8 @@ impl Attention {
         });
     }
 
-    /// The row's weights in this span; its sums, by the factor.
-    fn weights(&self, e: &mut Emitter, state: &State, span: Span, row: Val) {
+    /// The row's weights in this span, times the scales of values; its sums, by the factor.
+    fn weights(&self, e: &mut Emitter, item: &Item, state: &State, span: Span, row: Val) {
         let (zero, one) = (e.i64(0), e.i64(1));
         let scores = self.row_of_scores(e, row);
         let most = e.row(self.buffers.most, row, 4);
@@ -174,13 +175,24 @@ impl Attention {
         let none = e.float(F32.x(LANES), 0.0);
         let sums = e.for_loop((zero, span.blocks, one), &[none], |e, index, sums| {
             let scores = e.row(scores, index, CACHE_BLOCK * 4);
+            let scales = (self.shape.stored == Stored::Code).then(|| {
+                let block = e.add(span.first, index);
+                self.scales(e, item, self.values, block)
+            });
             let weights: Vec<Val> = (0..VECTORS)
                 .map(|i| {
                     let score = load_vector(e, scores, i);
                     let below = e.sub(score, most);
                     let weight = math::exp2(e, below);
                     let at = e.gep_const(scores, i * LANES * 4);
-                    e.store(weight, at, 64);
+                    let scaled = match scales {
+                        Some(scales) => {
+                            let scale = load_vector(e, scales, i);
+                            e.mul(weight, scale)
+                        }
+                        None => weight,
+                    };
+                    e.store(scaled, at, 64);
                     weight
                 })
                 .collect();

@@ -49,6 +49,22 @@ fn half_precision_caches() {
 }
 
 #[test]
+fn other_stored_types() {
+    for cache in ["bf16", "i8"] {
+        attend((6, 2), 64, cache, CAUSAL, &RAGGED, 1e-5);
+        attend((2, 1), 80, cache, CAUSAL, &RAGGED, 1e-5);
+        attend((4, 1), 20, cache, "causal = true, window = 70, softcap = 2.0", &[(190, 3), (0, 65)], 1e-5);
+    }
+}
+
+#[test]
+fn many_sequences_and_a_prompt() {
+    let step: Vec<(usize, usize)> = (0..20).map(|i| (37 * i, 1)).chain([(100, 70)]).collect();
+    attend((6, 3), 32, "f16", CAUSAL, &step, 1e-5);
+    attend((6, 3), 32, "f16", "causal = true, window = 40, softcap = 0.0", &step, 1e-5);
+}
+
+#[test]
 fn widths_of_heads() {
     for dim in [8, 20, 80, 96, 128, 256] {
         attend((4, 2), dim, "f32", CAUSAL, &[(60, 7), (3, 1)], 1e-5);
