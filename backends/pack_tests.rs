@@ -125,8 +125,10 @@ fn vectors_are_f32() {
 #[test]
 fn what_cannot_be_packed_is_said() {
     let weight = float_weight(DType::F32, &[4, 256], 1);
-    let as_k_quant =
-        Weight { ty: mansard_ir::Type::tensor(DType::Q6_K, [mansard_ir::Dim::N(4), mansard_ir::Dim::N(256)]), ..weight };
+    let as_k_quant = Weight {
+        ty: mansard_ir::Type::tensor(DType::Q6_K, [mansard_ir::Dim::N(4), mansard_ir::Dim::N(256)]),
+        ..weight
+    };
     let error = pack(&as_k_quant, None, 1, &mut |_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("is not stored as q6_k"), "{error}");
 }
