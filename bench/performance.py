@@ -232,18 +232,18 @@ def main():
     a = ap.parse_args()
     work = Run(a)
     work.prepare()
-    results = []
+    report = {"date": datetime.date.today().isoformat(), "machine": processor(), "cores": os.cpu_count(), "threads": a.threads,
+              "rounds": a.rounds, "rows": []}
+    results = report["rows"]
     for group in GROUPS:
         if a.only and not any(word in group.name for word in a.only):
             continue
         for result in work.group(group):
             results.append(result)
             print(table([result]).splitlines()[-1], flush=True)
-    report = {"date": datetime.date.today().isoformat(), "machine": processor(), "cores": os.cpu_count(), "threads": a.threads,
-              "rounds": a.rounds, "rows": results}
-    if a.json:
-        with open(a.json, "w") as f:
-            json.dump(report, f, indent=1)
+        if a.json:  # after every group: a long run that is stopped keeps what it has
+            with open(a.json, "w") as f:
+                json.dump(report, f, indent=1)
     if a.document:
         with open(a.document) as f:
             before, rest = f.read().split("<!-- table -->")
