@@ -169,7 +169,7 @@ fn manifest(contents: &Contents<'_>, sections: &[Section<'_>]) -> Result<Manifes
             arch: target.arch.clone(),
             target: target.name.clone(),
             features: target.features.clone(),
-            entries: image.entries.iter().map(|(_, at)| *at).collect(),
+            entries: image.offsets(),
         });
     }
     let zeros: BTreeMap<String, String> = sections.iter().map(|s| (s.name.clone(), "0".repeat(64))).collect();

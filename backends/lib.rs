@@ -15,6 +15,7 @@ pub mod emit;
 mod harness;
 pub mod link;
 pub mod llvm;
+pub mod machine;
 pub mod math;
 pub mod mlir;
 pub mod pack;
@@ -103,14 +104,24 @@ pub fn compile_kernels(
 
 /// Object code of some kernels; a worker makes its compiler with its first module.
 fn object(compiler: &mut Option<(Mlir, CodeGenerator)>, kernels: &[Kernel], target: &Target) -> Result<Vec<u8>> {
-    let (mlir, generator) = match compiler {
+    let compiler = match compiler {
         Some(compiler) => compiler,
         None => compiler.insert((Mlir::new()?, CodeGenerator::new(target)?)),
     };
+    object_of_text(compiler, &kernels[0].name, &text(kernels, target)?)
+}
+
+fn object_of_text((mlir, generator): &(Mlir, CodeGenerator), name: &str, text: &str) -> Result<Vec<u8>> {
     let context = inkwell::context::Context::create();
-    let module = mlir.lower_text(&kernels[0].name, &text(kernels, target)?, &context)?;
+    let module = mlir.lower_text(name, text, &context)?;
     generator.optimize(&module)?;
     generator.emit(&module, FileType::Object)
+}
+
+/// The image of functions in text form; `name` is only for errors.
+fn assemble(name: &str, text: &str, target: &Target) -> Result<Image> {
+    let object = object_of_text(&(Mlir::new()?, CodeGenerator::new(target)?), name, text)?;
+    link::link(&[object])
 }
 
 fn text(kernels: &[Kernel], target: &Target) -> Result<String> {

@@ -29,6 +29,13 @@ pub struct Image {
     pub entries: Vec<(String, usize)>,
 }
 
+impl Image {
+    /// Where each function starts, in order.
+    pub fn offsets(&self) -> Vec<usize> {
+        self.entries.iter().map(|(_, at)| *at).collect()
+    }
+}
+
 type Elf<'a> = ElfFile64<'a, Endianness>;
 
 /// Where a section of an object went: (object, section index) -> offset in the image.

@@ -10,11 +10,12 @@
 //! ```
 //!
 //! Invariant: code for a target uses no instruction beyond its `features` over plain x86-64 or aarch64, so a runtime that
-//! checks these names can run it; the CPU's name only tunes. The machine figures are priors for the cost model, not
-//! measurements.
+//! checks these names can run it; the CPU's name only tunes. The machine figures are those stated in `machines/`, not
+//! measurements: the same inputs give the same plan on any machine.
 
+use crate::machine::MachineTable;
 use inkwell::targets::TargetMachine;
-use mansard_ir::{Error, Kind, Machine, Result, Target, bail};
+use mansard_ir::{Error, Kind, Place, Result, Target, bail};
 use std::cmp::Reverse;
 
 /// Features of `x86-64-v3` that matter to generated code, as LLVM names them.
@@ -33,7 +34,7 @@ const DOTPROD: &[&str] = &["dotprod", "neon"];
 /// What `native` may use beside on aarch64.
 const ARM_EXTRA: &[&str] = &["bf16", "fullfp16", "i8mm"];
 
-/// Worker threads that named targets are priced for. Fixed, so that the same inputs give the same plan on any machine.
+/// Worker threads that named targets are priced for.
 const NAMED_THREADS: usize = 4;
 
 /// x86-64 CPUs, as LLVM names them, with two vector units of the full 512 bits: twice the rates of their level.
@@ -48,7 +49,7 @@ const TWO_WIDE_UNITS: [&str; 8] = [
     "graniterapids",
 ];
 
-/// A level of an architecture. Rates are FLOP/s and integer operations per second of one core.
+/// A level of an architecture.
 struct Level {
     name: &'static str,
     arch: &'static str,
@@ -57,13 +58,11 @@ struct Level {
     features: &'static [&'static [&'static str]],
     registers: usize,
     vector_bytes: usize,
-    peak_f32: f64,
-    peak_i8: f64,
+    /// Text of the machine file.
+    machine: &'static str,
 }
 
-/// Every level, the lowest of an architecture first. Rates are of a current server's core: measured for AVX-512 on Zen 4
-/// (118 GFLOP/s, 471 GOP/s of u8 x s8); by width, units and clock elsewhere (without VNNI a dot product takes three
-/// instructions for a quarter of the lanes; Neoverse N1 has two units of 16 bytes, Neoverse V1 four).
+/// Every level, the lowest of an architecture first.
 const LEVELS: [Level; 5] = [
     Level {
         name: "x86-64-v3",
@@ -72,8 +71,7 @@ const LEVELS: [Level; 5] = [
         features: &[V3],
         registers: 16,
         vector_bytes: 32,
-        peak_f32: 115e9,
-        peak_i8: 150e9,
+        machine: include_str!("../machines/x86-64-v3.toml"),
     },
     Level {
         name: "x86-64-v3+avxvnni",
@@ -82,8 +80,7 @@ const LEVELS: [Level; 5] = [
         features: &[V3, &["avxvnni"]],
         registers: 16,
         vector_bytes: 32,
-        peak_f32: 115e9,
-        peak_i8: 460e9,
+        machine: include_str!("../machines/x86-64-v3+avxvnni.toml"),
     },
     Level {
         name: "x86-64-v4",
@@ -92,8 +89,7 @@ const LEVELS: [Level; 5] = [
         features: &[V3, V4],
         registers: 32,
         vector_bytes: 64,
-        peak_f32: 115e9,
-        peak_i8: 460e9,
+        machine: include_str!("../machines/x86-64-v4.toml"),
     },
     Level {
         name: "aarch64+dotprod",
@@ -102,8 +98,7 @@ const LEVELS: [Level; 5] = [
         features: &[DOTPROD],
         registers: 32,
         vector_bytes: 16,
-        peak_f32: 48e9,
-        peak_i8: 190e9,
+        machine: include_str!("../machines/aarch64+dotprod.toml"),
     },
     Level {
         name: "aarch64+i8mm",
@@ -112,8 +107,7 @@ const LEVELS: [Level; 5] = [
         features: &[DOTPROD, &["i8mm"]],
         registers: 32,
         vector_bytes: 16,
-        peak_f32: 80e9,
-        peak_i8: 330e9,
+        machine: include_str!("../machines/aarch64+i8mm.toml"),
     },
 ];
 
@@ -134,7 +128,7 @@ pub fn target(name: &str) -> Result<Target> {
         let message = format!("unknown target `{name}`, expected one of {}", names().join(", "));
         return Err(Error::new(Kind::Unsupported, message).help("`mansard doctor` says what this machine has"));
     };
-    Ok(level.target())
+    level.target()
 }
 
 /// The targets of those names, the best of an architecture first, whatever order they are named in: the wider, and of
@@ -153,34 +147,23 @@ pub fn targets<S: AsRef<str>>(names: &[S]) -> Result<Vec<Target>> {
 }
 
 impl Level {
-    fn target(&self) -> Target {
+    fn target(&self) -> Result<Target> {
         let mut features: Vec<String> = self.features.iter().copied().flatten().map(|f| f.to_string()).collect();
         features.sort_unstable();
-        Target {
+        Ok(Target {
             name: self.name.into(),
             arch: self.arch.into(),
             cpu: self.cpu.into(),
             features,
             registers: self.registers,
             vector_bytes: self.vector_bytes,
-            machine: self.machine(NAMED_THREADS, 1.0),
-        }
+            machine: self.stated()?.roofline(NAMED_THREADS),
+        })
     }
 
-    /// Rates of `threads` cores that are `units` times those of the level.
-    fn machine(&self, threads: usize, units: f64) -> Machine {
-        let cores = threads as f64;
-        // A handful of cores saturate the memory of a socket; one core of Zen 4 reads 33 GB/s, two read 66.
-        let readers = cores.min(8.0);
-        Machine {
-            threads,
-            bandwidth: 30e9 * readers,
-            cache_bandwidth: 60e9 * cores,
-            cache_bytes: 32e6,
-            peak_f32: self.peak_f32 * units * cores,
-            peak_i8: self.peak_i8 * units * cores,
-            barrier: 0.5e-6,
-        }
+    /// The figures in `machines/`.
+    fn stated(&self) -> Result<MachineTable> {
+        MachineTable::parse(self.machine).at(|| format!("machines/{}.toml", self.name))
     }
 }
 
@@ -200,14 +183,17 @@ fn native() -> Result<Target> {
         let lacks: Vec<&str> = lowest.features.iter().copied().flatten().copied().filter(|f| !has(f)).collect();
         bail!(Unsupported, "this machine ({cpu}) lacks {}; no code is generated for such processors", lacks.join(", "));
     };
-    let mut target = level.target();
+    let mut target = level.target()?;
     let extra = [V3, V4, X86_EXTRA, DOTPROD, ARM_EXTRA];
     target.features = extra.into_iter().flatten().filter(|f| has(f)).map(|f| f.to_string()).collect();
     target.features.sort_unstable();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     // Measured on Zen 5: 255 GFLOP/s and 1020 GOP/s.
     let units = if target.vector_bytes == 64 && TWO_WIDE_UNITS.contains(&cpu.as_str()) { 2.2 } else { 1.0 };
-    target.machine = level.machine(threads, units);
+    target.machine = level.stated()?.roofline(threads);
+    for peak in [&mut target.machine.peak_f32, &mut target.machine.peak_bf16, &mut target.machine.peak_i8] {
+        *peak *= units;
+    }
     (target.name, target.cpu) = ("native".into(), cpu);
     Ok(target)
 }

@@ -13,6 +13,8 @@ mod steps;
 
 use crate::eval;
 use crate::report::{self, OpenArguments};
+use mansard_backends as backends;
+use mansard_backends::cpu::probe::Loops;
 use mansard_ir::{Result, bail};
 use mansard_runtime::{EngineOptions, Model, physical_cores};
 use roof::Roof;
@@ -76,10 +78,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let tests = tests(&model, arguments)?;
     let divergence = divergence(&model, arguments)?;
     let bar = report::bar("tests", tests.len() * arguments.threads().len());
+    let loops = Loops::new(&backends::target("native")?)?;
     let (mut tables, mut groups) = (vec![], vec![]);
     for threads in arguments.threads() {
         let mut runner = Runner::new(model.engine(&arguments.options(threads, &tests))?)?;
-        let mut roof = Roof::of(&model, threads)?;
+        let mut roof = Roof::of(&model, &loops, threads)?;
         let mut rows = vec![];
         for test in &tests {
             match arguments.kernels {
@@ -89,7 +92,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             bar.inc(1);
         }
         drop(runner);
-        roof.again()?;
+        roof.again(&loops)?;
         rows.iter_mut().for_each(|row| row.least = least(&model, &roof, &row.test));
         let opening = if arguments.kernels { vec![] } else { open(arguments, threads)? };
         groups.push(Group { threads, roof, rows, opening });

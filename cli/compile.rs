@@ -4,6 +4,7 @@ use crate::report;
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use mansard::driver::{self, CompileOptions, Progress, Summary};
+use mansard::machine::MachineFile;
 use mansard_backends::{self as backends, Layer};
 use mansard_ir::text::{print_model, print_plan};
 use mansard_ir::{DType, Result, Stage, bail};
@@ -48,6 +49,10 @@ pub struct Choices {
     /// several make one artifact that runs the best one a machine can
     #[arg(long, value_name = "TARGET", default_value = "native", value_delimiter = ',')]
     target: Vec<String>,
+    /// Price decisions on this machine file, or on what `mansard probe` stored here (`local`) [default: figures stated for
+    /// the target]
+    #[arg(long, value_name = "FILE")]
+    machine: Option<String>,
     /// How caches store keys and values; auto is f16 with quantized weights, else f32
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     kv: Kv,
@@ -146,11 +151,15 @@ impl Choices {
     pub fn options(&self) -> Result<CompileOptions> {
         let mut options = CompileOptions {
             targets: self.target.clone(),
+            machine: self.machine.as_deref().map(MachineFile::named).transpose()?,
             float_weights: !matches!(self.quant, Quant::File),
             weights: self.quant.weights(),
             synthetic_seed: self.synthetic_weights,
             ..CompileOptions::default()
         };
+        if let Some(machine) = &options.machine {
+            machine.suits(&backends::targets(&self.target)?)?;
+        }
         options.kv = match self.kv {
             Kv::Auto => None,
             Kv::F16 => Some(DType::F16),

@@ -1,6 +1,7 @@
 //! `mansard doctor`: what is here, what will be used, and why.
 
 use crate::report;
+use mansard::machine::{self, MachineFile, origin};
 use mansard_backends as backends;
 use mansard_ir::Result;
 use mansard_runtime as runtime;
@@ -29,6 +30,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let targets: Vec<(&str, Option<String>)> =
         backends::target::names().into_iter().map(|name| (name, lacks(name))).collect();
     let huge = huge_pages();
+    let probe = machine::stored();
     if arguments.json {
         return report::print(report::json(&json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -39,6 +41,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             "cores": {"logical": logical, "physical": physical},
             "available_memory_bytes": runtime::available_memory(),
             "huge_pages": huge,
+            "probe": probe_json(&probe),
             "targets": targets.iter().map(|(name, lacks)| json!({"name": name, "runs": lacks.is_none(), "lacks": lacks}))
                 .collect::<Vec<_>>(),
         }))?);
@@ -70,7 +73,30 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         }
         None => "huge pages: unknown\n".to_string(),
     };
+    out += &probe_text(&probe);
     report::print(out)
+}
+
+fn probe_json(probe: &Result<Option<MachineFile>>) -> serde_json::Value {
+    match probe {
+        Ok(file) => json!(file.as_ref().map(|f| json!({"file": f.path.display().to_string(), "machine": f.table}))),
+        Err(error) => json!({"error": error.to_string()}),
+    }
+}
+
+fn probe_text(probe: &Result<Option<MachineFile>>) -> String {
+    let file = match probe {
+        Ok(Some(file)) => file,
+        Ok(None) => {
+            return "probe: none; `mansard probe` measures this machine, and `bench` then knows its peaks\n".into();
+        }
+        Err(error) => return format!("probe: not usable: {error}\n"),
+    };
+    let m = file.table.whole();
+    let mut out = format!("probe: {}, {} ({})\n", file.path.display(), origin(&file.table), file.table.name);
+    out += &format!("  workers: {}; {:.1} GB/s from memory; ", m.threads, m.bandwidth / 1e9);
+    out += &format!("{:.0} GOP/s int8, {:.0} GFLOP/s bf16, ", m.peak_i8 / 1e9, m.peak_bf16 / 1e9);
+    out + &format!("{:.0} GFLOP/s f32; {:.2} us a barrier\n", m.peak_f32 / 1e9, m.barrier * 1e6)
 }
 
 /// The chosen one of `always [madvise] never`.

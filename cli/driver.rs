@@ -1,5 +1,6 @@
 //! From a model file to an artifact, stage by stage.
 
+use crate::machine::MachineFile;
 use mansard_backends as backends;
 use mansard_frontend as frontend;
 use mansard_ir::artifact::Provenance;
@@ -14,6 +15,8 @@ use std::time::{Duration, Instant};
 pub struct CompileOptions {
     /// Names of the targets, in any order: the artifact holds the best first.
     pub targets: Vec<String>,
+    /// The machine that decisions are priced on; `None`: the figures stated for the targets.
+    pub machine: Option<MachineFile>,
     /// Weights as f32, whatever the file holds (`--quant none`, and before they are rounded or quantized otherwise).
     pub float_weights: bool,
     /// The format of matrices, which are rounded or quantized when packed (`--quant bf16`, `--quant int4-g64`).
@@ -32,6 +35,7 @@ impl Default for CompileOptions {
     fn default() -> CompileOptions {
         CompileOptions {
             targets: vec!["native".into()],
+            machine: None,
             float_weights: false,
             weights: None,
             kv: None,
@@ -85,7 +89,10 @@ pub fn import(path: &Path, options: &CompileOptions) -> Result<Model> {
 }
 
 /// The options of the passes for one target.
-pub fn pass_options(target: Target, options: &CompileOptions) -> passes::Options {
+pub fn pass_options(mut target: Target, options: &CompileOptions) -> passes::Options {
+    if let Some(file) = &options.machine {
+        target.machine = file.table.whole();
+    }
     passes::Options { kv: options.kv, weights: options.weights, limits: options.limits, ..passes::Options::new(target) }
 }
 
@@ -155,6 +162,9 @@ impl CompileOptions {
             ("quant".to_string(), quant),
             ("target".to_string(), targets.iter().map(|t| t.name.as_str()).collect::<Vec<_>>().join(",")),
         ]);
+        if let Some(file) = &self.machine {
+            options.insert("machine".into(), file.provenance());
+        }
         if let Some(kv) = self.kv {
             options.insert("kv".into(), kv.to_string());
         }

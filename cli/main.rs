@@ -1,4 +1,4 @@
-//! The command line: `mansard compile | run | chat | logits | embed | eval | bench | inspect | opt | doctor`.
+//! The command line: `mansard compile | run | chat | logits | embed | eval | bench | inspect | probe | opt | doctor`.
 //!
 //! Results go to standard output, progress and remarks to standard error. Exit codes are those of
 //! [`mansard_ir::Error::exit_code`]; every failure is one `error:` with its place and, where something is known, one `help:`.
@@ -13,6 +13,7 @@ mod eval;
 mod inspect;
 mod logits;
 mod opt;
+mod probe;
 mod report;
 mod run;
 
@@ -46,6 +47,7 @@ enum Command {
     Eval(eval::Arguments),
     Bench(bench::Arguments),
     Inspect(inspect::Arguments),
+    Probe(probe::Arguments),
     Opt(opt::Arguments),
     Doctor(doctor::Arguments),
 }
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
         Command::Eval(arguments) => eval::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Probe(arguments) => probe::run(&arguments),
         Command::Opt(arguments) => opt::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     };

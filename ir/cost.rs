@@ -32,6 +32,8 @@ pub struct Workload {
 pub struct Work {
     /// f32 operations.
     pub f32_ops: f64,
+    /// Operations of products of bf16 pairs.
+    pub bf16_ops: f64,
     /// int8 operations.
     pub i8_ops: f64,
     /// Bytes of packed weights, read once each.
@@ -111,8 +113,7 @@ impl Workload {
         let activations = types.first().and_then(|ty| Some(ty.as_tensor()?.0));
         match activations.map(|dtype| (dtype, dtype.planes())) {
             Some((_, Some(planes))) => work.i8_ops += ops * planes as f64,
-            // Pairs: two products in the time of one.
-            Some((DType::BF16, _)) => work.f32_ops += ops / 2.0,
+            Some((DType::BF16, _)) => work.bf16_ops += ops,
             _ => work.f32_ops += ops,
         }
         if let (Class::Append, [_, x, ..]) = (node.op.class(), types.as_slice()) {
@@ -153,19 +154,29 @@ impl Work {
         self.weight_bytes + self.cache_bytes + self.activation_bytes
     }
 
+    /// Every operation, of whatever type.
+    pub fn operations(&self) -> f64 {
+        self.f32_ops + self.bf16_ops + self.i8_ops
+    }
+
+    /// Seconds of computing on that machine, with nothing to wait for.
+    pub fn computing(&self, machine: &Machine) -> f64 {
+        self.f32_ops / machine.peak_f32 + self.bf16_ops / machine.peak_bf16 + self.i8_ops / machine.peak_i8
+    }
+
     /// Seconds on that machine: the longer of computing and moving.
     pub fn seconds(&self, machine: &Machine) -> f64 {
         let near =
             if self.activation_bytes > machine.cache_bytes { machine.bandwidth } else { machine.cache_bandwidth };
-        let compute = self.f32_ops / machine.peak_f32 + self.i8_ops / machine.peak_i8;
         let memory = (self.weight_bytes + self.cache_bytes) / machine.bandwidth + self.activation_bytes / near;
-        compute.max(memory)
+        self.computing(machine).max(memory)
     }
 }
 
 impl std::ops::AddAssign for Work {
     fn add_assign(&mut self, other: Work) {
         self.f32_ops += other.f32_ops;
+        self.bf16_ops += other.bf16_ops;
         self.i8_ops += other.i8_ops;
         self.weight_bytes += other.weight_bytes;
         self.cache_bytes += other.cache_bytes;
@@ -231,6 +242,7 @@ mod tests {
             cache_bandwidth: 100.0,
             cache_bytes: 1e9,
             peak_f32: 1000.0,
+            peak_bf16: 2000.0,
             peak_i8: 4000.0,
             barrier: 0.0,
         };

@@ -307,3 +307,23 @@ pub struct StepArgs {
     /// Bytes of one worker's scratch.
     pub scratch_bytes: i64,
 }
+
+impl StepArgs {
+    /// A step of no tokens.
+    pub const NOTHING: StepArgs = StepArgs {
+        t: 0,
+        s: 0,
+        r: 0,
+        tiles: 0,
+        table_stride: 0,
+        tokens: std::ptr::null(),
+        positions: std::ptr::null(),
+        rows: std::ptr::null(),
+        slots: std::ptr::null(),
+        tile: std::ptr::null(),
+        tables: std::ptr::null(),
+        sequences: std::ptr::null(),
+        scratch: std::ptr::null_mut(),
+        scratch_bytes: 0,
+    };
+}

@@ -22,6 +22,9 @@ pub struct Target {
     pub machine: Machine,
 }
 
+/// Bytes that the loops of a probe divide among workers: they read multiples of it.
+pub const PROBE_UNIT: usize = 1024;
+
 /// A roofline: what decisions are priced on. Rates are for all `threads` together.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
@@ -35,6 +38,8 @@ pub struct Machine {
     pub cache_bytes: f64,
     /// f32 FLOP/s.
     pub peak_f32: f64,
+    /// FLOP/s of products of bf16 pairs that are added up in f32.
+    pub peak_bf16: f64,
     /// int8 operations per second.
     pub peak_i8: f64,
     /// Seconds from one launch to the next dependent one.
@@ -90,6 +95,7 @@ impl Machine {
             cache_bandwidth: self.cache_bandwidth.min(other.cache_bandwidth),
             cache_bytes: self.cache_bytes.min(other.cache_bytes),
             peak_f32: self.peak_f32.min(other.peak_f32),
+            peak_bf16: self.peak_bf16.min(other.peak_bf16),
             peak_i8: self.peak_i8.min(other.peak_i8),
             barrier: self.barrier.max(other.barrier),
         }

@@ -59,7 +59,7 @@ impl Roofline {
                     work.anchored = ops * planes as f64 / machine.peak_i8
                 }
                 (Class::Contract | Class::ContractExperts, _) if activations == Some(DType::BF16) => {
-                    work.anchored = ops / (2.0 * machine.peak_f32) // pairs
+                    work.anchored = ops / machine.peak_bf16
                 }
                 (Class::Contract | Class::ContractExperts | Class::Attend, _) => work.anchored = ops / machine.peak_f32,
                 _ => work.scalar = ops / (machine.peak_f32 * SCALAR_SHARE),

@@ -206,10 +206,10 @@ impl Program<Job> for Running {
                 recorder.started(share.worker);
             }
             let function = executable.image.functions[launch.kernel];
-            // SAFETY: the function is a kernel of the checked artifact. Its arguments are as many, and as long, as its
-            // manifest says, which `validate` has checked against the arena, the pools and the sections; the step's
-            // arrays are built within the manifest's limits and outlive the job. Kernels write only their own share,
-            // and dependent launches are in different phases.
+            // SAFETY: a loop that `probe` times keeps to the buffer it is told the size of. A kernel of the checked artifact
+            // has as many arguments, and as long, as its manifest says, which `validate` has checked against arena, pools and
+            // sections; the step's arrays are within the manifest's limits and outlive the job. Kernels write only their own
+            // share, and dependent launches are in different phases.
             unsafe { function(launch.args.as_ptr(), &job.step, share.index as i64, share.count as i64) };
             if let Some(recorder) = &self.recorder {
                 recorder.ended(share.worker, index);

@@ -48,11 +48,11 @@ mod validate;
 
 pub use artifact::{Artifact, OpenOptions, Section};
 pub use code::{cpu_features, has_feature, lacking, missing};
-pub use cores::physical_cores;
+pub use cores::{CacheLevel, caches, physical_cores};
 pub use engine::{Engine, EngineOptions, OutputRows, SequenceId, StepOutput, WeightPages, Work};
 pub use generate::{Finish, GenerateOptions, Generated, generate};
 pub use memory::available_memory;
-pub use probe::read_bandwidth;
+pub use probe::Probe;
 pub use profile::{LaunchProfile, StepProfile};
 pub use sample::{Sampler, SamplerOptions};
 pub use step::Rows;

@@ -109,46 +109,11 @@ impl Arena {
         unsafe { std::slice::from_raw_parts(self.at(offset).cast::<f32>(), len) }
     }
 
-    /// The sum of `len` words from byte `offset`, read as fast as this machine can.
-    ///
-    /// # Panics
-    /// As [`Arena::f32s`].
-    pub fn sum(&self, offset: usize, len: usize) -> u32 {
-        let words = self.f32s(offset, len);
-        #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx512f") {
-            // SAFETY: the machine has the one feature the function asks for.
-            return unsafe { add_up_wide(words) };
-        }
-        add_up(words)
-    }
-
     /// All of it, to write.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: the mapping holds `bytes` initialized (zeroed) bytes from `base`, and `&mut self` is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.bytes) }
     }
-}
-
-/// Sums kept apart, so that loads do not wait for additions.
-pub const LANES: usize = 128;
-
-#[inline(always)]
-fn add_up(words: &[f32]) -> u32 {
-    let mut sums = [0u32; LANES];
-    for line in words.as_chunks::<LANES>().0 {
-        for (sum, word) in sums.iter_mut().zip(line) {
-            *sum = sum.wrapping_add(word.to_bits());
-        }
-    }
-    sums.iter().fold(0, |a, b| a.wrapping_add(*b))
-}
-
-/// The same with loads of whole cache lines, of which a core has more under way.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn add_up_wide(words: &[f32]) -> u32 {
-    add_up(words)
 }
 
 impl Drop for Arena {

@@ -186,6 +186,16 @@ fn files(folder: &str, endings: [&str; 2]) -> Vec<PathBuf> {
 }
 
 #[test]
+fn machine_files_are_read() {
+    let files = files("machines", ["toml", "toml"]);
+    assert!(files.len() >= 6, "machines/ holds {} machine files", files.len());
+    for file in files {
+        let found = mansard::machine::MachineFile::read(&file).unwrap_or_else(|e| panic!("{e}"));
+        assert!(found.table.whole().bandwidth > 0.0);
+    }
+}
+
+#[test]
 fn cases_and_snapshots_belong_together() {
     let files = files("tests/cases", ["mir", "snap"]);
     assert!(files.len() >= 100, "only {} case files and snapshots", files.len());

@@ -9,7 +9,7 @@
 
 mod float;
 mod integer;
-mod isa;
+pub(super) mod isa;
 
 use crate::emit::{Emitter, F32, PTR, Val};
 use mansard_ir::formats::DType;

@@ -7,6 +7,7 @@ pub mod contract;
 mod contract_tests;
 pub mod dot;
 pub mod pool;
+pub mod probe;
 pub mod rows;
 
 use crate::emit::{Emitter, I64, KernelArgs, PTR, Val};

@@ -95,6 +95,7 @@ fn table(test: Test, mut samples: Vec<Sample>, program: &Program, roof: &Roof, t
         let of = |figure: fn(&Part) -> f64| mean(&|s: &Sample| s.parts.get(kernel).map_or(0.0, figure));
         let work = Work {
             f32_ops: of(|p| p.work.f32_ops),
+            bf16_ops: of(|p| p.work.bf16_ops),
             i8_ops: of(|p| p.work.i8_ops),
             weight_bytes: of(|p| p.work.weight_bytes),
             cache_bytes: of(|p| p.work.cache_bytes),
@@ -158,7 +159,7 @@ impl KernelRow {
     }
 
     fn operations(&self) -> f64 {
-        (self.work.f32_ops + self.work.i8_ops) / self.seconds
+        self.work.operations() / self.seconds
     }
 
     fn roof_share(&self) -> f64 {
@@ -208,7 +209,7 @@ impl KernelTable {
             "kernels": kernels})
     }
 
-    fn fields(&self, row: &KernelRow) -> [(&'static str, Value); 15] {
+    fn fields(&self, row: &KernelRow) -> [(&'static str, Value); 16] {
         [
             ("kernel", row.name.as_str().into()),
             ("launches", row.launches.into()),
@@ -220,6 +221,7 @@ impl KernelTable {
             ("cache_bytes", row.work.cache_bytes.into()),
             ("activation_bytes", row.work.activation_bytes.into()),
             ("f32_ops", row.work.f32_ops.into()),
+            ("bf16_ops", row.work.bf16_ops.into()),
             ("i8_ops", row.work.i8_ops.into()),
             ("bytes_per_second", row.bandwidth().into()),
             ("ops_per_second", row.operations().into()),

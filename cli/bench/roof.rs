@@ -1,19 +1,27 @@
 //! The roofline of an artifact's kernels on this machine: what a launch does, and the least time that takes.
 //!
 //! ```text
-//! least time = max(f32 operations / peak + int8 operations / peak, bytes of weights and caches / bandwidth)
+//! least time = max(operations of each type / its peak, bytes of weights and caches / bandwidth)
 //! ```
 //!
 //! Operations and bytes come from the kernels' bodies, bandwidth is measured before and after the tests on a buffer of the
-//! weights' size with as many workers, peaks are those the target was priced with. A kernel's own roof adds the activations it moves through the cache.
+//! weights' size with as many workers, peaks are those that `mansard probe` measured here, else those stated for the target.
+//! A kernel's own roof adds the activations it moves through the cache.
 
+use crate::probe::measure;
+use mansard::machine;
 use mansard_backends as backends;
+use mansard_backends::cpu::probe::Loops;
 use mansard_ir::cost::{Work, Workload};
 use mansard_ir::plan::Program;
 use mansard_ir::text::parse;
 use mansard_ir::{Graph, Machine, Result, ValueId, bail};
-use mansard_runtime::{self as runtime, Model};
+use mansard_runtime::{self as runtime, Model, Probe};
 use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// How long the bandwidth is measured, before the tests and after them.
+const READING: Duration = Duration::from_millis(240);
 
 /// What bounds a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +30,8 @@ pub enum Bound {
     Memory,
     /// Integer products.
     I8,
+    /// Products of bf16.
+    Bf16,
     /// Everything else that is computed.
     F32,
 }
@@ -32,6 +42,7 @@ impl Bound {
         match self {
             Bound::Memory => "memory",
             Bound::I8 => "int8",
+            Bound::Bf16 => "bf16",
             Bound::F32 => "f32",
         }
     }
@@ -39,8 +50,10 @@ impl Bound {
 
 /// Rates that bound a step, and the kernels they apply to.
 pub struct Roof {
-    /// Bandwidth measured, peaks for the workers in use as the target was priced.
+    /// Bandwidth measured in this run, the rest for the workers in use.
     pub machine: Machine,
+    /// Where the peaks come from: `measured 2026-11-21`, or `stated`.
+    pub peaks: String,
     bodies: Vec<Graph>,
     /// Of the weights.
     bytes: usize,
@@ -48,22 +61,22 @@ pub struct Roof {
 }
 
 impl Roof {
-    /// Measures and reads what there is to know.
+    /// Measures, with `loops`, and reads what there is to know.
     ///
     /// # Errors
-    /// Where the artifact has no code for this machine, a kernel's body is no graph, or memory is refused.
-    pub fn of(model: &Model, threads: usize) -> Result<Roof> {
+    /// Where the artifact has no code for this machine, a kernel's body is no graph, the stored machine file is damaged, or
+    /// memory is refused.
+    pub fn of(model: &Model, loops: &Loops, threads: usize) -> Result<Roof> {
         let manifest = model.artifact().manifest();
         let Some(code) = manifest.code.iter().find(|code| runtime::missing(code).is_none()) else {
             bail!(Unsupported, "the artifact has no code for this machine");
         };
-        let mut machine = backends::target(&code.target)?.machine;
-        let share = threads as f64 / machine.threads as f64;
-        for rate in [&mut machine.peak_f32, &mut machine.peak_i8, &mut machine.cache_bandwidth] {
-            *rate *= share;
-        }
+        let (mut machine, peaks) = match machine::of_this_processor()? {
+            Some(file) => (file.table.roofline(threads), machine::origin(&file.table)),
+            None => (stated(&code.target, threads)?, "stated".into()),
+        };
         let bytes = manifest.program.weights.iter().map(|w| w.bytes).sum();
-        machine.bandwidth = runtime::read_bandwidth(bytes, threads)?;
+        machine.bandwidth = read_bandwidth(loops, bytes, threads)?;
         let mut bodies = vec![];
         for kernel in &manifest.program.kernels {
             match parse(&kernel.name, &kernel.text)?.graphs.pop() {
@@ -71,21 +84,16 @@ impl Roof {
                 None => bail!(Input, "kernel `{}` has no body", kernel.name),
             }
         }
-        Ok(Roof { machine, bodies, bytes, threads })
+        Ok(Roof { machine, peaks, bodies, bytes, threads })
     }
 
     /// Measures the bandwidth once more and keeps the larger: a neighbour takes some of it, nobody adds any.
     ///
     /// # Errors
     /// Where memory is refused.
-    pub fn again(&mut self) -> Result<()> {
-        self.machine.bandwidth = self.machine.bandwidth.max(runtime::read_bandwidth(self.bytes, self.threads)?);
+    pub fn again(&mut self, loops: &Loops) -> Result<()> {
+        self.machine.bandwidth = self.machine.bandwidth.max(read_bandwidth(loops, self.bytes, self.threads)?);
         Ok(())
-    }
-
-    /// Where the peaks come from.
-    pub fn peaks(&self) -> &'static str {
-        "target"
     }
 
     /// What one launch of kernel `index` does in a step.
@@ -105,7 +113,7 @@ impl Roof {
         }
         let least = |kernel: usize| {
             let work = self.work(kernel, step);
-            self.computing(&work).max((work.weight_bytes + work.cache_bytes) / self.machine.bandwidth)
+            work.computing(&self.machine).max((work.weight_bytes + work.cache_bytes) / self.machine.bandwidth)
         };
         launches.into_iter().map(|(kernel, times)| times * least(kernel)).sum()
     }
@@ -113,29 +121,44 @@ impl Roof {
     /// The least time of a launch, and why.
     pub fn least(&self, work: &Work) -> (f64, Bound) {
         let seconds = work.seconds(&self.machine);
-        let (f32, i8) = (work.f32_ops / self.machine.peak_f32, work.i8_ops / self.machine.peak_i8);
-        let bound = match () {
-            () if f32 + i8 < seconds => Bound::Memory,
-            () if i8 >= f32 => Bound::I8,
-            () => Bound::F32,
-        };
+        let times = [
+            (work.f32_ops / self.machine.peak_f32, Bound::F32),
+            (work.bf16_ops / self.machine.peak_bf16, Bound::Bf16),
+            (work.i8_ops / self.machine.peak_i8, Bound::I8),
+        ];
+        let longest = times.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).map_or(Bound::F32, |(_, bound)| bound);
+        let bound = if work.computing(&self.machine) < seconds { Bound::Memory } else { longest };
         (seconds, bound)
-    }
-
-    fn computing(&self, work: &Work) -> f64 {
-        work.f32_ops / self.machine.peak_f32 + work.i8_ops / self.machine.peak_i8
     }
 
     /// The rates, for the foot of a report.
     pub fn rates(&self) -> String {
-        let Machine { bandwidth, peak_i8, peak_f32, .. } = self.machine;
-        let [bandwidth, peak_i8, peak_f32] = [bandwidth, peak_i8, peak_f32].map(|rate| rate / 1e9);
+        let Machine { bandwidth, peak_i8, peak_bf16, peak_f32, .. } = self.machine;
+        let [bandwidth, peak_i8, peak_bf16, peak_f32] =
+            [bandwidth, peak_i8, peak_bf16, peak_f32].map(|rate| rate / 1e9);
+        let threads = if self.threads == 1 { "1 thread".into() } else { format!("{} threads", self.threads) };
+        let peaks = if self.peaks == "stated" { "stated, run `mansard probe`" } else { &self.peaks };
         format!(
-            "roofline of {}: {bandwidth:.1} GB/s read (measured); {peak_i8:.0} GOP/s int8, {peak_f32:.0} GFLOP/s f32 (of the target)\n",
-            match self.threads {
-                1 => "1 thread".to_string(),
-                n => format!("{n} threads"),
-            }
+            "roofline of {threads}: {bandwidth:.1} GB/s read (measured in this run); {peak_i8:.0} GOP/s int8, \
+             {peak_bf16:.0} GFLOP/s bf16, {peak_f32:.0} GFLOP/s f32 (peaks: {peaks})\n"
         )
     }
+}
+
+/// The figures stated for a target, for so many workers.
+fn stated(target: &str, threads: usize) -> Result<Machine> {
+    let mut machine = backends::target(target)?.machine;
+    let share = threads as f64 / machine.threads as f64;
+    let Machine { peak_f32, peak_bf16, peak_i8, cache_bandwidth, .. } = &mut machine;
+    for rate in [peak_f32, peak_bf16, peak_i8, cache_bandwidth] {
+        *rate *= share;
+    }
+    Ok(machine)
+}
+
+/// Bytes per second that so many workers read of a buffer as large as the weights, on huge pages.
+fn read_bandwidth(loops: &Loops, bytes: usize, threads: usize) -> Result<f64> {
+    let bytes = bytes.max(measure::least(threads));
+    let mut probe = Probe::new(&loops.image.bytes, &loops.image.offsets(), bytes, threads)?;
+    measure::bandwidth(&mut probe, loops, bytes, READING)
 }

@@ -8,7 +8,7 @@
 //! | `tokens`, `batch`, `depth`, `threads` | tokens of each sequence, sequences, tokens in each cache before, workers |
 //! | `tokens_per_second`, `stddev` | of all sequences together; mean and spread over the repetitions |
 //! | `milliseconds` | of the whole prefill; of a decoded token of every sequence |
-//! | `roofline_share`, `bandwidth`, `peaks` | of the least time; the bytes per second measured for it, and whose peaks it takes |
+//! | `roofline_share`, `bandwidth`, `peaks` | of the least time; the bytes per second measured for it, and where its peaks come from |
 //! | `open_milliseconds` | from the file's name to an engine that could run |
 //! | `kl_divergence` | of the artifact from the model of `--against`, else null |
 
@@ -74,7 +74,7 @@ impl Row {
             ("milliseconds", self.milliseconds().into()),
             ("roofline_share", self.share().into()),
             ("bandwidth", group.roof.machine.bandwidth.into()),
-            ("peaks", group.roof.peaks().into()),
+            ("peaks", group.roof.peaks.as_str().into()),
             ("open_milliseconds", mean(&group.opening).into()),
             ("kl_divergence", json!(divergence)),
         ]

@@ -173,5 +173,5 @@ fn unique(names: &mut BTreeSet<String>, name: String) -> String {
 pub fn work(body: &Graph) -> (f64, usize) {
     let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some()).collect();
     let work = Workload::one(1, 0).work(body, &nodes);
-    (work.f32_ops + work.i8_ops, work.weight_bytes as usize)
+    (work.operations(), work.weight_bytes as usize)
 }

@@ -29,6 +29,7 @@ pub fn target() -> Target {
         cache_bandwidth: 200e9,
         cache_bytes: 16e6,
         peak_f32: 220e9,
+        peak_bf16: 440e9,
         peak_i8: 900e9,
         barrier: 0.3e-6,
     };
