@@ -186,7 +186,8 @@ impl Workers {
         for (peak, rate) in &self.gop_per_s {
             within(*rate, (1e-2, 1e9)).at(|| format!("`gop_per_s.{peak}`"))?;
         }
-        for level in table.cache_kib.keys().chain([&Level::Memory]).filter(|level| !self.gb_per_s.contains_key(level)) {
+        let mut levels = table.cache_kib.keys().chain([&Level::Memory]);
+        if let Some(level) = levels.find(|level| !self.gb_per_s.contains_key(level)) {
             bail!(Input, "`gb_per_s.{level}`: expected gigabytes per second, found nothing");
         }
         if !self.gop_per_s.contains_key(&Peak::F32) {
