@@ -170,6 +170,7 @@ fn manifest(contents: &Contents<'_>, sections: &[Section<'_>]) -> Result<Manifes
             target: target.name.clone(),
             features: target.features.clone(),
             entries: image.offsets(),
+            tiles: image.tiles.clone(),
         });
     }
     let zeros: BTreeMap<String, String> = sections.iter().map(|s| (s.name.clone(), "0".repeat(64))).collect();

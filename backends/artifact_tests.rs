@@ -21,7 +21,10 @@ impl Parts {
             plan: Plan { kernels: vec![], packs: vec![], program: Program::default() },
             info: ModelInfo::default(),
             weights: WeightTable::default(),
-            images: vec![(crate::target("x86-64-v3").unwrap(), Image { bytes: vec![0xc3; 128], entries: vec![] })],
+            images: vec![(
+                crate::target("x86-64-v3").unwrap(),
+                Image { bytes: vec![0xc3; 128], entries: vec![], tiles: vec![] },
+            )],
             provenance: Provenance::default(),
         };
         parts.info.tokenizer = Some(TokenizerInfo { json: "{\"a\": \"é\"}".into(), ..TokenizerInfo::default() });

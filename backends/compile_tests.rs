@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::harness::kernel;
+use mansard_ir::Tuning;
 use mansard_ir::plan::Program;
 
 /// Six small kernels: more than one module.
@@ -22,21 +23,21 @@ fn plan() -> Plan {
 fn entries_are_in_the_plans_order_and_bytes_do_not_depend_on_threads() {
     let (plan, target) = (plan(), target("x86-64-v3").unwrap());
     let mut heard = vec![];
-    let image = compile(&plan, &target, 1, &mut |done, all| heard.push((done, all))).unwrap();
+    let image = compile(&plan, &target, &Tuning::default(), 1, &mut |done, all| heard.push((done, all))).unwrap();
     assert_eq!(heard, [(0, 6), (4, 6), (6, 6)]);
     let names: Vec<&str> = image.entries.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names, ["k0", "k1", "k2", "k3", "k4", "k5"]);
-    assert_eq!(image, compile(&plan, &target, 3, &mut |_, _| {}).unwrap());
+    assert_eq!(image, compile(&plan, &target, &Tuning::default(), 3, &mut |_, _| {}).unwrap());
 }
 
 #[test]
 fn every_layer_can_be_read() {
     let (plan, target) = (plan(), target("x86-64-v4").unwrap());
-    let text = |layer| String::from_utf8(emit(&plan, &target, layer).unwrap()).unwrap();
+    let text = |layer| String::from_utf8(emit(&plan, &target, &Tuning::default(), layer).unwrap()).unwrap();
     assert!(text(Layer::Mlir).contains("func.func @k5("));
     assert!(text(Layer::Llvm).contains("define void @k5("));
     assert!(text(Layer::Asm).contains("zmm"));
-    assert!(emit(&plan, &target, Layer::Object).unwrap().starts_with(b"\x7fELF"));
+    assert!(emit(&plan, &target, &Tuning::default(), Layer::Object).unwrap().starts_with(b"\x7fELF"));
 }
 
 #[test]
@@ -44,6 +45,6 @@ fn a_kernel_twice_is_an_error() {
     let mut plan = plan();
     plan.kernels.truncate(1);
     plan.kernels.push(plan.kernels[0].clone());
-    let error = compile(&plan, &target("x86-64-v3").unwrap(), 2, &mut |_, _| {}).unwrap_err();
+    let error = compile(&plan, &target("x86-64-v3").unwrap(), &Tuning::default(), 2, &mut |_, _| {}).unwrap_err();
     assert!(error.to_string().contains("k0"), "{error}");
 }

@@ -20,7 +20,8 @@ use crate::{Image, compile_kernels, pack, target};
 use mansard_ir::eval::{self, Step, Value};
 use mansard_ir::model::Weight;
 use mansard_ir::plan::{Kernel, StepArgs};
-use mansard_ir::{Dim, Target, TokenRange, Type, text, verify};
+use mansard_ir::tuning::Tuned;
+use mansard_ir::{Choice, Dim, Target, TokenRange, Tuning, Type, text, verify};
 use memory::{Memory, Pool, StepArrays};
 use qemu::Qemu;
 use std::collections::BTreeMap;
@@ -53,16 +54,30 @@ pub fn case(text: &str, step: &[(usize, usize)], tolerance: f64) {
 /// Compares a kernel with the interpreter on [`machines`], with 1, 2 and 3 threads. `tolerance` is
 /// the most that a value may be off, as a share of the largest in its result.
 pub fn check(kernel: &Kernel, inputs: &[Given], step: &Step, tolerance: f64) {
+    check_tuned(kernel, inputs, step, tolerance, |_| vec![None]);
+}
+
+/// [`check`] with each of the choices that `choices` names for a target; `None` is the formulas'.
+pub fn check_tuned(
+    kernel: &Kernel,
+    inputs: &[Given],
+    step: &Step,
+    tolerance: f64,
+    choices: impl Fn(&Target) -> Vec<Option<Choice>>,
+) {
     let reals: Vec<Value> = inputs.iter().map(Given::reals).collect();
     let expected = eval::graph(&kernel.body, &reals, &mut |name, _| panic!("weight {name} in a kernel"));
     let expected = expected.unwrap_or_else(|e| panic!("{e}"));
-    for (target, machine) in machines() {
-        let image = compile(kernel, target);
+    let tried = machines().iter().flat_map(|(t, machine)| choices(t).into_iter().map(move |c| (t, machine, c)));
+    for (target, machine, choice) in tried {
+        let image = compile(kernel, target, choice);
         let threads = [1, 2, 3];
         for (threads, found) in threads.iter().zip(run(*machine, &image, kernel, inputs, step, &threads)) {
             for (((name, _), found), expected) in kernel.body.results.iter().zip(&found).zip(&expected) {
                 if let Err(difference) = memory::compare(found, expected, tolerance) {
-                    panic!("`{}`, {}, {threads} threads: result `{name}`: {difference}", kernel.name, target.name);
+                    let chosen = choice.map_or_else(String::new, |choice| format!(" with {choice:?}"));
+                    let place = format!("`{}`, {}{chosen}, {threads} threads", kernel.name, target.name);
+                    panic!("{place}: result `{name}`: {difference}");
                 }
             }
         }
@@ -99,14 +114,15 @@ pub fn machines() -> &'static [(Target, Machine)] {
 }
 
 /// Machine code of one kernel; made once for all steps that a test tries it on.
-pub fn compile(kernel: &Kernel, target: &Target) -> Image {
+pub fn compile(kernel: &Kernel, target: &Target, choice: Option<Choice>) -> Image {
     static KNOWN: Mutex<BTreeMap<String, Image>> = Mutex::new(BTreeMap::new());
     let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    let key = format!("{} {:?}\n{}", target.name, kernel.range, text::print_graph(&kernel.body));
+    let key = format!("{} {:?} {choice:?}\n{}", target.name, kernel.range, text::print_graph(&kernel.body));
     if let Some(image) = known().get(&key) {
         return image.clone();
     }
-    let image = compile_kernels(std::slice::from_ref(kernel), target, 1, &mut |_, _| {});
+    let tuning = Tuning { kernels: choice.into_iter().map(|choice| Tuned::new(kernel, target, choice)).collect() };
+    let image = compile_kernels(std::slice::from_ref(kernel), target, &tuning, 1, &mut |_, _| {});
     let image = image.unwrap_or_else(|e| panic!("{}: {e}", target.name));
     known().insert(key, image.clone());
     image

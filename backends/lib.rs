@@ -27,7 +27,7 @@ pub use target::{target, targets};
 use inkwell::targets::FileType;
 use llvm::CodeGenerator;
 use mansard_ir::plan::{Kernel, Plan};
-use mansard_ir::{Result, Target, bail};
+use mansard_ir::{Result, Target, Tuning, bail};
 use mlir::Mlir;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
@@ -45,13 +45,19 @@ pub enum Layer {
     Object,
 }
 
-/// Compiles every kernel of a plan; the image's entries are in the plan's order. `progress` hears how many kernels of how
+/// Compiles every kernel of a plan, with the tiles that `tuning` chooses; the image's entries are in the plan's order. `progress` hears how many kernels of how
 /// many are done.
 ///
 /// # Errors
 /// Where a kernel has no code for this target; the place is the kernel.
-pub fn compile(plan: &Plan, target: &Target, threads: usize, progress: &mut dyn FnMut(usize, usize)) -> Result<Image> {
-    compile_kernels(&plan.kernels, target, threads, progress)
+pub fn compile(
+    plan: &Plan,
+    target: &Target,
+    tuning: &Tuning,
+    threads: usize,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Image> {
+    compile_kernels(&plan.kernels, target, tuning, threads, progress)
 }
 
 /// [`compile`] of kernels that are in no plan.
@@ -61,6 +67,7 @@ pub fn compile(plan: &Plan, target: &Target, threads: usize, progress: &mut dyn 
 pub fn compile_kernels(
     kernels: &[Kernel],
     target: &Target,
+    tuning: &Tuning,
     threads: usize,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Image> {
@@ -77,7 +84,7 @@ pub fn compile_kernels(
                 loop {
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     let Some(kernels) = modules.get(index).filter(|_| !failed.load(Ordering::Relaxed)) else { break };
-                    let object = object(&mut compiler, kernels, target);
+                    let object = object(&mut compiler, kernels, target, tuning);
                     failed.fetch_or(object.is_err(), Ordering::Relaxed);
                     if sender.send((index, object)).is_err() {
                         break;
@@ -99,16 +106,22 @@ pub fn compile_kernels(
     if !image.entries.iter().map(|(name, _)| name).eq(kernels.iter().map(|k| &k.name)) {
         bail!(Internal, "the image does not hold each kernel of the plan once");
     }
+    image.tiles = kernels.iter().map(|kernel| cpu::tiles(kernel, target, tuning)).collect::<Result<_>>()?;
     Ok(image)
 }
 
 /// Object code of some kernels; a worker makes its compiler with its first module.
-fn object(compiler: &mut Option<(Mlir, CodeGenerator)>, kernels: &[Kernel], target: &Target) -> Result<Vec<u8>> {
+fn object(
+    compiler: &mut Option<(Mlir, CodeGenerator)>,
+    kernels: &[Kernel],
+    target: &Target,
+    tuning: &Tuning,
+) -> Result<Vec<u8>> {
     let compiler = match compiler {
         Some(compiler) => compiler,
         None => compiler.insert((Mlir::new()?, CodeGenerator::new(target)?)),
     };
-    object_of_text(compiler, &kernels[0].name, &text(kernels, target)?)
+    object_of_text(compiler, &kernels[0].name, &text(kernels, target, tuning)?)
 }
 
 fn object_of_text((mlir, generator): &(Mlir, CodeGenerator), name: &str, text: &str) -> Result<Vec<u8>> {
@@ -124,16 +137,16 @@ fn assemble(name: &str, text: &str, target: &Target) -> Result<Image> {
     link::link(&[object])
 }
 
-fn text(kernels: &[Kernel], target: &Target) -> Result<String> {
-    kernels.iter().map(|kernel| cpu::emit(kernel, target)).collect()
+fn text(kernels: &[Kernel], target: &Target, tuning: &Tuning) -> Result<String> {
+    kernels.iter().map(|kernel| cpu::emit(kernel, target, tuning)).collect()
 }
 
 /// All kernels of a plan in one module, as text or as an object file, for people to read.
 ///
 /// # Errors
 /// As [`compile`].
-pub fn emit(plan: &Plan, target: &Target, layer: Layer) -> Result<Vec<u8>> {
-    let text = text(&plan.kernels, target)?;
+pub fn emit(plan: &Plan, target: &Target, tuning: &Tuning, layer: Layer) -> Result<Vec<u8>> {
+    let text = text(&plan.kernels, target, tuning)?;
     if layer == Layer::Mlir {
         return Ok(text.into_bytes());
     }

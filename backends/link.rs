@@ -27,6 +27,8 @@ pub struct Image {
     pub bytes: Vec<u8>,
     /// Global functions and where they start.
     pub entries: Vec<(String, usize)>,
+    /// The register tile of each, as people read it; empty before their kernels are known.
+    pub tiles: Vec<String>,
 }
 
 impl Image {
@@ -64,7 +66,7 @@ pub fn link<'a>(objects: &'a [Vec<u8>]) -> Result<Image> {
         }
     }
     bytes.resize(bytes.len().next_multiple_of(ALIGN), 0);
-    Ok(Image { bytes, entries })
+    Ok(Image { bytes, entries, tiles: vec![] })
 }
 
 fn broken(error: object::Error) -> Error {

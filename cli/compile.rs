@@ -7,10 +7,12 @@ use mansard::driver::{self, CompileOptions, Progress, Summary};
 use mansard::machine::MachineFile;
 use mansard_backends::{self as backends, Layer};
 use mansard_ir::text::{print_model, print_plan};
-use mansard_ir::{DType, Result, Stage, bail};
+use mansard_ir::{DType, Error, Place, Result, Stage, Tuning, bail};
 use mansard_passes::{self as passes, Event, Hooks, State};
+use mansard_runtime::{Artifact, OpenOptions};
 use serde_json::json;
-use std::path::PathBuf;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 /// Compile a model file (GGUF, or safetensors with config.json) into an artifact
 #[derive(clap::Args)]
@@ -25,6 +27,12 @@ pub struct Arguments {
     emit: Option<Emit>,
     #[command(flatten)]
     choices: Choices,
+    /// Time tile shapes on this machine and choose by that
+    #[arg(long, conflicts_with_all = ["emit", "stop_after", "tuning"])]
+    tune: bool,
+    /// Choose as --tune did for another artifact: that artifact, or what `mansard inspect --tuning` says of it
+    #[arg(long, value_name = "FILE")]
+    tuning: Option<PathBuf>,
     /// Show the program after this pass
     #[arg(long, value_name = "PASS")]
     dump_after: Vec<String>,
@@ -188,7 +196,11 @@ impl Choices {
 /// # Errors
 /// Whatever a stage says.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let options = arguments.choices.options()?;
+    let mut options = arguments.choices.options()?;
+    options.tune = arguments.tune;
+    if let Some(path) = &arguments.tuning {
+        options.tuning = tuning(path)?;
+    }
     let mut dumped = Ok(());
     let mut sink = |event: Event<'_>| {
         if let Event::Dump(pass, state) = event
@@ -217,6 +229,21 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         eprint!("{}", summary.passes.times());
     }
     report::print(if arguments.json { report::json(&json_of(&summary))? } else { closing_table(&summary) })
+}
+
+/// The choices in an artifact, or in JSON.
+fn tuning(path: &Path) -> Result<Tuning> {
+    let place = || path.display().to_string();
+    let mut first = [0];
+    let read = std::fs::File::open(path).and_then(|mut file| file.read(&mut first)).map_err(|e| Error::io(path, e))?;
+    // An artifact begins with the length of its header, which never has that low byte.
+    if read == 1 && first == *b"{" {
+        let json = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+        return Tuning::from_json(&json).at(place);
+    }
+    let artifact = Artifact::open(path, &OpenOptions { verify_weights: false })?;
+    let tuning = artifact.manifest().provenance.tuning.clone();
+    tuning.check().at(place).map(|()| tuning)
 }
 
 /// `--emit` and `--stop-after`.
@@ -249,7 +276,7 @@ fn show(arguments: &Arguments, options: &CompileOptions, hooks: &mut Hooks<'_>) 
         _ => None,
     };
     let bytes = match (layer, &state.plan) {
-        (Some(layer), Some(plan)) => backends::emit(plan, &target, layer)?,
+        (Some(layer), Some(plan)) => backends::emit(plan, &target, &options.tuning, layer)?,
         _ => text(&state).into_bytes(),
     };
     report::deliver(arguments.output.as_deref(), &bytes)
@@ -274,6 +301,12 @@ fn closing_table(summary: &Summary) -> String {
     rows.push(vec!["kernels".into(), summary.kernels.to_string()]);
     rows.extend(report::peak_memory().map(|peak| vec!["peak memory".into(), report::bytes(peak)]));
     let mut out = report::table(&rows);
+    if !summary.tuning.is_empty() {
+        out += &format!("tuned: {} of {} kernels\n", summary.tuning.kernels.len(), summary.kernels);
+    }
+    if !summary.unused.is_empty() {
+        out += &format!("tuning: {} choices are for kernels that are not here\n", summary.unused.kernels.len());
+    }
     for approximation in &summary.passes.approximations {
         out += &format!("approximation: {approximation}\n");
     }
@@ -296,6 +329,8 @@ fn json_of(summary: &Summary) -> serde_json::Value {
         "peak_memory_bytes": report::peak_memory(),
         "passes": summary.passes.passes.iter().map(pass).collect::<Vec<_>>(),
         "approximations": summary.passes.approximations,
+        "tuning": summary.tuning,
+        "tuning_unused": summary.unused.kernels.iter().map(|t| t.kernel.as_str()).collect::<Vec<_>>(),
     })
 }
 

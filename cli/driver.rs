@@ -1,10 +1,11 @@
 //! From a model file to an artifact, stage by stage.
 
 use crate::machine::MachineFile;
+use crate::tune;
 use mansard_backends as backends;
 use mansard_frontend as frontend;
 use mansard_ir::artifact::Provenance;
-use mansard_ir::{DType, Error, Model, Result, Target};
+use mansard_ir::{DType, Error, Model, Result, Target, Tuning};
 use mansard_passes as passes;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,10 @@ pub struct CompileOptions {
     pub limits: passes::LimitsRequest,
     /// Makes the weights up, from this seed, for a `config.json` alone.
     pub synthetic_seed: Option<u64>,
+    /// Choices of an earlier measurement.
+    pub tuning: Tuning,
+    /// Time what may be chosen on this machine, and choose by that.
+    pub tune: bool,
     /// Threads of the compilation.
     pub threads: usize,
 }
@@ -41,6 +46,8 @@ impl Default for CompileOptions {
             kv: None,
             limits: passes::LimitsRequest::default(),
             synthetic_seed: None,
+            tuning: Tuning::default(),
+            tune: false,
             threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
         }
     }
@@ -77,6 +84,10 @@ pub struct Summary {
     pub kernels: usize,
     /// How the passes went.
     pub passes: passes::Report,
+    /// Choices that were taken instead of the formulas'.
+    pub tuning: Tuning,
+    /// Choices that were given, but are for no kernel of this artifact.
+    pub unused: Tuning,
 }
 
 /// Opens the model file at `path`.
@@ -116,13 +127,18 @@ pub fn compile(
     let sources = sources(input)?;
     stages.begin("optimize", 0);
     let (plan, model, report) = passes::compile(model, &pass_options(common, options), hooks)?;
+    let (mut tuning, unused) = options.tuning.clone().known(&plan.kernels, &targets);
+    if options.tune {
+        let subject = tune::Subject { plan: &plan, model: &model, threads: options.threads, output };
+        stages.begin("tune", 0);
+        tuning = tune::tune(&subject, &targets, stages.progress)?;
+    }
     let mut images = vec![];
     stages.begin("generate code", plan.kernels.len() * targets.len());
     for (index, target) in targets.iter().enumerate() {
         let before = index * plan.kernels.len();
-        let image =
-            backends::compile(&plan, target, options.threads, &mut |done, _| stages.progress.advance(before + done))?;
-        images.push((target.clone(), image));
+        let mut advance = |done, _| stages.progress.advance(before + done);
+        images.push((target.clone(), backends::compile(&plan, target, &tuning, options.threads, &mut advance)?));
     }
     let provenance = Provenance {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -130,6 +146,7 @@ pub fn compile(
         passes: passes::PIPELINE.iter().map(|p| p.to_string()).collect(),
         options: options.recorded(&targets),
         approximations: report.approximations.clone(),
+        tuning,
     };
     let contents = backends::artifact::Contents {
         plan: &plan,
@@ -148,6 +165,8 @@ pub fn compile(
         code_bytes: images.iter().map(|(_, image)| image.bytes.len()).sum(),
         kernels: plan.kernels.len(),
         passes: report,
+        tuning: provenance.tuning,
+        unused,
     })
 }
 

@@ -4,7 +4,8 @@ use crate::report;
 use mansard_ir::artifact::Manifest;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{KernelId, KernelSpec, Program};
-use mansard_ir::{Result, bail};
+use mansard_ir::tuning::{Measured, Tuned};
+use mansard_ir::{Choice, Result, bail};
 use mansard_runtime::{Artifact, OpenOptions, missing};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -21,6 +22,9 @@ pub struct Arguments {
     /// List every weight, buffer and launch
     #[arg(long, conflicts_with_all = ["json", "kernel"])]
     all: bool,
+    /// The choices of a measurement, as JSON that `compile --tuning` reads
+    #[arg(long, conflicts_with_all = ["json", "kernel", "all"])]
+    tuning: bool,
     /// The manifest and the sections, in JSON
     #[arg(long)]
     json: bool,
@@ -35,6 +39,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let program = &artifact.manifest().program;
     if arguments.json {
         return report::print(report::json(&json_of(&artifact))?);
+    }
+    if arguments.tuning {
+        return report::print(artifact.manifest().provenance.tuning.to_json()?);
     }
     if let Some(name) = &arguments.kernel {
         let Some(kernel) = program.kernels.iter().find(|k| k.name == *name) else {
@@ -143,6 +150,15 @@ fn provenance(manifest: &Manifest) -> String {
     out += &format!("  passes {}\n", p.passes.join(", "));
     p.options.iter().for_each(|(name, value)| out += &format!("  {name} = {value}\n"));
     p.approximations.iter().for_each(|a| out += &format!("  approximation: {a}\n"));
+    for Tuned { kernel, target, choice, measured, .. } in &p.tuning.kernels {
+        let Choice { tokens, strips, cache_bytes, ahead } = choice;
+        out += &format!("  tuned {kernel} for {target}: {tokens}x{strips}, cache {cache_bytes}, ahead {ahead};");
+        for Measured { tokens, nanoseconds, formula_nanoseconds } in measured {
+            let share = 100.0 * *nanoseconds as f64 / *formula_nanoseconds as f64;
+            out += &format!(" {share:.0}% of the time at t = {tokens}");
+        }
+        out += "\n";
+    }
     out
 }
 

@@ -7,6 +7,7 @@
 
 use crate::model::ModelInfo;
 use crate::plan::Program;
+use crate::tuning::Tuning;
 use crate::{Error, Kind, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -61,6 +62,10 @@ pub struct Code {
     pub features: Vec<String>,
     /// Offset of each kernel in the image; `entries[i]` is `program.kernels[i]`.
     pub entries: Vec<usize>,
+    /// Register tile of each kernel, for people: `8x1` tokens by strips; empty where there is none. Nothing before the first
+    /// version that names them.
+    #[serde(default)]
+    pub tiles: Vec<String>,
 }
 
 /// Where an artifact came from. Same provenance, same bytes.
@@ -76,6 +81,9 @@ pub struct Provenance {
     pub options: BTreeMap<String, String>,
     /// Every choice that changes values beyond rounding.
     pub approximations: Vec<String>,
+    /// Choices that were measured, or taken from an earlier measurement.
+    #[serde(default, skip_serializing_if = "Tuning::is_empty")]
+    pub tuning: Tuning,
 }
 
 impl Manifest {

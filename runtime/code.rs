@@ -344,7 +344,14 @@ mod tests {
 
     fn image(arch: &str, target: &str, features: &[&str]) -> Code {
         let features = features.iter().map(|f| f.to_string()).collect();
-        Code { section: "code".into(), arch: arch.into(), target: target.into(), features, entries: vec![] }
+        Code {
+            section: "code".into(),
+            arch: arch.into(),
+            target: target.into(),
+            features,
+            entries: vec![],
+            tiles: vec![],
+        }
     }
 
     #[test]

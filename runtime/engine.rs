@@ -17,6 +17,7 @@ use crate::memory::Arena;
 use crate::profile::{Recorder, StepProfile};
 use crate::spmd::Team;
 use crate::step::{Rows, Segment, StepArrays};
+use mansard_ir::artifact::Code;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{Limits, Program, RowCount};
 use mansard_ir::{Error, Kind, Result, bail};
@@ -39,6 +40,8 @@ pub struct EngineOptions {
     pub pin: bool,
     /// Take the time of every launch, for [`Engine::profile`].
     pub profile: bool,
+    /// The image to run, by its index in the artifact; the best one where `None`.
+    pub image: Option<usize>,
 }
 
 /// Where kernels read weights from.
@@ -106,7 +109,7 @@ impl Engine {
     pub fn new(artifact: Arc<Artifact>, options: &EngineOptions) -> Result<Engine> {
         let place = |e: Error| e.at(artifact.path().display().to_string());
         let program = &artifact.manifest().program;
-        let code = choose(&artifact.manifest().code).map_err(place)?;
+        let code = image(&artifact.manifest().code, options.image).and_then(choose).map_err(place)?;
         let Some(bytes) = artifact.section(&code.section) else {
             bail!(Input, "expected section `{}`, found none of that name", code.section);
         };
@@ -542,6 +545,13 @@ impl<'a> OutputRows<'a> {
         let rows = *self;
         (0..rows.count).filter_map(move |index| rows.row(index))
     }
+}
+
+/// The images to choose from.
+fn image(images: &[Code], asked: Option<usize>) -> Result<&[Code]> {
+    let Some(index) = asked else { return Ok(images) };
+    let one = index.checked_add(1).and_then(|end| images.get(index..end));
+    one.ok_or_else(|| Error::new(Kind::Usage, format!("expected one of {} images, found {index}", images.len())))
 }
 
 fn block_count(program: &Program, options: &EngineOptions) -> Result<usize> {

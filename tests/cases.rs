@@ -19,7 +19,7 @@ use mansard::driver::{CompileOptions, pass_options};
 use mansard_backends::Layer;
 use mansard_ir::eval::{self, Step, Value};
 use mansard_ir::plan::{Kernel, Plan, Program};
-use mansard_ir::{DType, Graph, Model, Stage, Target, TokenRange, sample, text};
+use mansard_ir::{DType, Graph, Model, Stage, Target, TokenRange, Tuning, sample, text};
 use mansard_passes::manager::{self, State};
 use mansard_passes::{Event, Hooks};
 use std::path::Path;
@@ -93,9 +93,9 @@ fn emit(model: &Model, target: &Target) -> mansard_ir::Result<String> {
     };
     let plan = Plan { kernels: planned.map(kernel).collect(), packs: vec![], program: Program::default() };
     assert!(!plan.kernels.is_empty(), "no graph at stage planned");
-    let object = mansard_backends::emit(&plan, target, Layer::Object)?;
+    let object = mansard_backends::emit(&plan, target, &Tuning::default(), Layer::Object)?;
     assert!(object.starts_with(b"\x7fELF"));
-    Ok(String::from_utf8_lossy(&mansard_backends::emit(&plan, target, Layer::Mlir)?).into_owned())
+    Ok(String::from_utf8_lossy(&mansard_backends::emit(&plan, target, &Tuning::default(), Layer::Mlir)?).into_owned())
 }
 
 /// What the case comes to, and the model before and the state after its passes.

@@ -143,6 +143,8 @@ fn bench_says_where_the_time_goes() {
         let start = table["start_seconds"].as_f64().unwrap() / table["seconds"].as_f64().unwrap();
         assert!((shares + start - 1.0).abs() < 1e-3, "{shares} of the step, and {start} before it");
         assert!(kernels.iter().any(|k| k["weight_bytes"].as_f64().unwrap() > 0.0));
+        let multiplies = |k: &serde_json::Value| k["kernel"].as_str().unwrap().contains("matmul");
+        assert!(kernels.iter().all(|k| multiplies(k) == k["tile"].as_str().unwrap().contains('x')));
         assert!(kernels.iter().all(|k| k["launches"].as_u64().unwrap() > 0 && k["roof_share"].is_number()));
     }
 }
@@ -234,6 +236,41 @@ fn the_same_inputs_give_the_same_bytes() {
     let (_a, a) = tiny("qwen3");
     let (_b, b) = tiny("qwen3");
     assert!(fs::read(a).unwrap() == fs::read(b).unwrap());
+}
+
+#[test]
+fn choices_by_measurement_are_kept_and_taken_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = goldens("llama").display().to_string();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let compile = |name: &str, more: &[&str]| {
+        let out = path(name);
+        let arguments = ["compile", &model, "--step-tokens", "16", "--context", "64", "--json", "-o", &out];
+        let report: serde_json::Value = serde_json::from_str(&done(&[&arguments, more].concat())).unwrap();
+        (report, fs::read(&out).unwrap())
+    };
+    let (report, tuned) = compile("tuned", &["--tune"]);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "something is left of the trials");
+    let json = write(&folder, "tuning.json", done(&["inspect", &path("tuned"), "--tuning"]).as_bytes());
+    let (again, from_artifact) = compile("again", &["--tuning", &path("tuned")]);
+    assert!(again["tuning"] == report["tuning"] && from_artifact == tuned);
+    assert!(compile("json", &["--tuning", &json]).1 == tuned);
+    // What is for other kernels is named and changes nothing.
+    let choice = r#"{"tokens": 4, "strips": 2, "cache_bytes": 65536, "ahead": 0}"#;
+    let other = format!(
+        r#"{{"mansard_tuning": 1, "kernels": [{{"kernel": "other", "target": "native", "key": "00", "choice": {choice}, "measured": []}}]}}"#
+    );
+    let (report, same) = compile("other", &["--tuning", &write(&folder, "other.json", other.as_bytes())]);
+    assert!(report["tuning_unused"][0] == "other" && same == compile("plain", &[]).1);
+    let refuse = |more: &[&str], code, words: &[&str]| {
+        refused(&[&["compile", &model, "-o", &path("none")], more].concat(), code, words);
+    };
+    let half = write(&folder, "half.json", &other.as_bytes()[..80]);
+    refuse(&["--tuning", &half], 3, &["half.json", "expected the JSON of"]);
+    refuse(&["--tuning", &path("missing")], 5, &["missing"]);
+    refuse(&["--tuning", &json, "--tune"], 2, &["--tune"]);
+    let foreign = if cfg!(target_arch = "x86_64") { "aarch64+dotprod" } else { "x86-64-v3" };
+    refuse(&["--tune", "--target", foreign], 4, &["cannot be timed here", foreign]);
 }
 
 #[test]

@@ -19,7 +19,7 @@ use mansard_ir::formats::{Split, Zero};
 use mansard_ir::model::{Source, Weight};
 use mansard_ir::ops::Class;
 use mansard_ir::sample::Random;
-use mansard_ir::{Attrs, DType, Dim, Error, Graph, Kind, Model, Node, Op, Result, Target, Type, ValueId};
+use mansard_ir::{Attrs, DType, Dim, Error, Graph, Kind, Model, Node, Op, Result, Target, Tuning, Type, ValueId};
 use mansard_passes::{Event, Hooks};
 use mansard_runtime::{Artifact, Engine, EngineOptions, OpenOptions, Rows, Work};
 use std::collections::BTreeMap;
@@ -120,7 +120,7 @@ pub fn assemble(model: Model, target: Target, options: &CompileOptions, path: &P
     let mut sink = |_: Event<'_>| {};
     let options = pass_options(target.clone(), options);
     let (plan, optimized, _) = mansard_passes::compile(model, &options, &mut Hooks::new(&mut sink))?;
-    let image = mansard_backends::compile(&plan, &target, 2, &mut |_, _| {})?;
+    let image = mansard_backends::compile(&plan, &target, &Tuning::default(), 2, &mut |_, _| {})?;
     let contents = mansard_backends::artifact::Contents {
         plan: &plan,
         info: &optimized.info,

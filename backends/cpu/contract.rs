@@ -6,14 +6,17 @@
 //!
 //! ```text
 //! for cache tile of strips (its weights stay in the second-level cache)
-//!   for token tile (16, then what is left rounded up to 8, 4, 2 or 1)
+//!   for token tile (of the main shape, then smaller ones for what is left)
 //!     for strip: products -> epilogue -> store
 //! ```
 //!
-//! A token tile may reach past the step's last row: buffers hold a multiple of 16 rows, and what lies there is never read.
+//! Token tiles end with the step's last row. What lies past it may be anything, and there are processors that take a
+//! hundred times as long for a number that is not normal.
 
 mod experts;
 mod shape;
+
+pub use shape::Respect;
 
 use crate::cpu::count_of;
 use crate::cpu::dot::{self, Rows};
@@ -23,18 +26,15 @@ use mansard_ir::kernel::PROLOGUE_TOKENS;
 use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
-use mansard_ir::{DType, Dim, Error, Graph, Kind, Result, Target, ValueId, bail};
+use mansard_ir::{Choice, DType, Dim, Error, Graph, Kind, Result, Target, ValueId, bail};
 use shape::Shape;
 use std::collections::BTreeMap;
 
-/// Bytes of weights that a cache tile of strips may hold.
-const CACHE_TILE_BYTES: usize = 256 << 10;
-
-/// Emits a `contract` or `experts` kernel.
+/// Emits a `contract` or `experts` kernel, with the formulas' tiles where nothing is chosen.
 ///
 /// # Errors
-/// Where the body is no contraction or its shapes have no code.
-pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
+/// Where the body is no contraction or its shapes have no code; where the choice is none that the kernel has.
+pub fn emit(kernel: &Kernel, target: &Target, choice: Option<Choice>) -> Result<String> {
     let body = &kernel.body;
     let (mut e, k) = Emitter::kernel(&kernel.name, target);
     let mut memory = super::memory(&mut e, k, body);
@@ -42,10 +42,56 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     prologue(&mut e, k, kernel, &components, &mut memory)?;
     for component in &components {
         let Some(first) = component.dots.first() else { continue };
-        let c = Contraction { kernel, body, target, k, memory: &memory, component };
+        let choice = chosen(kernel, target, component, choice)?;
+        let c = Contraction { kernel, body, target, k, memory: &memory, component, choice };
         if first.routing.is_some() { c.emit_experts(&mut e)? } else { c.emit(&mut e)? }
     }
     Ok(e.finish())
+}
+
+/// The tiles of a component.
+fn chosen(kernel: &Kernel, target: &Target, component: &Component, choice: Option<Choice>) -> Result<Choice> {
+    let (dots, most) = (&component.dots, kernel.range.max);
+    match choice {
+        None => Ok(shape::formula(target, dots, most)),
+        Some(choice) if shape::fits(target, dots, most, choice) => Ok(choice),
+        Some(choice) => {
+            bail!(Input, "expected tiles that {} has registers and caches for, found {choice:?}", target.name)
+        }
+    }
+}
+
+/// The register tiles of a kernel, for people: `8x1` tokens by strips, of each component that differs.
+///
+/// # Errors
+/// As [`emit`].
+pub fn tiles(kernel: &Kernel, target: &Target, choice: Option<Choice>) -> Result<String> {
+    let mut tiles: Vec<String> = vec![];
+    for component in components(&kernel.body)?.iter().filter(|c| !c.dots.is_empty()) {
+        let choice = chosen(kernel, target, component, choice)?;
+        let shapes = shape::shapes(&component.dots, kernel.range.max, choice);
+        let tile = format!("{}x{}", shapes[0].tokens, shapes[0].strips);
+        if !tiles.contains(&tile) {
+            tiles.push(tile);
+        }
+    }
+    Ok(tiles.join("/"))
+}
+
+/// What may be tried instead of `from` (`None`: the formulas' choice), differing in one respect: nothing for kernels whose
+/// components have formulas of their own.
+///
+/// # Errors
+/// As [`emit`].
+pub fn alternatives(kernel: &Kernel, target: &Target, from: Option<Choice>, respect: Respect) -> Result<Vec<Choice>> {
+    let mut components = components(&kernel.body)?;
+    components.retain(|c| !c.dots.is_empty());
+    let most = kernel.range.max;
+    let choices = components.iter().map(|c| chosen(kernel, target, c, from)).collect::<Result<Vec<Choice>>>()?;
+    let Some(first) = choices.first().filter(|first| choices.iter().all(|c| c == *first)) else { return Ok(vec![]) };
+    let mut found = shape::alternatives(target, &components[0].dots, most, *first, respect);
+    found.retain(|choice| components.iter().all(|c| shape::fits(target, &c.dots, most, *choice)));
+    Ok(found)
 }
 
 /// One contraction node.
@@ -66,7 +112,7 @@ struct Dot {
 
 impl Dot {
     fn rows(&self, first: Val, stride: usize, count: usize) -> Rows {
-        Rows { first, stride, count, dtype: self.activations, planes: self.planes, ahead: None }
+        Rows { first, stride, count, dtype: self.activations, planes: self.planes, prefetch: 0, ahead: None }
     }
 
     /// One register tile can hold both.
@@ -171,6 +217,7 @@ struct Contraction<'a> {
     k: KernelArgs,
     memory: &'a [Option<Val>],
     component: &'a Component,
+    choice: Choice,
 }
 
 impl Contraction<'_> {
@@ -178,13 +225,17 @@ impl Contraction<'_> {
         self.memory[value.0 as usize].ok_or_else(|| internal(self.body))
     }
 
+    /// Register tiles, the full one first.
+    fn shapes(&self) -> Vec<Shape> {
+        shape::shapes(&self.component.dots, self.kernel.range.max, self.choice)
+    }
+
     fn emit(&self, e: &mut Emitter) -> Result<()> {
         let component = self.component;
         let strips = component.n.div_ceil(STRIP);
-        let cache_tile = shape::cache_tile(&component.dots).min(strips.max(1));
+        let cache_tile = shape::cache_tile(&component.dots, self.choice).min(strips.max(1));
         // Cache tiles of whole register tiles keep the odd strips at the end of a worker's share.
-        let together = shape::shapes(self.target, &self.component.dots, self.kernel.range.max)[0].strips;
-        let cache_tile = cache_tile.next_multiple_of(together) as i64;
+        let cache_tile = cache_tile.next_multiple_of(self.choice.strips) as i64;
         let all = e.i64(strips as i64);
         let (low, high) = e.share(self.k, all);
         let rows = count_of(e, self.k, self.body.ty(component.dots[0].value))?;
@@ -200,34 +251,24 @@ impl Contraction<'_> {
         result
     }
 
-    /// Full token tiles, then one tile that covers the rest.
+    /// Full token tiles, then smaller ones, each once at most, that together cover what is left.
     fn token_tiles(&self, e: &mut Emitter, rows: Val, strips: Strips) -> Result<()> {
-        let shapes = shape::shapes(self.target, &self.component.dots, self.kernel.range.max);
-        let main = shapes[0];
-        let mut result = Ok(());
-        let zero = e.i64(0);
-        if shapes.len() == 1 {
-            e.repeat(zero, rows, main.tokens as i64, |e, first| result = self.strips(e, main, first, strips));
-            return result;
-        }
-        let tokens = e.i64(main.tokens as i64);
+        let shapes = self.shapes();
+        let (main, mut result) = (shapes[0], Ok(()));
+        let (zero, tokens) = (e.i64(0), e.i64(main.tokens as i64));
         let rest = e.rem(rows, tokens);
-        let full = e.sub(rows, rest);
-        e.repeat(zero, full, main.tokens as i64, |e, first| result = self.strips(e, main, first, strips));
-        result?;
-        // The smallest tile that holds the rest: each covers what the next smaller one does not.
-        let mut result = Ok(());
-        for (i, shape) in shapes.iter().enumerate() {
-            let above = e.i64(shapes.get(i + 1).map_or(0, |s| s.tokens) as i64);
-            let upto = e.i64(if i == 0 { main.tokens as i64 - 1 } else { shape.tokens as i64 });
-            let fits = e.cmp(Cmp::Gt, rest, above);
-            let small = e.cmp(Cmp::Le, rest, upto);
-            let here = e.and(fits, small);
-            e.when(here, |e| {
+        let mut first = e.sub(rows, rest);
+        e.repeat(zero, first, main.tokens as i64, |e, first| result = self.strips(e, main, first, strips));
+        for shape in &shapes[1..] {
+            let tokens = e.i64(shape.tokens as i64);
+            let next = e.add(first, tokens);
+            let fits = e.cmp(Cmp::Le, next, rows);
+            e.when(fits, |e| {
                 if result.is_ok() {
-                    result = self.strips(e, *shape, full, strips);
+                    result = self.strips(e, *shape, first, strips);
                 }
             });
+            first = e.select(fits, next, first);
         }
         result
     }
@@ -263,6 +304,7 @@ impl Contraction<'_> {
             let base = dot::strip_at(e, weight, strip, dot.dtype, dot.k);
             let bytes = StripLayout::new(dot.dtype, dot.k).bytes;
             let mut rows = dot.rows(e.row(x, first, stride), stride, shape.tokens);
+            rows.prefetch = self.choice.ahead;
             // Where one tile of tokens follows another, there is time for it.
             if shape.tokens > 8 {
                 rows.ahead = Some(e.scaled(ahead, bytes, 0));
@@ -391,3 +433,7 @@ struct Place {
     offset: Val,
     column: Val,
 }
+
+#[cfg(test)]
+#[path = "contract_tests.rs"]
+mod tests;

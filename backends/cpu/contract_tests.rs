@@ -1,7 +1,11 @@
 //! Contractions against the interpreter: every weight format, every tile shape, epilogues, joins, parts and experts.
 
+use super::*;
 use crate::harness;
+use mansard_ir::Tuning;
+use mansard_ir::eval::Step;
 use mansard_ir::formats::FORMATS;
+use mansard_ir::tuning::Tuned;
 
 /// Steps of 1, 3, 7, 13, 16 and 37 tokens, some of several sequences.
 const STEPS: [&[(usize, usize)]; 6] =
@@ -219,4 +223,93 @@ fn activations_computed_inside() {
     case(&body.replace("= quantize", "= quantize_fine"), &STEPS[..3], 1e-4);
     let body = body.replace("quantize", "round_bf16").replace("q4_1", "bf16").replace("q8_0", "bf16");
     case(&body, &STEPS[..3], 1e-3);
+}
+
+/// Every tile that may be chosen, for integers and floats, contractions that meet and that do not, and all that tokens leave.
+#[test]
+fn every_choice_of_tiles() {
+    let cases = [
+        (2, 8, 7, "(%x: a16[t, 64], %a: q4_1[48, 64]) {range} { %y = matmul %x, %a return y = %y }"),
+        (9, 64, 45, "(%x: a8[t, 64], %a: q8_0[48, 64]) {range} { %y = matmul %x, %a return y = %y }"),
+        (1, 1, 1, "(%x: f32[t, 66], %a: f32[80, 66]) {range} { %y = matmul %x, %a return y = %y }"),
+        (
+            9,
+            64,
+            45,
+            "(%x: bf16[t, 66], %a: bf16[48, 66], %b: bf16[48, 66]) {range} {
+               %p = matmul %x, %a %q = matmul %x, %b %s = silu %p %y = mul %s, %q return y = %y }",
+        ),
+        (
+            9,
+            64,
+            23,
+            "(%x: a8[t, 32], %a: q5_0[2, 48, 32], %r: routing[t, 1, 2]) {range} {
+               %y = matmul_experts %x, %a, %r return y = %y }",
+        ),
+    ];
+    for (min, max, tokens, body) in cases {
+        let range = format!("stage planned when t = {min}..{max}");
+        let kernel = harness::kernel(&format!("graph @k{}", body.replace("{range}", &range)));
+        let step = Step::new(&[(0, tokens)]);
+        let tried = std::cell::Cell::new(0);
+        let choices = |target: &Target| {
+            let of = |respect| alternatives(&kernel, target, None, respect).unwrap();
+            let choices: Vec<_> = Respect::ALL.into_iter().flat_map(of).map(Some).collect();
+            tried.set(tried.get() + choices.len());
+            choices
+        };
+        harness::check_tuned(&kernel, &harness::inputs(&kernel, &step, 1), &step, 2e-5, choices);
+        assert!(tried.get() > 0, "nothing to choose for {}", kernel.name);
+    }
+}
+
+#[test]
+fn tiles_that_do_not_fit_are_refused() {
+    let text =
+        "graph @k(%x: a8[t, 64], %w: q4_0[40, 64]) stage planned when t = 2..8 { %y = matmul %x, %w return y = %y }";
+    let (kernel, target) = (harness::kernel(text), crate::target("x86-64-v4").unwrap());
+    let good = Choice { tokens: 4, strips: 2, cache_bytes: 1 << 18, ahead: 0 };
+    let emit = |kernel: &Kernel, choice| {
+        crate::cpu::emit(kernel, &target, &Tuning { kernels: vec![Tuned::new(kernel, &target, choice)] })
+    };
+    emit(&kernel, good).unwrap();
+    for bad in [
+        Choice { tokens: 0, ..good },
+        Choice { tokens: 9, ..good },
+        Choice { tokens: 16, ..good },
+        Choice { strips: 4, ..good },
+        Choice { strips: usize::MAX, ..good },
+        Choice { cache_bytes: 0, ..good },
+        Choice { cache_bytes: usize::MAX, ..good },
+        Choice { ahead: usize::MAX, ..good },
+    ] {
+        let error = emit(&kernel, bad).map(|_| ()).unwrap_err();
+        assert!(error.exit_code() == 3 && error.to_string().contains("kernel `k`"), "{error}");
+    }
+    let rows = harness::kernel("graph @r(%x: f32[t, 64]) stage planned when t = 1..8 { %y = silu %x return y = %y }");
+    assert!(emit(&rows, good).map(|_| ()).unwrap_err().to_string().contains("no tiles"));
+}
+
+/// Whatever is left after full tiles is covered by smaller ones, each once at most.
+#[test]
+fn smaller_tiles_cover_what_is_left() {
+    for target in crate::target::names().into_iter().map(|name| crate::target(name).unwrap()) {
+        for (x, w) in [("a8", "q4_0"), ("f32", "f32")] {
+            let text = format!(
+                "graph @k(%x: {x}[t, 64], %w: {w}[40, 64]) stage planned when t = 9..512 {{ %y = matmul %x, %w return y = %y }}"
+            );
+            let kernel = harness::kernel(&text);
+            let components = components(&kernel.body).unwrap();
+            let mut choices = alternatives(&kernel, &target, None, Respect::RegisterTile).unwrap();
+            choices.push(chosen(&kernel, &target, &components[0], None).unwrap());
+            for choice in choices {
+                let shapes = shape::shapes(&components[0].dots, 512, choice);
+                for left in 0..shapes[0].tokens {
+                    let covered =
+                        shapes[1..].iter().fold(0, |sum, s| if sum + s.tokens <= left { sum + s.tokens } else { sum });
+                    assert_eq!(covered, left, "{choice:?}");
+                }
+            }
+        }
+    }
 }

@@ -29,6 +29,8 @@ pub struct Rows {
     pub dtype: DType,
     /// Planes of int8 codes, for integer formats.
     pub planes: usize,
+    /// Bytes by which integer weights are asked for ahead of their use; 0: not at all.
+    pub prefetch: usize,
     /// Bytes from a line of weights to one that a later tile reads from main memory, and this tile asks for.
     pub ahead: Option<Val>,
 }

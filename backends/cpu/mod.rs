@@ -3,31 +3,55 @@
 pub mod attend;
 mod cached;
 pub mod contract;
-#[cfg(test)]
-mod contract_tests;
 pub mod dot;
 pub mod pool;
 pub mod probe;
 pub mod rows;
 
+pub use contract::Respect;
+
 use crate::emit::{Emitter, I64, KernelArgs, PTR, Val};
 use mansard_ir::kernel::KernelKind;
 use mansard_ir::plan::{Kernel, StepArgs};
-use mansard_ir::{Dim, Error, Graph, Kind, Result, Target, Type, ValueId};
+use mansard_ir::{Choice, Dim, Error, Graph, Kind, Result, Target, Tuning, Type, ValueId};
 use std::mem::offset_of;
 
 /// Emits a kernel as one MLIR function named after it.
 ///
 /// # Errors
-/// Where the body is of no kind, or holds a shape or op that has no code.
-pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
+/// Where the body is of no kind, holds a shape or op that has no code, or has a choice that is not for it.
+pub fn emit(kernel: &Kernel, target: &Target, tuning: &Tuning) -> Result<String> {
+    let choice = tuning.choice(kernel, target);
     match kernel.kind()? {
-        KernelKind::Contract | KernelKind::Experts => contract::emit(kernel, target),
+        KernelKind::Contract | KernelKind::Experts => contract::emit(kernel, target, choice),
+        _ if choice.is_some() => Err(Error::new(Kind::Input, "it has no tiles to choose")),
         KernelKind::Attend => attend::emit(kernel, target),
         KernelKind::Pool => pool::emit(kernel, target),
         KernelKind::Rows => rows::emit(kernel, target),
     }
     .map_err(|e| e.at(format!("kernel `{}`", kernel.name)))
+}
+
+/// The register tiles of a kernel, for people; empty where it has none.
+///
+/// # Errors
+/// As [`emit`].
+pub fn tiles(kernel: &Kernel, target: &Target, tuning: &Tuning) -> Result<String> {
+    match kernel.kind()? {
+        KernelKind::Contract | KernelKind::Experts => contract::tiles(kernel, target, tuning.choice(kernel, target)),
+        _ => Ok(String::new()),
+    }
+}
+
+/// What may be tried for a kernel instead of `from` (`None`: the formulas' choice), differing in one respect.
+///
+/// # Errors
+/// As [`emit`].
+pub fn alternatives(kernel: &Kernel, target: &Target, from: Option<Choice>, respect: Respect) -> Result<Vec<Choice>> {
+    match kernel.kind()? {
+        KernelKind::Contract | KernelKind::Experts => contract::alternatives(kernel, target, from, respect),
+        _ => Ok(vec![]),
+    }
 }
 
 /// The values a kernel's arguments stand for, in order: every input but the step, then every result that is not a cache.

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! tg128: 3.010 ms, in steps for 1 to 8 tokens; threads: 2; waking them up: 0.012 ms
-//! kernel                  launches      time  share   slowest  wait  GB/s  GOP/s   bound  of roof
-//! layer_quantize_matmul         30  0.420 ms  14.0%  0.380 ms  9.0%  16.1   33.2  memory    61.0%
+//! kernel                 tile  launches      time  share   slowest  wait  GB/s  GOP/s   bound  of roof
+//! layer_quantize_matmul   8x1        30  0.420 ms  14.0%  0.380 ms  9.0%  16.1   33.2  memory    61.0%
 //! ```
 //!
 //! A kernel's time is that of its launches and of the waiting for the slowest worker after them, on average over workers, so
@@ -13,16 +13,19 @@
 use super::roof::{Bound, Roof};
 use super::steps::{Kind, Runner, Test, workload};
 use crate::report;
+use mansard_ir::artifact::Manifest;
 use mansard_ir::cost::{Work, Workload};
 use mansard_ir::plan::Program;
 use mansard_ir::{Result, bail};
-use mansard_runtime::StepProfile;
+use mansard_runtime::{StepProfile, missing};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// One kernel's part of a test.
 pub struct KernelRow {
     name: String,
+    /// Tokens by strips of its register tile; empty where it has none.
+    tile: String,
     launches: usize,
     /// Busy and waiting, on average over workers.
     seconds: f64,
@@ -86,7 +89,9 @@ impl Sample {
 }
 
 /// Means over the faster half of the samples.
-fn table(test: Test, mut samples: Vec<Sample>, program: &Program, roof: &Roof, threads: usize) -> KernelTable {
+fn table(test: Test, mut samples: Vec<Sample>, manifest: &Manifest, roof: &Roof, threads: usize) -> KernelTable {
+    let program = &manifest.program;
+    let tiles = manifest.code.iter().find(|code| missing(code).is_none()).map(|code| &code.tiles);
     samples.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     samples.truncate(samples.len().div_ceil(2));
     let mean = |figure: &dyn Fn(&Sample) -> f64| samples.iter().map(figure).sum::<f64>() / samples.len() as f64;
@@ -103,6 +108,7 @@ fn table(test: Test, mut samples: Vec<Sample>, program: &Program, roof: &Roof, t
         };
         KernelRow {
             name: program.kernels[*kernel].name.clone(),
+            tile: tiles.and_then(|tiles| tiles.get(*kernel)).cloned().unwrap_or_default(),
             launches: any.launches,
             seconds: of(|p| p.seconds),
             slowest: of(|p| p.slowest),
@@ -131,7 +137,8 @@ fn table(test: Test, mut samples: Vec<Sample>, program: &Program, roof: &Roof, t
 /// Where the cache has no room.
 pub fn measure(runner: &mut Runner, roof: &Roof, test: &Test, repetitions: usize) -> Result<KernelTable> {
     let artifact = runner.engine.artifact().clone();
-    let (program, encoder) = (&artifact.manifest().program, artifact.manifest().model.encoder);
+    let manifest = artifact.manifest();
+    let (program, encoder) = (&manifest.program, manifest.model.encoder);
     let steps = test.steps(&program.limits, encoder);
     let mut samples = vec![];
     for repetition in 0..=repetitions {
@@ -149,7 +156,7 @@ pub fn measure(runner: &mut Runner, roof: &Roof, test: &Test, repetitions: usize
             samples.append(&mut passed);
         }
     }
-    Ok(table(*test, samples, program, roof, runner.engine.threads()))
+    Ok(table(*test, samples, manifest, roof, runner.engine.threads()))
 }
 
 impl KernelRow {
@@ -170,13 +177,15 @@ impl KernelRow {
 impl KernelTable {
     /// For people.
     pub fn text(&self) -> String {
-        let head = ["kernel", "launches", "time", "share", "slowest", "wait", "GB/s", "GOP/s", "bound", "of roof"];
+        let head =
+            ["kernel", "tile", "launches", "time", "share", "slowest", "wait", "GB/s", "GOP/s", "bound", "of roof"];
         let mut rows = vec![head.map(String::from).to_vec()];
         let ms = |seconds: f64| format!("{:.3} ms", seconds * 1e3);
         let percent = |share: f64| format!("{:.1}%", share * 100.0);
         rows.extend(self.rows.iter().map(|row| {
             vec![
                 row.name.clone(),
+                row.tile.clone(),
                 row.launches.to_string(),
                 ms(row.seconds),
                 percent(row.seconds / self.seconds),
@@ -209,9 +218,10 @@ impl KernelTable {
             "kernels": kernels})
     }
 
-    fn fields(&self, row: &KernelRow) -> [(&'static str, Value); 16] {
+    fn fields(&self, row: &KernelRow) -> [(&'static str, Value); 17] {
         [
             ("kernel", row.name.as_str().into()),
+            ("tile", row.tile.as_str().into()),
             ("launches", row.launches.into()),
             ("seconds", row.seconds.into()),
             ("slowest_seconds", row.slowest.into()),

@@ -14,8 +14,8 @@
 //!
 //! A tile that is not full repeats the expert's last entry.
 
-use super::shape::{self, Shape};
-use super::{CACHE_TILE_BYTES, Contraction, Dot, Place, internal};
+use super::shape::Shape;
+use super::{Contraction, Dot, Place, internal};
 use crate::cpu::{StepField, step_field};
 use crate::emit::{Cmp, Emitter, I8, I32, I64, Val};
 use mansard_ir::layout::{A8, ALIGN, STRIP, StripLayout, aligned, row_bytes};
@@ -205,7 +205,7 @@ impl Contraction<'_> {
 
     /// Register tiles whose gathered rows fit the stack.
     fn gathered_shapes(&self) -> Vec<Shape> {
-        let shapes = shape::shapes(self.target, &self.component.dots, self.kernel.range.max);
+        let shapes = self.shapes();
         let bytes: usize = self.activations().map(|x| self.gathered_stride(x)).sum();
         let fits = |s: &Shape| s.tokens == 1 || s.tokens * bytes <= GATHERED_BYTES;
         shapes.into_iter().filter(fits).collect()
@@ -236,7 +236,7 @@ impl Contraction<'_> {
     /// Strips that stay in the second-level cache while all entries of an expert pass.
     fn cache_tile(&self) -> i64 {
         let bytes: usize = self.component.dots.iter().map(|d| StripLayout::new(d.dtype, d.k).bytes).sum();
-        (CACHE_TILE_BYTES / bytes).max(1) as i64
+        (self.choice.cache_bytes / bytes).max(1) as i64
     }
 
     /// Full tiles of an expert's entries, then the smallest tile that holds the rest.

@@ -17,10 +17,6 @@ use mansard_ir::formats::{IntFormat, Zero};
 use mansard_ir::layout::{A8, ALIGN, STRIP, StripLayout, code_bytes, high_bytes};
 use mansard_ir::target::Target;
 
-/// How far ahead of use weights are asked for. Left to itself, hardware falls behind once several tokens' dot products
-/// stand between one line of weights and the next.
-const PREFETCH: usize = 8 << 10;
-
 /// Every row against every strip, weight group by weight group where those are wide, else line of activations by line.
 pub fn tile(
     e: &mut Emitter,
@@ -64,11 +60,14 @@ struct Tile<'a> {
 impl Tile<'_> {
     /// Asks for the weights that follow a line's, some way ahead.
     fn prefetch(&self, e: &mut Emitter, line: Val) {
+        if self.rows.prefetch == 0 {
+            return;
+        }
         let bytes = self.layout.chunk_bytes * A8::GROUP / self.layout.chunk;
         for strip in self.strips {
             let from = e.row(*strip, line, bytes);
             for at in (0..bytes).step_by(ALIGN) {
-                let ahead = e.i64((PREFETCH + at) as i64);
+                let ahead = e.i64((self.rows.prefetch + at) as i64);
                 e.prefetch(from, ahead, 1);
             }
         }

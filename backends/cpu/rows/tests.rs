@@ -1,6 +1,7 @@
 //! Row programs against the interpreter: every op by itself, and the compositions that models have.
 
 use crate::harness;
+use mansard_ir::Tuning;
 use mansard_ir::formats::FORMATS;
 
 const STEP: [(usize, usize); 3] = [(0, 5), (70, 1), (126, 4)];
@@ -179,6 +180,6 @@ fn rows_beyond_the_stack_are_refused() {
          %b = l2_normalize %a {{eps = 1e-5}} %c = l2_normalize %b {{eps = 1e-5}} return c = %c }}"
     );
     let target = crate::target("x86-64-v3").unwrap();
-    let error = crate::cpu::emit(&harness::kernel(&text), &target).unwrap_err();
+    let error = crate::cpu::emit(&harness::kernel(&text), &target, &Tuning::default()).unwrap_err();
     assert_eq!(error.kind(), mansard_ir::Kind::Unsupported);
 }

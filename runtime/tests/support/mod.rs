@@ -71,6 +71,7 @@ pub fn counting_parts() -> Parts {
             target: "native".into(),
             features: vec!["sse2".into()],
             entries,
+            tiles: vec![],
         }],
         hashes: Default::default(),
         manifest_hash: String::new(),
