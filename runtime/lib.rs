@@ -31,6 +31,7 @@
 mod artifact;
 mod bind;
 mod blocks;
+mod caches;
 mod code;
 mod cores;
 mod engine;
@@ -49,6 +50,7 @@ mod validate;
 pub use artifact::{Artifact, OpenOptions, Section};
 pub use code::{cpu_features, has_feature, lacking, missing};
 pub use cores::physical_cores;
+pub use caches::CacheUse;
 pub use engine::{Engine, EngineOptions, OutputRows, SequenceId, StepOutput, WeightPages, Work};
 pub use generate::{Finish, GenerateOptions, Generated, generate};
 pub use memory::available_memory;

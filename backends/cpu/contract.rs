@@ -36,7 +36,7 @@ const CACHE_TILE_BYTES: usize = 256 << 10;
 /// Where the body is no contraction or its shapes have no code.
 pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let body = &kernel.body;
-    let (mut e, k) = Emitter::kernel(&kernel.name, target);
+    let (mut e, k) = Emitter::kernel(kernel, target);
     let mut memory = super::memory(&mut e, k, body);
     let components = components(body)?;
     prologue(&mut e, k, kernel, &components, &mut memory)?;
