@@ -139,7 +139,8 @@ impl Emitter {
     pub fn kernel(kernel: &Kernel, target: &Target) -> (Emitter, KernelArgs) {
         let (name, groups) = (&kernel.name, kernel.groups.clone());
         let converts_bf16 = target.computes_bf16();
-        let mut e = Emitter { text: String::new(), next: 4, depth: 1, constants: vec![], entry: 0, converts_bf16, groups };
+        let mut e =
+            Emitter { text: String::new(), next: 4, depth: 1, constants: vec![], entry: 0, converts_bf16, groups };
         let _ = writeln!(e.text, "func.func @{name}(%0: !llvm.ptr, %1: !llvm.ptr, %2: i64, %3: i64) {{");
         e.entry = e.text.len();
         let arg = |id, ty| Val { id, part: -1, ty };

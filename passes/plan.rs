@@ -17,7 +17,8 @@ use bodies::Bodies;
 use flatten::{Flattened, Tables, flatten};
 use ir::layout::{cache_block_bytes, packed_bytes, row_bytes};
 use ir::plan::{
-    Buffer, CacheGroup, CacheSpec, Kernel, KernelSpec, Limits, Output, Pack, Plan, Program, RowCount, Variant, WeightSpec,
+    Buffer, CacheGroup, CacheSpec, Kernel, KernelSpec, Limits, Output, Pack, Plan, Program, RowCount, Variant,
+    WeightSpec,
 };
 use ir::{Error, Kind, Model, Result, TokenRange, bail};
 use std::collections::BTreeSet;

@@ -199,8 +199,7 @@ impl Engine {
             bail!(Usage, "expected a sequence of at least {length} tokens to cut to that, found {found}");
         }
         if length > 0 && length < shortest {
-            let message =
-                format!("expected at least {shortest} of {found} tokens to be left, or none, found {length}");
+            let message = format!("expected at least {shortest} of {found} tokens to be left, or none, found {length}");
             let error = Error::new(Kind::Usage, message);
             return Err(error.help("layers that see a window keep no more than that: cut to 0 and begin again"));
         }

@@ -48,9 +48,9 @@ mod tokens;
 mod validate;
 
 pub use artifact::{Artifact, OpenOptions, Section};
+pub use caches::CacheUse;
 pub use code::{cpu_features, has_feature, lacking, missing};
 pub use cores::physical_cores;
-pub use caches::CacheUse;
 pub use engine::{Engine, EngineOptions, OutputRows, SequenceId, StepOutput, WeightPages, Work};
 pub use generate::{Finish, GenerateOptions, Generated, generate};
 pub use memory::available_memory;

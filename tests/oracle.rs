@@ -113,7 +113,7 @@ fn steps(model: &Model) -> Vec<[Vec<u32>; 2]> {
         [tokens(1, 6), tokens(2, 8)],
     ];
     if model.graphs.iter().any(|graph| graph.inputs.iter().any(keeps)) {
-        steps.extend([[tokens(140, 3), tokens(1, 5)], [tokens(1, 2), tokens(1, 7)], [tokens(9, 4), vec![]]]);
+        steps.extend([[tokens(100, 3), tokens(1, 5)], [tokens(60, 2), tokens(1, 7)], [tokens(9, 4), vec![]]]);
     }
     steps
 }

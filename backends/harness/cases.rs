@@ -4,7 +4,7 @@ use super::{Kernel, TokenRange, check, inputs, planned};
 use mansard_frontend as frontend;
 use mansard_ir::eval::Step;
 use mansard_ir::ops::Class;
-use mansard_ir::{DType, Graph, Model, Node, Stage, Target, Type, sample, text};
+use mansard_ir::{DType, Model, Node, Stage, Target, Type, sample, text};
 use mansard_passes::{self as passes, Event, Hooks, Options, State, manager};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
