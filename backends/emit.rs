@@ -12,6 +12,7 @@
 //! Kernels have the calling convention of [`mansard_ir::plan`].
 
 use mansard_ir::Target;
+use mansard_ir::plan::{CacheGroup, Kernel};
 use std::fmt::{self, Write};
 
 /// Element type of a value.
@@ -116,6 +117,8 @@ pub struct Emitter {
     entry: usize,
     /// The target rounds 16 f32 to bf16 in one instruction.
     pub converts_bf16: bool,
+    /// The program's cache groups.
+    pub groups: Vec<CacheGroup>,
 }
 
 /// The arguments every kernel has.
@@ -132,10 +135,12 @@ pub struct KernelArgs {
 }
 
 impl Emitter {
-    /// Opens the function of a kernel for `target`.
-    pub fn kernel(name: &str, target: &Target) -> (Emitter, KernelArgs) {
+    /// Opens the function of `kernel` for `target`.
+    pub fn kernel(kernel: &Kernel, target: &Target) -> (Emitter, KernelArgs) {
+        let (name, groups) = (&kernel.name, kernel.groups.clone());
         let converts_bf16 = target.computes_bf16();
-        let mut e = Emitter { text: String::new(), next: 4, depth: 1, constants: vec![], entry: 0, converts_bf16 };
+        let mut e =
+            Emitter { text: String::new(), next: 4, depth: 1, constants: vec![], entry: 0, converts_bf16, groups };
         let _ = writeln!(e.text, "func.func @{name}(%0: !llvm.ptr, %1: !llvm.ptr, %2: i64, %3: i64) {{");
         e.entry = e.text.len();
         let arg = |id, ty| Val { id, part: -1, ty };

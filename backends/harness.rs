@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Buffers are laid out as in a step: rows padded to 16, padding full of NaNs, canaries on either side, cache blocks out of
-//! order. Threads are real, except under [`qemu`], where the levels of other architectures run.
+//! order, those out of a window's sight nowhere. Threads are real, except under [`qemu`], where the levels of other architectures run.
 #![allow(unsafe_code)]
 
 mod cases;
@@ -19,9 +19,9 @@ pub use samples::{Random, float_weight, inputs, quantized_weight};
 use crate::{Image, compile_kernels, pack, target};
 use mansard_ir::eval::{self, Step, Value};
 use mansard_ir::model::Weight;
-use mansard_ir::plan::{Kernel, StepArgs};
+use mansard_ir::plan::{CacheGroup, Kernel, StepArgs};
 use mansard_ir::tuning::Tuned;
-use mansard_ir::{Choice, Dim, Target, TokenRange, Tuning, Type, text, verify};
+use mansard_ir::{Choice, Dim, Graph, Target, TokenRange, Tuning, Type, text, verify};
 use memory::{Memory, Pool, StepArrays};
 use qemu::Qemu;
 use std::collections::BTreeMap;
@@ -41,8 +41,14 @@ pub fn kernel(text: &str) -> Kernel {
     let model = text::parse("test", text).unwrap_or_else(|e| panic!("{e}"));
     let [body] = model.graphs.as_slice() else { panic!("expected one graph") };
     verify::verify(body).unwrap_or_else(|e| panic!("{e}"));
+    planned(body.clone())
+}
+
+/// A planned graph as a kernel. Beside the cache groups of its own caches there is one that keeps everything.
+fn planned(body: Graph) -> Kernel {
     let range = body.range.unwrap_or(TokenRange { min: 1, max: 512 });
-    Kernel { name: body.name.clone(), body: body.clone(), range }
+    let own = CacheGroup::of(body.inputs.iter().map(|input| &input.ty)).into_iter().filter(|group| group.window > 0);
+    Kernel { name: body.name.clone(), range, groups: CacheGroup::all().into_iter().chain(own).collect(), body }
 }
 
 /// [`check`] of a kernel in text form on random inputs for a step of `(past, new)` tokens a sequence.
@@ -145,7 +151,7 @@ pub fn run(
         }
     }
     let lengths: Vec<usize> = step.sequences.iter().map(|s| s.past + s.len).collect();
-    let pool = Pool::new(&lengths);
+    let pool = Pool::new(step, &kernel.groups);
     let most = threads.iter().max().copied().unwrap_or(1);
     let mut arrays = StepArrays::new(step, rows, &pool, (kernel.scratch_bytes(), most));
     let mut memories: Vec<Memory> = vec![];
@@ -180,7 +186,7 @@ pub fn run(
 }
 
 /// The argument that a cache result was appended to: the input at the root of its appends.
-fn cache_argument(body: &mansard_ir::Graph, mut value: mansard_ir::ValueId) -> usize {
+fn cache_argument(body: &Graph, mut value: mansard_ir::ValueId) -> usize {
     while let Some(node) = body.node(value) {
         value = node.operands[0];
     }

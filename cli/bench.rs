@@ -114,12 +114,12 @@ impl Arguments {
         if self.threads.is_empty() { vec![physical_cores()] } else { self.threads.clone() }
     }
 
-    /// With caches for the largest test.
+    /// With caches for the largest test, and a cache block that sequences share until one writes to it.
     fn options(&self, threads: usize, tests: &[Test]) -> EngineOptions {
         let most = |figure: fn(&Test) -> usize| tests.iter().map(figure).max().unwrap_or(1);
         // Sequences take whole cache blocks.
         let each = most(Test::length).next_multiple_of(mansard_ir::layout::CACHE_BLOCK);
-        let positions = Some(each * most(|test| test.batch));
+        let positions = Some(each * most(|test| test.batch) + mansard_ir::layout::CACHE_BLOCK);
         EngineOptions { positions, profile: self.kernels, ..self.opening.with_threads(Some(threads)).options() }
     }
 }

@@ -69,6 +69,8 @@ impl Conversation<'_> {
         // At least one token must run, to give the next.
         let limit = prompt.len().saturating_sub(1);
         let common = self.cached.iter().zip(&prompt[..limit]).take_while(|(a, b)| a == b).count();
+        // Layers that see a window may have let go of what the common part needs.
+        let common = if common < engine.shortest(self.sequence)? { 0 } else { common };
         engine.truncate(self.sequence, common)?;
         let mut writer = Writer { decoder: Some(self.tokens.decoder()), text: String::new(), quiet: false };
         let generated = generate(engine, self.sequence, &prompt[common..], options, |token| {

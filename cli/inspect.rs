@@ -3,7 +3,7 @@
 use crate::report;
 use mansard_ir::artifact::Manifest;
 use mansard_ir::layout::CACHE_BLOCK;
-use mansard_ir::plan::{KernelId, KernelSpec, Program};
+use mansard_ir::plan::{CacheSpec, KernelId, KernelSpec, Program};
 use mansard_ir::tuning::{Measured, Tuned};
 use mansard_ir::{Choice, Result, bail};
 use mansard_runtime::{Artifact, OpenOptions, missing};
@@ -107,19 +107,33 @@ fn weights(program: &Program) -> String {
 fn memory(program: &Program) -> String {
     let limits = &program.limits;
     let position: usize = program.caches.iter().map(|c| c.block_bytes).sum::<usize>() / CACHE_BLOCK;
-    let rows = [
-        ("activations", report::bytes(program.arena_bytes)),
-        ("buffers", program.buffers.len().to_string()),
-        ("caches", program.caches.len().to_string()),
-        ("cache for a position", report::bytes(position)),
-        ("cache for a full context", report::bytes(position * limits.context)),
-        ("tokens of a step", limits.tokens.to_string()),
-        ("rows of a step", limits.rows.to_string()),
-        ("sequences of a step", limits.sequences.to_string()),
-        ("context", limits.context.to_string()),
+    let full: usize = program.caches.iter().map(|c| c.block_bytes * blocks(program, c, limits.context)).sum();
+    let mut rows = vec![
+        ("activations".to_string(), report::bytes(program.arena_bytes)),
+        ("buffers".into(), program.buffers.len().to_string()),
+        ("caches".into(), program.caches.len().to_string()),
+        ("cache for a position".into(), report::bytes(position)),
+        ("cache for a full context".into(), report::bytes(full)),
     ];
-    let rows: Vec<Vec<String>> = rows.into_iter().map(|(name, value)| vec![name.into(), value]).collect();
+    for (index, group) in program.groups.iter().enumerate().filter(|(_, group)| group.window > 0) {
+        let caches: Vec<&CacheSpec> = program.caches.iter().filter(|c| c.group == index).collect();
+        let most: usize = caches.iter().map(|c| c.block_bytes * blocks(program, c, limits.context)).sum();
+        let name = format!("of these, {} that keep {} positions", caches.len(), group.window);
+        rows.push((name, report::bytes(most)));
+    }
+    rows.extend([
+        ("tokens of a step".into(), limits.tokens.to_string()),
+        ("rows of a step".into(), limits.rows.to_string()),
+        ("sequences of a step".into(), limits.sequences.to_string()),
+        ("context".into(), limits.context.to_string()),
+    ]);
+    let rows: Vec<Vec<String>> = rows.into_iter().map(|(name, value)| vec![name, value]).collect();
     format!("\nmemory plan\n{}", indented(&report::table(&rows)))
+}
+
+/// Cache blocks that a sequence of that length holds in a cache while it decodes.
+fn blocks(program: &Program, cache: &CacheSpec, length: usize) -> usize {
+    program.groups.get(cache.group).map_or(0, |group| group.blocks(length))
 }
 
 /// Kernels with their launches, for each range of `t`.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of the format; a runtime opens its own and every earlier one.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Key of the manifest in the file's `__metadata__`.
 pub const METADATA_KEY: &str = "mansard";

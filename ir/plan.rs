@@ -9,10 +9,11 @@
 //! of the launch's [`Arg`]s. Every worker calls every kernel and takes its own share.
 
 use crate::graph::{Graph, TokenRange};
-use crate::layout::AttentionItem;
+use crate::layout::{AttentionItem, CACHE_BLOCK};
 use crate::ops::Class;
 use crate::types::{Dim, Type};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 macro_rules! index {
     ($name:ident, $prefix:literal) => {
@@ -69,6 +70,8 @@ pub struct Kernel {
     pub body: Graph,
     /// The steps it is launched for.
     pub range: TokenRange,
+    /// The program's cache groups: by the place of its own here, a cache has its tables and slots in [`StepArgs`].
+    pub groups: Vec<CacheGroup>,
 }
 
 impl Kernel {
@@ -118,6 +121,9 @@ pub struct Program {
     pub weights: Vec<WeightSpec>,
     /// Caches, one entry for the keys and one for the values of each layer.
     pub caches: Vec<CacheSpec>,
+    /// Groups of caches that keep the same positions. Before format 2 there was one, which kept all.
+    #[serde(default = "CacheGroup::all")]
+    pub groups: Vec<CacheGroup>,
     /// Functions.
     pub kernels: Vec<KernelSpec>,
     /// Launches by range of `t`; the ranges are disjoint and cover `1..=limits.tokens`.
@@ -209,6 +215,51 @@ pub struct CacheSpec {
     pub ty: String,
     /// Bytes of a cache block of 64 positions.
     pub block_bytes: usize,
+    /// Its group.
+    #[serde(default)]
+    pub group: usize,
+}
+
+/// Caches that keep the same positions: one block table for each sequence serves them all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct CacheGroup {
+    /// Positions a token sees back from, and with, its own; 0 for all.
+    pub window: usize,
+}
+
+impl CacheGroup {
+    /// The only group there is where every cache keeps all positions.
+    pub fn all() -> Vec<CacheGroup> {
+        vec![CacheGroup { window: 0 }]
+    }
+
+    /// The groups of the caches among `types`, ascending by window.
+    pub fn of<'a>(types: impl IntoIterator<Item = &'a Type>) -> Vec<CacheGroup> {
+        let windows = types.into_iter().filter_map(|ty| match ty {
+            Type::Cache { window, .. } => Some(CacheGroup { window: *window }),
+            _ => None,
+        });
+        windows.collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// Which of the groups a cache is of.
+    pub fn index_of(groups: &[CacheGroup], cache: &Type) -> Option<usize> {
+        groups.iter().position(|group| CacheGroup::of([cache]) == [*group])
+    }
+
+    /// Cache blocks at the beginning of a sequence of `length` positions that the next token does not see, nor would it
+    /// with up to 64 tokens taken back: their positions all lie before `length + 1 - window - 64`.
+    pub fn out_of_sight(&self, length: usize) -> usize {
+        match self.window {
+            0 => 0,
+            window => (length + 1).saturating_sub(window.saturating_add(CACHE_BLOCK)) / CACHE_BLOCK,
+        }
+    }
+
+    /// Cache blocks that a sequence of `length` positions holds after a step of one token.
+    pub fn blocks(&self, length: usize) -> usize {
+        length.div_ceil(CACHE_BLOCK) - self.out_of_sight(length.saturating_sub(1))
+    }
 }
 
 /// A function of the code section.
@@ -293,12 +344,13 @@ pub struct StepArgs {
     pub positions: *const i32,
     /// `i32[r]`: tokens whose rows leave the step.
     pub rows: *const i32,
-    /// `i32[t]`: slot of each token, `cache block * 64 + position % 64`.
+    /// `i32[groups][t]`: slot of each token in the caches of a group, `cache block * 64 + position % 64`.
     pub slots: *const i32,
     /// `i32[tiles][4]`: first token, number of tokens (at most `limits.tile`), sequence, and the sequence's length
     /// including this step's tokens.
     pub tile: *const i32,
-    /// `i32[s][table_stride]`: cache blocks of each sequence in order of position.
+    /// `i32[groups][s][table_stride]`: cache blocks of each sequence in order of position. Those that lie wholly before the
+    /// window of the step's first token may be any number.
     pub tables: *const i32,
     /// `i32[s][2]`: first token and number of tokens of each sequence in this step.
     pub sequences: *const i32,

@@ -11,7 +11,7 @@ use crate::eval::{Cache, Routing, Step, Tensor, Value};
 use crate::formats::{CACHED, DType};
 use crate::graph::{Attrs, Graph, ValueId};
 use crate::model::{Call, Model, ModelInfo, Source, Weight, WeightTable};
-use crate::ops::sample::{WIDTHS, attention_attrs, weight_dtypes};
+use crate::ops::sample::{WIDTHS, WINDOWS, attention_attrs, kept, weight_dtypes};
 use crate::ops::{Class, Op};
 use crate::types::{CacheRole, Dim, Type};
 use crate::{Result, attrs, bail};
@@ -275,6 +275,8 @@ struct Shape {
     kv_heads: usize,
     head_dim: usize,
     cache: DType,
+    /// What attention sees, and what caches keep.
+    windows: (usize, usize),
 }
 
 type Inputs = Vec<(&'static str, Type)>;
@@ -283,7 +285,9 @@ impl Shape {
     fn new(random: &mut Random, hidden: usize, vocab: usize) -> Shape {
         let (kv_heads, groups) = (random.pick(&[1, 2, 3]), random.pick(&[1, 2, 3]));
         let (head_dim, cache) = (random.pick(&[16, 32, 64]), random.pick(&CACHED));
-        Shape { hidden, vocab, heads: kv_heads * groups, kv_heads, head_dim, cache }
+        let window = random.pick(&WINDOWS);
+        let windows = (window, kept(random, window));
+        Shape { hidden, vocab, heads: kv_heads * groups, kv_heads, head_dim, cache, windows }
     }
 
     fn x(&self) -> Type {
@@ -300,7 +304,8 @@ impl Shape {
     }
 
     fn caches(&self) -> Inputs {
-        let cache = |role| Type::Cache { role, heads: self.kv_heads, dim: self.head_dim, dtype: self.cache };
+        let (heads, dim, dtype, window) = (self.kv_heads, self.head_dim, self.cache, self.windows.1);
+        let cache = |role| Type::Cache { role, heads, dim, dtype, window };
         vec![("keys", cache(CacheRole::Keys)), ("values", cache(CacheRole::Values)), ("step", Type::Step)]
     }
 
@@ -415,7 +420,7 @@ impl Builder {
         let step = self.input("step");
         let keys = self.graph.push("append", &[self.input("keys"), heads[1], step], Attrs::none())?;
         let values = self.graph.push("append", &[self.input("values"), heads[2], step], Attrs::none())?;
-        let attrs = attention_attrs(random, shape.head_dim);
+        let attrs = attention_attrs(random, shape.head_dim, shape.windows.0);
         let y = self.graph.push("attend", &[heads[0], keys, values, step], attrs)?;
         self.graph.result("keys", keys);
         self.graph.result("values", values);

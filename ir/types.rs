@@ -1,7 +1,7 @@
 //! What a value is: dtype and shape with symbolic dims, a cache, the step's description, or a routing.
 //!
-//! Printed and parsed as `f32[t, 576]`, `q4_1[576, 1536]`, `a8[t, 576]`, `keys<f16>[c, 3, 64]`, `step[s]`,
-//! `routing[t, 2, 8]`.
+//! Printed and parsed as `f32[t, 576]`, `q4_1[576, 1536]`, `a8[t, 576]`, `keys<f16>[c, 3, 64]`,
+//! `values<f16, window = 512>[c, 3, 64]`, `step[s]`, `routing[t, 2, 8]`.
 
 use crate::formats::DType;
 use std::fmt;
@@ -48,6 +48,8 @@ pub enum Type {
         dim: usize,
         /// Stored element type: f32, f16, bf16 or i8.
         dtype: DType,
+        /// How many of the last positions must be kept, a token's own included; 0 for all.
+        window: usize,
     },
     /// The ragged step: for each sequence its range of tokens and its cache blocks.
     Step,
@@ -118,9 +120,10 @@ impl fmt::Display for Type {
                 let dims: Vec<String> = shape.iter().map(Dim::to_string).collect();
                 write!(f, "{dtype}[{}]", dims.join(", "))
             }
-            Type::Cache { role: CacheRole::Keys, heads, dim, dtype } => write!(f, "keys<{dtype}>[c, {heads}, {dim}]"),
-            Type::Cache { role: CacheRole::Values, heads, dim, dtype } => {
-                write!(f, "values<{dtype}>[c, {heads}, {dim}]")
+            Type::Cache { role, heads, dim, dtype, window } => {
+                let role = if *role == CacheRole::Keys { "keys" } else { "values" };
+                let window = if *window > 0 { format!(", window = {window}") } else { String::new() };
+                write!(f, "{role}<{dtype}{window}>[c, {heads}, {dim}]")
             }
             Type::Step => f.write_str("step[s]"),
             Type::Routing { top, experts } => write!(f, "routing[t, {top}, {experts}]"),

@@ -23,7 +23,7 @@ use crate::kernel;
 use crate::layout;
 use crate::model::{Model, WeightTable};
 use crate::ops::{Class, Op};
-use crate::plan::{Arg, Launch, Plan, RowCount};
+use crate::plan::{Arg, CacheGroup, Launch, Plan, RowCount};
 use crate::text::is_word;
 use crate::types::{Dim, Type};
 use crate::{DType, Place, Result, bail};
@@ -318,8 +318,15 @@ pub fn verify_plan(plan: &Plan) -> Result<Verified<'_, Plan>> {
     }
     for (kernel, spec) in plan.kernels.iter().zip(&program.kernels) {
         verify(&kernel.body).at(|| format!("kernel {}", kernel.name))?;
-        if kernel.body.stage != Stage::Planned || kernel.body.range != Some(kernel.range) || kernel.name != spec.name {
-            bail!(Input, "kernel {}: stage, range or name disagree with the program", kernel.name);
+        let same = kernel.name == spec.name && kernel.groups == program.groups;
+        if kernel.body.stage != Stage::Planned || kernel.body.range != Some(kernel.range) || !same {
+            bail!(Input, "kernel {}: stage, range, name or cache groups disagree with the program", kernel.name);
+        }
+    }
+    for cache in &program.caches {
+        let ty = crate::text::parse_type(&cache.ty).at(|| format!("cache {}", cache.name))?;
+        if CacheGroup::index_of(&program.groups, &ty) != Some(cache.group) {
+            bail!(Input, "cache {} of type {} is in cache group {}", cache.name, cache.ty, cache.group);
         }
     }
     let limits = &program.limits;
@@ -540,7 +547,7 @@ mod tests {
         let spec = KernelSpec { name: "k".into(), text: text.into(), flops_per_token: 0.0, weight_bytes: 0 };
         let args = vec![Arg::Buffer(x), Arg::Weight(w), Arg::Buffer(BufferId(1))];
         Plan {
-            kernels: vec![Kernel { name: "k".into(), body, range }],
+            kernels: vec![Kernel { name: "k".into(), body, range, groups: vec![] }],
             packs: vec![Pack { weight: "w".into(), column_scale: None }],
             program: Program {
                 limits: Limits { tokens: 4, rows: 1, sequences: 1, context: 64, tile: 4 },
@@ -567,6 +574,8 @@ mod tests {
         };
         assert_eq!(says(|_| ()), "ok");
         assert_eq!(says(|p| p.program.limits.tokens = 5), "launches end at 4 tokens, the limit is 5");
+        let message = "kernel k: stage, range, name or cache groups disagree with the program";
+        assert_eq!(says(|p| p.kernels[0].groups = crate::plan::CacheGroup::all()), message);
         assert_eq!(says(|p| p.program.arena_bytes -= 1), "buf1 (x) is not aligned or leaves the arena");
         assert_eq!(says(|p| p.program.variants[0].tokens.min = 2), "expected launches for 1 tokens next, found 2..4");
         let message = "launch 0 for t = 1..4 of k0: expected 3 arguments, found 2";

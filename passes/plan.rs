@@ -17,7 +17,8 @@ use bodies::Bodies;
 use flatten::{Flattened, Tables, flatten};
 use ir::layout::{cache_block_bytes, packed_bytes, row_bytes};
 use ir::plan::{
-    Buffer, CacheSpec, Kernel, KernelSpec, Limits, Output, Pack, Plan, Program, RowCount, Variant, WeightSpec,
+    Buffer, CacheGroup, CacheSpec, Kernel, KernelSpec, Limits, Output, Pack, Plan, Program, RowCount, Variant,
+    WeightSpec,
 };
 use ir::{Error, Kind, Model, Result, TokenRange, bail};
 use std::collections::BTreeSet;
@@ -65,7 +66,8 @@ pub fn plan(model: &Model, request: &LimitsRequest) -> Result<Plan> {
         scratch_bytes: bodies.kernels.iter().map(Kernel::scratch_bytes).max().unwrap_or(0),
         buffers,
         weights: tables.weights.iter().map(|w| weight_spec(&w.pack, &w.ty)).collect::<Result<_>>()?,
-        caches: tables.caches.iter().map(|(name, ty)| cache_spec(name, ty)).collect::<Result<_>>()?,
+        caches: tables.caches.iter().map(|(name, ty)| cache_spec(name, ty, &bodies.groups)).collect::<Result<_>>()?,
+        groups: bodies.groups,
         kernels: bodies.kernels.iter().map(kernel_spec).collect(),
         variants,
         outputs,
@@ -164,10 +166,10 @@ fn weight_spec(pack: &Pack, ty: &ir::Type) -> Result<WeightSpec> {
     Ok(WeightSpec { name, ty: ty.to_string(), bytes: packed_bytes(dtype, &shape) })
 }
 
-fn cache_spec(name: &str, ty: &ir::Type) -> Result<CacheSpec> {
-    match cache_block_bytes(ty) {
-        Some(block_bytes) => Ok(CacheSpec { name: name.into(), ty: ty.to_string(), block_bytes }),
-        None => bail!(Internal, "cache `{name}` has type {ty}"),
+fn cache_spec(name: &str, ty: &ir::Type, groups: &[CacheGroup]) -> Result<CacheSpec> {
+    match (cache_block_bytes(ty), CacheGroup::index_of(groups, ty)) {
+        (Some(block_bytes), Some(group)) => Ok(CacheSpec { name: name.into(), ty: ty.to_string(), block_bytes, group }),
+        _ => bail!(Internal, "cache `{name}` has type {ty}"),
     }
 }
 

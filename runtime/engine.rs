@@ -9,8 +9,8 @@
 //! fails before anything has changed.
 
 use crate::artifact::Artifact;
-use crate::bind::{Addresses, copy_weights, make_pools, weight_addresses};
-use crate::blocks::{BlockIndex, Blocks, blocks_for};
+use crate::bind::{Addresses, copy_weights, weight_addresses};
+use crate::caches::{CacheUse, Caches, Sequence};
 use crate::code::{Executable, Image, Job, Running, choose};
 use crate::cores::physical_cores;
 use crate::memory::Arena;
@@ -18,13 +18,9 @@ use crate::profile::{Recorder, StepProfile};
 use crate::spmd::Team;
 use crate::step::{Rows, Segment, StepArrays};
 use mansard_ir::artifact::Code;
-use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{Limits, Program, RowCount};
 use mansard_ir::{Error, Kind, Result, bail};
 use std::sync::Arc;
-
-/// The most cache blocks: a slot, `cache block * 64 + position % 64`, is an i32.
-const MAX_BLOCKS: usize = i32::MAX as usize / CACHE_BLOCK;
 
 /// How an engine runs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -81,10 +77,9 @@ pub struct Engine {
     arrays: StepArrays,
     arena: Arena,
     scratch: Arena,
-    pools: Arena,
+    caches: Caches,
     weights: Option<Arena>,
     artifact: Arc<Artifact>,
-    blocks: Blocks,
     slots: Vec<Slot>,
 }
 
@@ -93,12 +88,6 @@ pub struct Engine {
 struct Slot {
     generation: u32,
     sequence: Option<Sequence>,
-}
-
-#[derive(Clone, Default)]
-struct Sequence {
-    length: usize,
-    table: Vec<BlockIndex>,
 }
 
 impl Engine {
@@ -117,8 +106,7 @@ impl Engine {
         let threads = options.threads.unwrap_or_else(physical_cores);
         let arena = Arena::huge("activations", program.arena_bytes)?;
         let scratch = Arena::new("scratch of workers", program.scratch_bytes.saturating_mul(threads))?;
-        let blocks = block_count(program, options)?;
-        let (pools, offsets) = make_pools(program, blocks)?;
+        let caches = Caches::new(program, options.positions.unwrap_or(program.limits.context))?;
         let weights = match options.weights {
             WeightPages::Mapped => None,
             WeightPages::Huge => Some(copy_weights(&artifact, threads, options.pin)?),
@@ -126,7 +114,7 @@ impl Engine {
         let arrays = StepArrays::new(program.limits.tokens, program.limits.rows);
         let addresses = Addresses {
             arena: &arena,
-            pools: offsets.iter().map(|offset| pools.at(*offset)).collect(),
+            pools: caches.pools(),
             weights: weight_addresses(&artifact, weights.as_ref())?,
             arrays: &arrays,
         };
@@ -134,20 +122,7 @@ impl Engine {
         let recorder = options.profile.then(|| Arc::new(Recorder::new(threads, executable.most_launches())));
         let running = Running { executable: executable.clone(), recorder: recorder.clone() };
         let team = Team::new(threads, options.pin, running)?;
-        let blocks = Blocks::new(blocks as u32);
-        Ok(Engine {
-            team,
-            executable,
-            recorder,
-            arrays,
-            arena,
-            scratch,
-            pools,
-            weights,
-            artifact,
-            blocks,
-            slots: vec![],
-        })
+        Ok(Engine { team, executable, recorder, arrays, arena, scratch, caches, weights, artifact, slots: vec![] })
     }
 
     /// What it runs.
@@ -170,14 +145,15 @@ impl Engine {
         if self.weights.is_some() { WeightPages::Huge } else { WeightPages::Mapped }
     }
 
-    /// Cache blocks of 64 positions that are free, and that there are.
-    pub fn cache_blocks(&self) -> (usize, usize) {
-        (self.blocks.free(), self.blocks.total())
+    /// How full the caches are: one entry for each group of layers that see the same window; none without caches.
+    pub fn cache_use(&self) -> Vec<CacheUse> {
+        self.caches.usage()
     }
 
     /// An empty sequence.
     pub fn new_sequence(&mut self) -> SequenceId {
-        self.insert(Sequence::default())
+        let empty = self.caches.empty();
+        self.insert(empty)
     }
 
     /// A sequence with the same tokens. They share cache blocks; one in which both go on is copied when that happens.
@@ -185,10 +161,7 @@ impl Engine {
     /// # Errors
     /// Where the sequence has been released.
     pub fn fork(&mut self, sequence: SequenceId) -> Result<SequenceId> {
-        let twin = self.sequence(sequence)?.clone();
-        for block in &twin.table {
-            self.blocks.share(*block);
-        }
+        let twin = self.caches.share(find(&self.slots, sequence)?);
         Ok(self.insert(twin))
     }
 
@@ -197,13 +170,8 @@ impl Engine {
     /// # Errors
     /// Where the sequence has been released or there are too few cache blocks free.
     pub fn duplicate(&mut self, sequence: SequenceId) -> Result<SequenceId> {
-        let Sequence { length, table } = self.sequence(sequence)?.clone();
-        self.check_free(table.len())?;
-        let own = table.iter().map(|_| self.blocks.take()).collect::<Result<Vec<_>>>()?;
-        for (from, to) in table.iter().zip(&own) {
-            self.copy_block(*from, *to);
-        }
-        Ok(self.insert(Sequence { length, table: own }))
+        let copy = self.caches.copy(find(&self.slots, sequence)?)?;
+        Ok(self.insert(copy))
     }
 
     /// Tokens the sequence has.
@@ -214,20 +182,31 @@ impl Engine {
         Ok(self.sequence(sequence)?.length)
     }
 
+    /// The fewest tokens, beside none, to which [`Engine::truncate`] can cut the sequence: 1 where caches keep all. Caches of
+    /// layers that see a window keep what the tokens of the last step and the 64 before it saw.
+    ///
+    /// # Errors
+    /// Where the sequence has been released.
+    pub fn shortest(&self, sequence: SequenceId) -> Result<usize> {
+        Ok(self.caches.shortest(self.sequence(sequence)?))
+    }
+
     /// Forgets all tokens but the first `length`.
     ///
     /// # Errors
-    /// Where the sequence has been released or is shorter than that.
+    /// Where the sequence has been released, is shorter than that, or does not keep what a token after so few would see
+    /// (see [`Engine::shortest`]).
     pub fn truncate(&mut self, sequence: SequenceId, length: usize) -> Result<()> {
-        let found = self.sequence(sequence)?.length;
+        let (found, shortest) = (self.length(sequence)?, self.shortest(sequence)?);
         if length > found {
             bail!(Usage, "expected a sequence of at least {length} tokens to cut to that, found {found}");
         }
-        let sequence = self.sequence_mut(sequence)?;
-        sequence.length = length;
-        for block in sequence.table.split_off(blocks_for(length).min(sequence.table.len())) {
-            self.blocks.put_back(block);
+        if length > 0 && length < shortest {
+            let message = format!("expected at least {shortest} of {found} tokens to be left, or none, found {length}");
+            let error = Error::new(Kind::Usage, message);
+            return Err(error.help("layers that see a window keep no more than that: cut to 0 and begin again"));
         }
+        self.caches.cut(find_mut(&mut self.slots, sequence)?, length);
         Ok(())
     }
 
@@ -250,11 +229,11 @@ impl Engine {
     pub fn step<'a>(&mut self, work: &[Work<'a>]) -> Result<StepOutput<'_>> {
         self.check(work)?;
         for w in work {
-            self.grow(w)?;
+            self.caches.grow(find_mut(&mut self.slots, w.sequence)?, w.tokens.len())?;
         }
         let segment = |w: &Work<'a>| {
-            let Sequence { length, table } = find(&self.slots, w.sequence)?;
-            Ok(Segment { tokens: w.tokens, position: *length, table, rows: w.rows })
+            let Sequence { length, tables } = find(&self.slots, w.sequence)?;
+            Ok(Segment { tokens: w.tokens, position: *length, tables, rows: w.rows })
         };
         let segments: Vec<Segment<'_>> = work.iter().map(segment).collect::<Result<_>>()?;
         self.arrays.fill(&segments, self.artifact.manifest().program.limits.tile);
@@ -267,7 +246,7 @@ impl Engine {
         }
         self.team.run(Job { variant, step });
         for w in work {
-            self.sequence_mut(w.sequence)?.length += w.tokens.len();
+            find_mut(&mut self.slots, w.sequence)?.length += w.tokens.len();
         }
         Ok(self.output())
     }
@@ -328,7 +307,7 @@ impl Engine {
             );
         }
         self.check_work(&Work { sequence, tokens, rows: Rows::None })?;
-        self.check_free(self.blocks_needed(&Work { sequence, tokens, rows: Rows::None })?)
+        self.caches.check_free(&self.caches.needed(self.sequence(sequence)?, tokens.len(), most))
     }
 
     fn check(&self, work: &[Work<'_>]) -> Result<()> {
@@ -348,15 +327,17 @@ impl Engine {
         if work.is_empty() {
             bail!(Usage, "expected at least one sequence in a step, found none");
         }
-        let mut needed = 0;
+        let mut needed = vec![];
         for (i, w) in work.iter().enumerate() {
             self.check_work(w)?;
             if work[..i].iter().any(|v| v.sequence == w.sequence) {
                 bail!(Usage, "a sequence occurs twice in a step");
             }
-            needed += self.blocks_needed(w)?;
+            let more = self.caches.needed(self.sequence(w.sequence)?, w.tokens.len(), w.tokens.len());
+            needed.resize(more.len(), 0);
+            needed.iter_mut().zip(more).for_each(|(needed, more)| *needed += more);
         }
-        self.check_free(needed)
+        self.caches.check_free(&needed)
     }
 
     fn check_work(&self, work: &Work<'_>) -> Result<()> {
@@ -377,64 +358,6 @@ impl Engine {
             bail!(Usage, "expected tokens below {}, found {token}", model.vocab);
         }
         Ok(())
-    }
-
-    /// Cache blocks to take before the work can run: for new positions, and for a copy of a shared one.
-    fn blocks_needed(&self, work: &Work<'_>) -> Result<usize> {
-        if self.program().caches.is_empty() {
-            return Ok(0);
-        }
-        let sequence = self.sequence(work.sequence)?;
-        let new = blocks_for(sequence.length + work.tokens.len()) - sequence.table.len();
-        Ok(new + usize::from(self.shared_tail(sequence).is_some()))
-    }
-
-    fn check_free(&self, needed: usize) -> Result<()> {
-        let (free, total) = self.cache_blocks();
-        if needed > free {
-            let message =
-                format!("expected {needed} free cache blocks of {CACHE_BLOCK} positions, found {free} of {total}");
-            return Err(
-                Error::new(Kind::Usage, message).help("release a sequence, or make the engine with more positions")
-            );
-        }
-        Ok(())
-    }
-
-    /// The cache block the next position falls into, where it is filled in part and others hold it too.
-    fn shared_tail(&self, sequence: &Sequence) -> Option<BlockIndex> {
-        let tail = *sequence.table.get(sequence.length / CACHE_BLOCK)?;
-        self.blocks.is_shared(tail).then_some(tail)
-    }
-
-    /// Takes the cache blocks that `work` needs.
-    fn grow(&mut self, work: &Work<'_>) -> Result<()> {
-        if self.program().caches.is_empty() {
-            return Ok(());
-        }
-        let sequence = self.sequence(work.sequence)?;
-        let (length, held) = (sequence.length, sequence.table.len());
-        if let Some(shared) = self.shared_tail(sequence) {
-            let own = self.blocks.take()?;
-            self.copy_block(shared, own);
-            self.blocks.put_back(shared);
-            self.sequence_mut(work.sequence)?.table[length / CACHE_BLOCK] = own;
-        }
-        for _ in held..blocks_for(length + work.tokens.len()) {
-            let block = self.blocks.take()?;
-            self.sequence_mut(work.sequence)?.table.push(block);
-        }
-        Ok(())
-    }
-
-    /// Copies a cache block in every pool.
-    fn copy_block(&mut self, from: BlockIndex, to: BlockIndex) {
-        let mut pool = 0;
-        for cache in &self.artifact.manifest().program.caches {
-            let [from, to] = [from, to].map(|block| pool + block as usize * cache.block_bytes);
-            self.pools.bytes_mut().copy_within(from..from + cache.block_bytes, to);
-            pool += self.blocks.total() * cache.block_bytes;
-        }
     }
 
     fn output(&self) -> StepOutput<'_> {
@@ -458,16 +381,16 @@ impl Engine {
     fn sequence(&self, id: SequenceId) -> Result<&Sequence> {
         find(&self.slots, id)
     }
-
-    fn sequence_mut(&mut self, id: SequenceId) -> Result<&mut Sequence> {
-        let slot = self.slots.get_mut(id.index as usize).filter(|s| s.generation == id.generation);
-        slot.and_then(|s| s.sequence.as_mut()).ok_or_else(released)
-    }
 }
 
 fn find(slots: &[Slot], id: SequenceId) -> Result<&Sequence> {
     let slot = slots.get(id.index as usize).filter(|s| s.generation == id.generation);
     slot.and_then(|s| s.sequence.as_ref()).ok_or_else(released)
+}
+
+fn find_mut(slots: &mut [Slot], id: SequenceId) -> Result<&mut Sequence> {
+    let slot = slots.get_mut(id.index as usize).filter(|s| s.generation == id.generation);
+    slot.and_then(|s| s.sequence.as_mut()).ok_or_else(released)
 }
 
 fn released() -> Error {
@@ -552,15 +475,4 @@ fn image(images: &[Code], asked: Option<usize>) -> Result<&[Code]> {
     let Some(index) = asked else { return Ok(images) };
     let one = index.checked_add(1).and_then(|end| images.get(index..end));
     one.ok_or_else(|| Error::new(Kind::Usage, format!("expected one of {} images, found {index}", images.len())))
-}
-
-fn block_count(program: &Program, options: &EngineOptions) -> Result<usize> {
-    if program.caches.is_empty() {
-        return Ok(0);
-    }
-    let blocks = blocks_for(options.positions.unwrap_or(program.limits.context));
-    if blocks == 0 || blocks > MAX_BLOCKS {
-        bail!(Usage, "expected 1 to {} positions of cache, found {}", MAX_BLOCKS * CACHE_BLOCK, blocks * CACHE_BLOCK);
-    }
-    Ok(blocks)
 }

@@ -31,6 +31,7 @@
 mod artifact;
 mod bind;
 mod blocks;
+mod caches;
 mod code;
 mod cores;
 mod engine;
@@ -47,6 +48,7 @@ mod tokens;
 mod validate;
 
 pub use artifact::{Artifact, OpenOptions, Section};
+pub use caches::CacheUse;
 pub use code::{cpu_features, has_feature, lacking, missing};
 pub use cores::{CacheLevel, caches, physical_cores};
 pub use engine::{Engine, EngineOptions, OutputRows, SequenceId, StepOutput, WeightPages, Work};

@@ -7,9 +7,11 @@
 //!  sequences   [0, 3]                                [3, 1]       first token, number of tokens
 //!  tiles       [0, 2, 0, 67] [2, 1, 0, 67]           [3, 1, 1, 10]     with tiles of at most 2 tokens
 //!  rows        2                                     3            with `Rows::Last`
+//!  tables      by cache group, then by sequence; slots by cache group, then by token
 //! ```
 
 use crate::blocks::BlockIndex;
+use crate::caches::Table;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::StepArgs;
 
@@ -42,8 +44,8 @@ pub struct Segment<'a> {
     pub tokens: &'a [u32],
     /// Position of the first.
     pub position: usize,
-    /// Cache blocks of the whole sequence, this step's positions included.
-    pub table: &'a [BlockIndex],
+    /// Its cache blocks in each cache group, those for this step's positions included.
+    pub tables: &'a [Table],
     /// Rows that leave the step.
     pub rows: Rows,
 }
@@ -59,11 +61,11 @@ pub struct StepArrays {
     pub positions: Vec<i32>,
     /// `i32[r]`
     pub rows: Vec<i32>,
-    /// `i32[t]`
+    /// `i32[groups][t]`
     pub slots: Vec<i32>,
     /// `i32[tiles][4]`
     pub tiles: Vec<[i32; 4]>,
-    /// `i32[s][stride]`
+    /// `i32[groups][s][stride]`
     pub tables: Vec<i32>,
     /// Entries of a row of `tables`.
     pub table_stride: usize,
@@ -87,28 +89,35 @@ impl StepArrays {
     }
 
     /// Describes a step of `segments`, in tiles of at most `tile` tokens. The caller has checked the step against the
-    /// limits the arrays were made for, and every table against its segment's length.
+    /// limits the arrays were made for, and every table against its segment's length; all segments have as many tables.
     pub fn fill(&mut self, segments: &[Segment<'_>], tile: usize) {
         for array in [&mut self.tokens, &mut self.positions, &mut self.rows, &mut self.slots, &mut self.tables] {
             array.clear();
         }
         self.tiles.clear();
         self.sequences.clear();
-        self.table_stride = segments.iter().map(|s| s.table.len()).max().unwrap_or(0);
+        let tables = segments.iter().flat_map(|s| s.tables);
+        self.table_stride = tables.map(|table| table.entries.len()).max().unwrap_or(0);
         for (sequence, segment) in segments.iter().enumerate() {
             let (first, count) = (self.tokens.len(), segment.tokens.len());
             let length = segment.position + count;
             self.tokens.extend(segment.tokens.iter().map(|t| *t as i32));
             self.positions.extend((segment.position..length).map(|p| p as i32));
-            self.slots.extend((segment.position..length).map(|p| slot(segment.table, p)));
             self.rows.extend((first + count - segment.rows.of(count)..first + count).map(|r| r as i32));
             self.sequences.push([first as i32, count as i32]);
             for start in (0..count).step_by(tile) {
                 let part = tile.min(count - start);
                 self.tiles.push([(first + start) as i32, part as i32, sequence as i32, length as i32]);
             }
-            self.tables.extend(segment.table.iter().map(|b| *b as i32));
-            self.tables.resize((sequence + 1) * self.table_stride, 0);
+        }
+        for group in 0..segments.first().map_or(0, |s| s.tables.len()) {
+            for segment in segments {
+                let (entries, first) = (&segment.tables[group].entries, segment.position);
+                self.slots.extend((first..first + segment.tokens.len()).map(|p| slot(entries, p)));
+                let end = self.tables.len() + self.table_stride;
+                self.tables.extend(entries.iter().map(|block| *block as i32));
+                self.tables.resize(end, 0);
+            }
         }
     }
 
@@ -133,36 +142,43 @@ impl StepArrays {
     }
 }
 
-/// Where position `p` of a sequence lies in every pool. Without caches (`table` empty) there is no such place.
+/// Where position `p` of a sequence lies in every pool of a group.
 fn slot(table: &[BlockIndex], p: usize) -> i32 {
-    table.get(p / CACHE_BLOCK).map_or(0, |block| *block as i32 * CACHE_BLOCK as i32 + (p % CACHE_BLOCK) as i32)
+    table[p / CACHE_BLOCK] as i32 * CACHE_BLOCK as i32 + (p % CACHE_BLOCK) as i32
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn table(entries: &[BlockIndex]) -> Table {
+        Table { entries: entries.to_vec(), released: 0 }
+    }
+
     #[test]
     fn the_picture_of_the_front_door() {
         let mut arrays = StepArrays::new(16, 16);
+        let (a, b) = ([table(&[4, 9]), table(&[0, 3])], [table(&[2]), table(&[1])]);
         let segments = [
-            Segment { tokens: &[10, 11, 12], position: 64, table: &[4, 9], rows: Rows::Last },
-            Segment { tokens: &[13], position: 9, table: &[2], rows: Rows::Last },
+            Segment { tokens: &[10, 11, 12], position: 64, tables: &a, rows: Rows::Last },
+            Segment { tokens: &[13], position: 9, tables: &b, rows: Rows::Last },
         ];
         arrays.fill(&segments, 2);
         assert_eq!(arrays.tokens, [10, 11, 12, 13]);
         assert_eq!(arrays.positions, [64, 65, 66, 9]);
-        assert_eq!(arrays.slots, [9 * 64, 9 * 64 + 1, 9 * 64 + 2, 2 * 64 + 9]);
+        let slots = |blocks: [i32; 2]| [0, 1, 2].map(|i| blocks[0] * 64 + i).into_iter().chain([blocks[1] * 64 + 9]);
+        assert_eq!(arrays.slots, slots([9, 2]).chain(slots([3, 1])).collect::<Vec<_>>());
         assert_eq!(arrays.sequences, [[0, 3], [3, 1]]);
         assert_eq!(arrays.tiles, [[0, 2, 0, 67], [2, 1, 0, 67], [3, 1, 1, 10]]);
         assert_eq!(arrays.rows, [2, 3]);
-        assert_eq!((arrays.table_stride, &arrays.tables[..]), (2, &[4, 9, 2, 0][..]));
+        assert_eq!((arrays.table_stride, &arrays.tables[..]), (2, &[4, 9, 2, 0, 0, 3, 1, 0][..]));
     }
 
     #[test]
     fn rows_of_some_sequences_only() {
         let mut arrays = StepArrays::new(16, 16);
-        let segment = |tokens, rows| Segment { tokens, position: 0, table: &[0], rows };
+        let tables = [table(&[0])];
+        let segment = |tokens, rows| Segment { tokens, position: 0, tables: &tables, rows };
         arrays.fill(&[segment(&[1, 2], Rows::None), segment(&[3, 4], Rows::All), segment(&[5], Rows::Last)], 8);
         assert_eq!(arrays.rows, [2, 3, 4]);
         let args = arrays.args(std::ptr::null_mut(), 0);
@@ -174,7 +190,8 @@ mod tests {
         let tokens: Vec<u32> = (0..100).collect();
         for tile in [1, 7, 16, 64, 100, 1000] {
             let mut arrays = StepArrays::new(200, 1);
-            let segment = Segment { tokens: &tokens, position: 5, table: &[0, 1], rows: Rows::None };
+            let tables = [table(&[0, 1])];
+            let segment = Segment { tokens: &tokens, position: 5, tables: &tables, rows: Rows::None };
             arrays.fill(&[segment, segment], tile);
             let covered: Vec<i32> = arrays.tiles.iter().flat_map(|t| t[0]..t[0] + t[1]).collect();
             assert_eq!(covered, (0..200).collect::<Vec<i32>>());

@@ -37,7 +37,14 @@ pub fn validate(artifact: &Artifact) -> Result<()> {
         buffer(b, program).at(|| format!("buf{i} `{}`", b.name))?;
     }
     weights(artifact)?;
+    let groups = program.groups.len();
+    if groups > program.caches.len().max(1) {
+        bail!(Input, "expected at most one cache group for each of {} caches, found {groups}", program.caches.len());
+    }
     for cache in &program.caches {
+        if cache.group >= groups {
+            bail!(Input, "cache `{}`: expected one of {groups} cache groups, found number {}", cache.name, cache.group);
+        }
         let bytes = cache.block_bytes;
         if bytes == 0 || !bytes.is_multiple_of(ALIGN) || bytes > MAX_CACHE_BLOCK_BYTES {
             bail!(Input, "cache `{}`: expected cache blocks of a multiple of {ALIGN} bytes, found {bytes}", cache.name);

@@ -18,7 +18,7 @@
 use mansard::driver::{CompileOptions, pass_options};
 use mansard_backends::Layer;
 use mansard_ir::eval::{self, Step, Value};
-use mansard_ir::plan::{Kernel, Plan, Program};
+use mansard_ir::plan::{CacheGroup, Kernel, Plan, Program};
 use mansard_ir::{DType, Graph, Model, Stage, Target, TokenRange, Tuning, sample, text};
 use mansard_passes::manager::{self, State};
 use mansard_passes::{Event, Hooks};
@@ -90,6 +90,7 @@ fn emit(model: &Model, target: &Target) -> mansard_ir::Result<String> {
         name: body.name.clone(),
         body: body.clone(),
         range: body.range.unwrap_or(TokenRange { min: 1, max: 512 }),
+        groups: CacheGroup::of(body.inputs.iter().map(|input| &input.ty)),
     };
     let plan = Plan { kernels: planned.map(kernel).collect(), packs: vec![], program: Program::default() };
     assert!(!plan.kernels.is_empty(), "no graph at stage planned");

@@ -39,9 +39,8 @@ fn run(path: &Path) {
     let options = GenerateOptions { max_tokens: 100, stop_tokens: Some(vec![]), ..GenerateOptions::default() };
     generate(&mut engine, sequence, &prompt, &options, |_| Ok(true)).unwrap();
     let taken = status("VmHWM:") - before;
-    let (free, total) = engine.cache_blocks();
-    let block: usize = model.artifact().manifest().program.caches.iter().map(|c| c.block_bytes).sum();
-    let (file, cache) = (model.artifact().file_bytes(), (total - free) * block);
+    let cache: usize = engine.cache_use().iter().map(|group| group.taken * group.block_bytes).sum();
+    let file = model.artifact().file_bytes();
     println!("{taken} bytes: artifact {file}, cache {cache}, {} more", taken.saturating_sub(file + cache));
     assert!(taken > file && taken <= file + cache + ALLOWANCE, "{taken} bytes: artifact {file}, cache {cache}");
 }

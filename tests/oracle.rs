@@ -19,7 +19,7 @@ use mansard_ir::formats::{Split, Zero};
 use mansard_ir::model::{Source, Weight};
 use mansard_ir::ops::Class;
 use mansard_ir::sample::Random;
-use mansard_ir::{Attrs, DType, Dim, Error, Graph, Kind, Model, Node, Op, Result, Target, Tuning, Type, ValueId};
+use mansard_ir::{Attrs, DType, Dim, Error, Graph, Input, Kind, Model, Node, Op, Result, Target, Tuning, Type, ValueId};
 use mansard_passes::{Event, Hooks};
 use mansard_runtime::{Artifact, Engine, EngineOptions, OpenOptions, Rows, Work};
 use std::collections::BTreeMap;
@@ -73,7 +73,7 @@ pub fn check_against(
     let folder = tempfile::tempdir().map_err(|e| Error::io("a temporary folder", e))?;
     let path = folder.path().join("model.mansard");
     let optimized = assemble(model, target, options, &path)?;
-    let steps = steps(optimized.info.vocab);
+    let steps = steps(&optimized);
     let found = engine(&path, &steps)?;
     let mut optimized = as_packed(&optimized)?;
     change(&mut optimized);
@@ -99,17 +99,23 @@ pub fn check_against(
 }
 
 /// Steps of two sequences: every range of tokens that kernels are chosen for, caches longer than a cache block, decodes
-/// beside prompts.
-fn steps(vocab: usize) -> Vec<[Vec<u32>; 2]> {
+/// beside prompts; where caches keep a window, several cache blocks beyond it.
+fn steps(model: &Model) -> Vec<[Vec<u32>; 2]> {
+    let vocab = model.info.vocab;
     let tokens = |n: usize, from: usize| -> Vec<u32> { (0..n).map(|i| ((from + 7 * i) % vocab) as u32).collect() };
-    vec![
+    let keeps = |input: &Input| matches!(input.ty, Type::Cache { window, .. } if window > 0);
+    let mut steps = vec![
         [tokens(3, 1), vec![]],
         [tokens(1, 5), tokens(11, 2)],
         [tokens(1, 9), tokens(1, 4)],
         [vec![], tokens(1, 3)],
         [tokens(70, 11), vec![]],
         [tokens(1, 6), tokens(2, 8)],
-    ]
+    ];
+    if model.graphs.iter().any(|graph| graph.inputs.iter().any(keeps)) {
+        steps.extend([[tokens(100, 3), tokens(1, 5)], [tokens(60, 2), tokens(1, 7)], [tokens(9, 4), vec![]]]);
+    }
+    steps
 }
 
 /// Compiles a model in memory into an artifact; returns the model as the search left it.

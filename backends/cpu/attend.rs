@@ -43,16 +43,17 @@ const FEW_ROWS: i64 = 16;
 pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let body = &kernel.body;
     let broken = || Error::new(Kind::Internal, format!("`{}` is no attention over caches in memory", body.name));
-    let (mut e, k) = Emitter::kernel(&kernel.name, target);
+    let (mut e, k) = Emitter::kernel(kernel, target);
     let memory = super::memory(&mut e, k, body);
     let attends = |v: &ValueId| body.node(*v).filter(|n| n.op.class() == Class::Attend);
     let (value, node) = body.values().find_map(|v| Some((v, attends(&v)?))).ok_or_else(broken)?;
     let at = |v: ValueId| memory[v.0 as usize].ok_or_else(broken);
     let shape = Shape::new(target, node, body.ty(node.operands[0]), body.ty(node.operands[1]))?;
+    let stride = step_field(&mut e, k, StepField::TableStride);
     let step = StepPointers {
         positions: step_field(&mut e, k, StepField::Positions),
-        tables: step_field(&mut e, k, StepField::Tables),
-        stride: step_field(&mut e, k, StepField::TableStride),
+        tables: super::tables(&mut e, k, body.ty(node.operands[1]), stride)?,
+        stride,
         scratch: step_field(&mut e, k, StepField::Scratch),
         scratch_bytes: step_field(&mut e, k, StepField::ScratchBytes),
     };

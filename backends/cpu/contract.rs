@@ -36,7 +36,7 @@ use std::collections::BTreeMap;
 /// Where the body is no contraction or its shapes have no code; where the choice is none that the kernel has.
 pub fn emit(kernel: &Kernel, target: &Target, choice: Option<Choice>) -> Result<String> {
     let body = &kernel.body;
-    let (mut e, k) = Emitter::kernel(&kernel.name, target);
+    let (mut e, k) = Emitter::kernel(kernel, target);
     let mut memory = super::memory(&mut e, k, body);
     let components = components(body)?;
     prologue(&mut e, k, kernel, &components, &mut memory)?;

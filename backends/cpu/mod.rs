@@ -12,8 +12,8 @@ pub use contract::Respect;
 
 use crate::emit::{Emitter, I64, KernelArgs, PTR, Val};
 use mansard_ir::kernel::KernelKind;
-use mansard_ir::plan::{Kernel, StepArgs};
-use mansard_ir::{Choice, Dim, Error, Graph, Kind, Result, Target, Tuning, Type, ValueId};
+use mansard_ir::plan::{CacheGroup, Kernel, StepArgs};
+use mansard_ir::{Choice, Dim, Error, Graph, Kind, Result, Target, Tuning, Type, ValueId, bail};
 use std::mem::offset_of;
 
 /// Emits a kernel as one MLIR function named after it.
@@ -109,6 +109,42 @@ pub fn step_field(e: &mut Emitter, k: KernelArgs, field: StepField) -> Val {
         StepField::ScratchBytes => (offset_of!(StepArgs, scratch_bytes), I64),
     };
     e.step_field(k, offset, ty)
+}
+
+/// The slots of the step's tokens in a cache.
+///
+/// # Errors
+/// Where the program has no such cache group.
+pub fn slots(e: &mut Emitter, k: KernelArgs, cache: &Type) -> Result<Val> {
+    let (group, slots) = (group(e, cache)?, step_field(e, k, StepField::Slots));
+    if group == 0 {
+        return Ok(slots);
+    }
+    let (group, t) = (e.i64(group as i64), step_field(e, k, StepField::T));
+    let before = e.mul(group, t);
+    Ok(e.row(slots, before, 4))
+}
+
+/// The block tables of a cache, `stride` entries for each sequence.
+///
+/// # Errors
+/// Where the program has no such cache group.
+pub fn tables(e: &mut Emitter, k: KernelArgs, cache: &Type, stride: Val) -> Result<Val> {
+    let (group, tables) = (group(e, cache)?, step_field(e, k, StepField::Tables));
+    if group == 0 {
+        return Ok(tables);
+    }
+    let (group, s) = (e.i64(group as i64), step_field(e, k, StepField::S));
+    let before = e.mul(group, s);
+    let before = e.mul(before, stride);
+    Ok(e.row(tables, before, 4))
+}
+
+fn group(e: &Emitter, cache: &Type) -> Result<usize> {
+    match CacheGroup::index_of(&e.groups, cache) {
+        Some(group) => Ok(group),
+        None => bail!(Internal, "the program has no cache group for {cache}"),
+    }
 }
 
 /// How many rows an activation of this type has in this step.

@@ -18,7 +18,7 @@ use mansard_ir::{Error, Kind, Result, Target, Type};
 /// Where the body does not begin with a pooling, or a node after it has no code.
 pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let body = &kernel.body;
-    let (mut e, k) = Emitter::kernel(&kernel.name, target);
+    let (mut e, k) = Emitter::kernel(kernel, target);
     let memory = super::memory(&mut e, k, body);
     let (mut nodes, mut pooled) = (vec![], None);
     for value in body.values() {

@@ -37,7 +37,7 @@ use std::collections::BTreeMap;
 /// Where a node has no code or the rows need too much stack.
 pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let body = &kernel.body;
-    let (mut e, k) = Emitter::kernel(&kernel.name, target);
+    let (mut e, k) = Emitter::kernel(kernel, target);
     let memory = super::memory(&mut e, k, body);
     let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some()).collect();
     let count = count_of(&mut e, k, lead(body, &nodes)?)?;

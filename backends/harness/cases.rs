@@ -1,10 +1,10 @@
 //! Every kernel that the case files and the tiny checkpoints come to, on every level.
 
-use super::{Kernel, TokenRange, check, inputs};
+use super::{Kernel, TokenRange, check, inputs, planned};
 use mansard_frontend as frontend;
 use mansard_ir::eval::Step;
 use mansard_ir::ops::Class;
-use mansard_ir::{DType, Graph, Model, Node, Stage, Target, Type, sample, text};
+use mansard_ir::{DType, Model, Node, Stage, Target, Type, sample, text};
 use mansard_passes::{self as passes, Event, Hooks, Options, State, manager};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -18,9 +18,7 @@ fn tests() -> PathBuf {
 fn kernels(model: Model) -> mansard_ir::Result<Vec<Kernel>> {
     let stage = model.graphs.iter().map(|g| g.stage).max().unwrap_or(Stage::Imported);
     if stage == Stage::Planned {
-        let range = |body: &Graph| body.range.unwrap_or(TokenRange { min: 1, max: 512 });
-        let kernel = |body: Graph| Kernel { name: body.name.clone(), range: range(&body), body };
-        return Ok(model.graphs.into_iter().map(kernel).collect());
+        return Ok(model.graphs.into_iter().map(planned).collect());
     }
     let levels: Vec<&str> = crate::target::names().into_iter().filter(|name| *name != "native").collect();
     let mut options = Options::new(Target::common(&crate::targets(&levels)?)?);

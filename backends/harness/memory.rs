@@ -3,7 +3,7 @@
 use super::samples::Random;
 use mansard_ir::eval::{Cache, Routing, Step, Tensor, Value};
 use mansard_ir::layout::{A8, CACHE_BLOCK, STRIP, cache_block_bytes, cache_offset, cache_scales, row_bytes};
-use mansard_ir::plan::StepArgs;
+use mansard_ir::plan::{CacheGroup, StepArgs};
 use mansard_ir::{DType, Dim, Type};
 use std::sync::Arc;
 
@@ -14,6 +14,8 @@ pub const GUARD: usize = 4;
 const CANARY: u8 = 0xA5;
 /// Garbage: NaN as f32, -1 as i32.
 const PADDING: u8 = 0xFF;
+/// A cache block that is not there: an address far from all memory.
+const NOWHERE: i32 = i32::MAX;
 /// Garbage of a cache, finite in every float format: stale rows never hold NaNs.
 const STALE: u8 = 0x55;
 
@@ -219,40 +221,64 @@ fn code_reals(row: &[u8], planes: usize) -> Vec<f32> {
     out
 }
 
-/// Cache blocks of every sequence, in no order.
+/// Cache blocks of every sequence in every cache group, in no order.
 pub struct Pool {
-    tables: Vec<Vec<i32>>,
+    groups: Vec<CacheGroup>,
+    /// By group, then by sequence.
+    tables: Vec<Vec<Vec<i32>>>,
+    /// Positions that each sequence had before the step.
+    past: Vec<usize>,
     stride: usize,
     blocks: usize,
 }
 
 impl Pool {
-    /// Cache blocks for sequences of these lengths.
-    pub fn new(lengths: &[usize]) -> Pool {
-        let needed: Vec<usize> = lengths.iter().map(|l| l.div_ceil(CACHE_BLOCK)).collect();
+    /// Cache blocks for the sequences of a step.
+    pub fn new(step: &Step, groups: &[CacheGroup]) -> Pool {
+        let needed: Vec<usize> = step.sequences.iter().map(|s| (s.past + s.len).div_ceil(CACHE_BLOCK)).collect();
         let blocks = needed.iter().sum::<usize>() + 2;
-        let (mut free, mut random): (Vec<i32>, _) = ((0..blocks as i32).collect(), Random::new(99));
-        let mut take = || free.swap_remove(random.below(free.len()));
-        let tables = needed.iter().map(|n| (0..*n).map(|_| take()).collect()).collect();
-        Pool { tables, stride: needed.iter().max().unwrap_or(&0) + 1, blocks }
+        let mut random = Random::new(99);
+        let mut tables_of = |_: &CacheGroup| {
+            let mut free: Vec<i32> = (0..blocks as i32).collect();
+            let mut take = || free.swap_remove(random.below(free.len()));
+            needed.iter().map(|n| (0..*n).map(|_| take()).collect()).collect()
+        };
+        Pool {
+            groups: groups.to_vec(),
+            tables: groups.iter().map(&mut tables_of).collect(),
+            past: step.sequences.iter().map(|s| s.past).collect(),
+            stride: needed.iter().max().unwrap_or(&0) + 1,
+            blocks,
+        }
     }
 
-    /// `i32[s][stride]`; entries beyond a sequence's cache blocks are not to be read as such.
+    /// `i32[groups][s][stride]`; entries beyond a sequence's cache blocks are not to be read as such, and those that no
+    /// token sees are nowhere.
     fn table(&self) -> Vec<i32> {
-        let row = |t: &Vec<i32>| t.iter().copied().chain(std::iter::repeat(0)).take(self.stride).collect::<Vec<_>>();
-        self.tables.iter().flat_map(row).collect()
+        let mut entries = vec![];
+        for (group, tables) in self.groups.iter().zip(&self.tables) {
+            for (table, past) in tables.iter().zip(&self.past) {
+                let window = if group.window > 0 { group.window } else { usize::MAX };
+                let unseen = (past + 1).saturating_sub(window) / CACHE_BLOCK;
+                entries.extend(std::iter::repeat_n(NOWHERE, unseen));
+                entries.extend(&table[unseen..]);
+                entries.resize(entries.len().next_multiple_of(self.stride), 0);
+            }
+        }
+        entries
     }
 
-    fn slot(&self, sequence: usize, position: usize) -> usize {
-        self.tables[sequence][position / CACHE_BLOCK] as usize * CACHE_BLOCK + position % CACHE_BLOCK
+    fn slot(&self, group: usize, sequence: usize, position: usize) -> usize {
+        self.tables[group][sequence][position / CACHE_BLOCK] as usize * CACHE_BLOCK + position % CACHE_BLOCK
     }
 
     /// Byte offsets of `[length, heads, dim]` of a sequence, and of the scale of each, where there are scales.
     fn each(&self, ty: &Type, sequence: usize, length: usize, mut visit: impl FnMut(usize, usize)) {
-        let Type::Cache { role, heads, dim, dtype } = *ty else { panic!("{ty} is no cache") };
+        let Type::Cache { role, heads, dim, dtype, .. } = *ty else { panic!("{ty} is no cache") };
+        let group = CacheGroup::index_of(&self.groups, ty).expect("a cache group");
         let (block, size) = (cache_block_bytes(ty).expect("a cache"), dtype.format().block_bytes);
         for position in 0..length {
-            let slot = self.slot(sequence, position);
+            let slot = self.slot(group, sequence, position);
             let (block, slot) = (slot / CACHE_BLOCK * block, slot % CACHE_BLOCK);
             for (head, d) in (0..heads).flat_map(|h| (0..dim).map(move |d| (h, d))) {
                 let scale = block + cache_scales(heads, dim, head) + 4 * slot;
@@ -309,10 +335,14 @@ impl StepArrays {
         let (mut tiles, mut sequences, mut slots) = (vec![], vec![], vec![]);
         for (index, s) in step.sequences.iter().enumerate() {
             sequences.push([s.start as i32, s.len as i32]);
-            slots.extend((s.past..s.past + s.len).map(|p| pool.slot(index, p) as i32));
             for first in (0..s.len).step_by(TILE) {
                 let count = TILE.min(s.len - first);
                 tiles.push([s.start + first, count, index, s.past + s.len].map(|x| x as i32));
+            }
+        }
+        for group in 0..pool.groups.len() {
+            for (index, s) in step.sequences.iter().enumerate() {
+                slots.extend((s.past..s.past + s.len).map(|p| pool.slot(group, index, p) as i32));
             }
         }
         let (t, s) = (step.tokens(), step.sequences.len());

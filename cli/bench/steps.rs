@@ -6,7 +6,8 @@
 //! tg64 b8 @ d2048                  64 times [seq 0..7: 1 token each]
 //! ```
 //!
-//! Every sequence has a cache of its own, filled to the test's depth. A decoded token is the likeliest of the logits before
+//! Every sequence has a cache of its own, filled to the test's depth; the first shares what it does not write to with one
+//! that is kept to start from again. A decoded token is the likeliest of the logits before
 //! it, so a step's time holds what it takes to read every sequence's row.
 
 use mansard_ir::cost::Workload;
@@ -141,7 +142,8 @@ pub struct Runner {
     /// Runs the steps.
     pub engine: Engine,
     sampler: Sampler,
-    depth: usize,
+    /// A sequence of some depth that no test goes on with.
+    start: Option<(usize, SequenceId)>,
     sequences: Vec<SequenceId>,
 }
 
@@ -151,31 +153,48 @@ impl Runner {
     /// # Errors
     /// None for the options used.
     pub fn new(engine: Engine) -> Result<Runner> {
-        Ok(Runner { engine, sampler: Sampler::new(SamplerOptions::greedy())?, depth: 0, sequences: vec![] })
+        Ok(Runner { engine, sampler: Sampler::new(SamplerOptions::greedy())?, start: None, sequences: vec![] })
     }
 
-    /// Sequences of the test's depth, cut back to it.
+    /// Sequences of the test's depth: cut back to it, or made anew where they no longer keep what is needed for that.
     fn ready(&mut self, test: &Test) -> Result<()> {
+        let start = self.start_at(test.depth)?;
         let engine = &mut self.engine;
-        if self.depth != test.depth {
-            self.sequences.drain(..).try_for_each(|sequence| engine.release(sequence))?;
-            self.depth = test.depth;
+        for sequence in self.sequences.split_off(test.batch.min(self.sequences.len())) {
+            engine.release(sequence)?;
         }
-        for sequence in &self.sequences {
-            engine.truncate(*sequence, test.depth)?;
+        for (index, sequence) in self.sequences.iter_mut().enumerate() {
+            if test.depth == 0 || engine.shortest(*sequence)? <= test.depth {
+                engine.truncate(*sequence, test.depth)?;
+            } else {
+                engine.release(*sequence)?;
+                *sequence = if index == 0 { engine.fork(start)? } else { engine.duplicate(start)? };
+            }
         }
         while self.sequences.len() < test.batch {
-            let next = match self.sequences.first() {
-                Some(first) => engine.duplicate(*first)?,
-                None => engine.new_sequence(),
-            };
-            if self.sequences.is_empty() && test.depth > 0 {
-                let vocab = engine.artifact().manifest().model.vocab;
-                engine.prefill(next, &some_tokens(0, test.depth, vocab))?;
-            }
+            let next = if self.sequences.is_empty() { engine.fork(start)? } else { engine.duplicate(start)? };
             self.sequences.push(next);
         }
         Ok(())
+    }
+
+    /// The sequence to start from, filled to that depth.
+    fn start_at(&mut self, depth: usize) -> Result<SequenceId> {
+        let engine = &mut self.engine;
+        if let Some((found, start)) = self.start {
+            if found == depth {
+                return Ok(start);
+            }
+            self.sequences.drain(..).try_for_each(|sequence| engine.release(sequence))?;
+            engine.release(start)?;
+        }
+        let start = engine.new_sequence();
+        self.start = Some((depth, start));
+        if depth > 0 {
+            let vocab = engine.artifact().manifest().model.vocab;
+            engine.prefill(start, &some_tokens(0, depth, vocab))?;
+        }
+        Ok(start)
     }
 
     /// Runs a test's steps once and gives the seconds they took together; `after` hears of each step when it is done.

@@ -224,7 +224,8 @@ impl Net<'_> {
 
     /// Declares a layer's inputs.
     pub fn layer_inputs(&mut self, a: &Attention) -> LayerInputs {
-        let cache = |role| Type::Cache { role, heads: a.kv_heads, dim: a.head_dim, dtype: DType::F32 };
+        let cache =
+            |role| Type::Cache { role, heads: a.kv_heads, dim: a.head_dim, dtype: DType::F32, window: a.window };
         LayerInputs {
             x: self.input("x", Type::f32([Dim::T, Dim::N(a.hidden)])),
             rope: a.rope.map(|(name, width, _)| self.input(name, Type::f32([Dim::T, Dim::N(width)]))),

@@ -243,9 +243,16 @@ pub fn attend(o: &[&Type], attrs: &Attrs) -> Rule {
     match (rows(o[0])?, o[1], o[2]) {
         (
             (Dim::T, q),
-            Type::Cache { role: CacheRole::Keys, heads, dim, .. },
-            Type::Cache { role: CacheRole::Values, heads: value_heads, dim: value_dim, .. },
+            Type::Cache { role: CacheRole::Keys, heads, dim, window, .. },
+            Type::Cache { role: CacheRole::Values, heads: value_heads, dim: value_dim, window: value_window, .. },
         ) if q.len() == 2 && q[1] == *dim && heads == value_heads && dim == value_dim && q[0] % heads == 0 => {
+            let seen = attrs.size("window");
+            for kept in [*window, *value_window].into_iter().filter(|kept| *kept > 0) {
+                if seen == 0 || seen > kept {
+                    let seen = if seen == 0 { "all".into() } else { seen.to_string() };
+                    bail!(Input, "expected to see at most the {kept} positions that the cache keeps, found {seen}");
+                }
+            }
             Ok(o[0].clone())
         }
         _ => bail!(Input, "expected queries of the caches' head dim, in a multiple of their heads"),

@@ -193,8 +193,11 @@ pub fn combine(r: &mut Random, x: Option<&Type>) -> Sample {
     (lead == Dim::T).then(|| (vec![activation(DType::F32, lead, &rest), routing], Attrs::none()))
 }
 
-fn cache(role: CacheRole, heads: usize, dim: usize, dtype: DType) -> Type {
-    Type::Cache { role, heads, dim, dtype }
+/// Windows of attention.
+pub const WINDOWS: [usize; 5] = [0, 0, 0, 3, 70];
+
+fn cache(role: CacheRole, heads: usize, dim: usize, dtype: DType, window: usize) -> Type {
+    Type::Cache { role, heads, dim, dtype, window }
 }
 
 pub fn append(r: &mut Random, x: Option<&Type>) -> Sample {
@@ -204,7 +207,8 @@ pub fn append(r: &mut Random, x: Option<&Type>) -> Sample {
         Some(_) => return None,
     };
     let role = r.pick(&[CacheRole::Keys, CacheRole::Values]);
-    let before = x.cloned().unwrap_or_else(|| cache(role, heads, dim, dtype));
+    let window = r.pick(&WINDOWS);
+    let before = x.cloned().unwrap_or_else(|| cache(role, heads, dim, dtype, window));
     Some((vec![before, activation(DType::F32, Dim::T, &[heads, dim]), Type::Step], Attrs::none()))
 }
 
@@ -213,18 +217,24 @@ pub fn attend(r: &mut Random, x: Option<&Type>) -> Sample {
     let (heads, dim) = (rest[0], rest[1]);
     let shared: Vec<usize> = HEADS.into_iter().filter(|h| heads.is_multiple_of(*h)).collect();
     let (kv, dtype) = (r.pick(&shared), r.pick(&CACHED));
-    let caches = [CacheRole::Keys, CacheRole::Values].map(|role| cache(role, kv, dim, dtype));
-    let [keys, values] = caches;
+    let window = r.pick(&WINDOWS);
+    let kept = kept(r, window);
+    let [keys, values] = [CacheRole::Keys, CacheRole::Values].map(|role| cache(role, kv, dim, dtype, kept));
     let types = vec![activation(DType::F32, lead, &rest), keys, values, Type::Step];
-    (lead == Dim::T).then(|| (types, attention_attrs(r, dim)))
+    (lead == Dim::T).then(|| (types, attention_attrs(r, dim, window)))
 }
 
-/// Attributes of an `attend` over heads of `dim`.
-pub fn attention_attrs(r: &mut Random, dim: usize) -> Attrs {
+/// The window of caches for an `attend` with a window: often the same.
+pub fn kept(r: &mut Random, window: usize) -> usize {
+    if window == 0 { 0 } else { r.pick(&[window, window, window + 9, 0]) }
+}
+
+/// Attributes of an `attend` over heads of `dim` with that window.
+pub fn attention_attrs(r: &mut Random, dim: usize, window: usize) -> Attrs {
     attrs! {
         scale = 1.0 / (dim as f64).sqrt(),
         causal = r.chance(0.8),
-        window = r.pick(&[0i64, 0, 0, 3, 70]),
+        window = window,
         softcap = r.pick(&[0.0, 0.0, 20.0]),
     }
 }

@@ -232,11 +232,26 @@ impl<'a> Parser<'a> {
         };
         let Some(dtype) = dtype else { return Err(self.expected("`f16`, `bf16`, `f32` or `i8`")) };
         self.advance()?;
+        let window = self.window()?;
         self.mark(">")?;
         self.mark("[")?;
         self.keyword("c")?;
         let (heads, dim) = self.two_extents()?;
-        Ok(Type::Cache { role, heads, dim, dtype })
+        Ok(Type::Cache { role, heads, dim, dtype, window })
+    }
+
+    /// `, window = 512`, or nothing: 0.
+    fn window(&mut self) -> Result<usize> {
+        if !self.accept(",")? {
+            return Ok(0);
+        }
+        self.keyword("window")?;
+        self.mark("=")?;
+        let at = self.at;
+        match self.size("a number of positions")? {
+            0 => Err(self.lexer.error(at, "expected a window of at least 1 position")),
+            window => Ok(window),
+        }
     }
 
     /// `, 3, 64]`.

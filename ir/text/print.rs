@@ -232,7 +232,8 @@ pub fn print_program(program: &Program) -> String {
         put!(out, "  w{i} {:?} : {}, {} bytes\n", w.name, w.ty, w.bytes);
     }
     for (i, c) in program.caches.iter().enumerate() {
-        put!(out, "  c{i} {:?} : {}, {} bytes a cache block\n", c.name, c.ty, c.block_bytes);
+        let group = if program.groups.len() > 1 { format!(", cache group {}", c.group) } else { String::new() };
+        put!(out, "  c{i} {:?} : {}, {} bytes a cache block{group}\n", c.name, c.ty, c.block_bytes);
     }
     for (i, k) in program.kernels.iter().enumerate() {
         let bytes = k.weight_bytes;

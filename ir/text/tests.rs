@@ -73,14 +73,25 @@ fn calls_are_counted() {
 
 #[test]
 fn types_parse_as_they_print() {
-    for text in ["f32[]", "f32[t, 576]", "q4_k[8, 256]", "a8[r, 64]", "keys<f16>[c, 3, 64]", "values<f32>[c, 1, 8]"] {
+    for text in
+        ["f32[]", "f32[t, 576]", "q4_k[8, 256]", "a8[r, 64]", "keys<f16>[c, 3, 64]", "values<i8, window = 9>[c, 1, 8]"]
+    {
         assert_eq!(parse_type(text).unwrap().to_string(), text);
     }
     for text in ["step[s]", "routing[t, 2, 8]", "i32[s]"] {
         assert_eq!(parse_type(text).unwrap().to_string(), text);
     }
-    for text in ["f32", "f32[t", "q4_k[8, 32]", "f32[0]", "f32[99999999, 99999999]", "keys<i32>[c, 3, 64]", "f32[t] x"]
-    {
+    for text in [
+        "keys<f16, window = 0>[c, 1, 8]",
+        "keys<f16, window>[c, 1, 8]",
+        "f32",
+        "f32[t",
+        "q4_k[8, 32]",
+        "f32[0]",
+        "f32[99999999, 99999999]",
+        "keys<i32>[c, 3, 64]",
+        "f32[t] x",
+    ] {
         assert!(parse_type(text).is_err(), "{text}");
     }
 }

@@ -13,7 +13,7 @@ use crate::saturate::packed_form;
 use ir::cost::Workload;
 use ir::graph::{Fused, Input};
 use ir::ops::Class;
-use ir::plan::{Kernel, KernelId};
+use ir::plan::{CacheGroup, Kernel, KernelId};
 use ir::{Graph, Model, Result, Stage, TokenRange, Type, ValueId, bail};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -42,6 +42,8 @@ pub struct Bodies {
     pub kernels: Vec<Kernel>,
     /// By graph of the model, then by kernel of the graph.
     pub sites: Vec<Vec<Site>>,
+    /// Of all caches.
+    pub groups: Vec<CacheGroup>,
 }
 
 impl Bodies {
@@ -50,7 +52,8 @@ impl Bodies {
     /// # Errors
     /// Where a graph is not at the optimized stage.
     pub fn new(model: &Model, tokens: usize) -> Result<Bodies> {
-        let mut out = Bodies { kernels: vec![], sites: vec![] };
+        let groups = CacheGroup::of(model.graphs.iter().flat_map(|graph| &graph.inputs).map(|input| &input.ty));
+        let mut out = Bodies { kernels: vec![], sites: vec![], groups };
         let mut seen: HashMap<String, usize> = HashMap::new();
         let mut names: BTreeSet<String> = BTreeSet::new();
         for graph in &model.graphs {
@@ -64,7 +67,7 @@ impl Bodies {
                 let index = *seen.entry(format!("{body:?}")).or_insert_with(|| {
                     let name = unique(&mut names, name(graph, &body));
                     let body = Graph { name: name.clone(), ..body };
-                    out.kernels.push(Kernel { name, body, range });
+                    out.kernels.push(Kernel { name, body, range, groups: out.groups.clone() });
                     out.kernels.len() - 1
                 });
                 let known = &mut out.kernels[index].range;

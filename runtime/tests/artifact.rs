@@ -109,7 +109,7 @@ fn hostile_headers_are_refused() {
 fn figures_that_do_not_fit_are_refused() {
     type Change = fn(&mut Manifest);
     let changes: &[(&str, Change)] = &[
-        ("format version 2", |m| m.format_version = 2),
+        ("format version 3", |m| m.format_version = 3),
         ("limits: expected tokens of 1 to", |m| m.program.limits.tokens = usize::MAX),
         ("limits: expected rows of 1 to", |m| m.program.limits.rows = 0),
         ("limits: expected sequences", |m| m.program.limits.sequences = 1 << 40),
@@ -127,6 +127,8 @@ fn figures_that_do_not_fit_are_refused() {
         ("packed bytes", |m| m.program.weights[0].bytes = usize::MAX),
         ("`weights/six`", |m| m.program.weights[0].name = "six".into()),
         ("cache `tokens`", |m| m.program.caches[0].block_bytes = 0),
+        ("cache `tokens`: expected one of 1 cache groups", |m| m.program.caches[0].group = 1),
+        ("at most one cache group", |m| m.program.groups = vec![m.program.groups[0]; 2]),
         ("cache `tokens`", |m| m.program.caches[0].block_bytes = usize::MAX - 63),
         ("expected 4 entries", |m| m.code[0].entries.truncate(3)),
         ("expected entries below", |m| m.code[0].entries[2] = 1 << 60),

@@ -13,6 +13,10 @@ fn attend(heads: (usize, usize), dim: usize, cache: &str, rules: &str, step: &[(
          %step: step[s]) stage planned when t = 1..512 {{ %y = attend %q, %k, %v, %step {{scale = 0.3, {rules}}} return y = %y }}"
     );
     harness::case(&text, step, tolerance);
+    if let Some(window) = rules.split(", ").find(|rule| rule.starts_with("window") && !rule.ends_with(" 0")) {
+        let cut = text.replace(&format!("<{cache}>"), &format!("<{cache}, {window}>"));
+        harness::case(&cut, step, tolerance);
+    }
 }
 
 const CAUSAL: &str = "causal = true, window = 0, softcap = 0.0";

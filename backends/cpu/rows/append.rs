@@ -11,7 +11,7 @@
 use super::Rows;
 use super::walk::{self, Chunk, LANES};
 use crate::cpu::cached::Stored;
-use crate::cpu::{StepField, step_field};
+use crate::cpu::slots;
 use crate::emit::{Emitter, F32, Val};
 use mansard_ir::layout::{CACHE_BLOCK, cache_block_bytes, cache_scales};
 use mansard_ir::{CacheRole, Node, Result, Type, bail};
@@ -20,12 +20,12 @@ impl Rows<'_> {
     /// Emits `append` for this token.
     pub(super) fn append(&self, e: &mut Emitter, node: &Node) -> Result<()> {
         let ty = self.graph.ty(node.operands[0]);
-        let (Type::Cache { role, heads, dim, dtype }, Some(block_bytes)) = (ty, cache_block_bytes(ty)) else {
+        let (Type::Cache { role, heads, dim, dtype, .. }, Some(block_bytes)) = (ty, cache_block_bytes(ty)) else {
             bail!(Internal, "{ty} is no cache")
         };
         let (role, heads, dim, stored) = (*role, *heads, *dim, Stored::of(*dtype)?);
         let (pool, from) = (self.memory(node.operands[0])?, self.row_of(node.operands[1])?);
-        let slots = step_field(e, self.k, StepField::Slots);
+        let slots = slots(e, self.k, ty)?;
         let slot = walk::load_index(e, slots, self.row);
         let positions = e.i64(CACHE_BLOCK as i64);
         let (block, position) = (e.div(slot, positions), e.rem(slot, positions));

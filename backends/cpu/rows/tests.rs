@@ -121,7 +121,7 @@ fn appends() {
         for (heads, dim) in [(3, 64), (1, 80), (2, 20)] {
             let inputs = format!(
                 "%x: f32[t, {heads}, {dim}], %k: keys<{cache}>[c, {heads}, {dim}], \
-                 %v: values<{cache}>[c, {heads}, {dim}], %step: step[s]"
+                 %v: values<{cache}, window = 9>[c, {heads}, {dim}], %step: step[s]"
             );
             let body = "%a = append %k, %x, %step %b = append %v, %x, %step return k = %a, v = %b";
             case(&inputs, body, tolerance);

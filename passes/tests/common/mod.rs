@@ -91,7 +91,7 @@ pub fn layer(s: Shape, style: Style) -> Graph {
     let mut g = Graph::new("layer");
     let x = g.input("x", Type::f32([Dim::T, Dim::N(s.hidden)]));
     let angles = g.input("rope", Type::f32([Dim::T, Dim::N(s.dim)]));
-    let cache = |role| Type::Cache { role, heads: s.kv_heads, dim: s.dim, dtype: DType::F32 };
+    let cache = |role| Type::Cache { role, heads: s.kv_heads, dim: s.dim, dtype: DType::F32, window: 0 };
     let keys = g.input("keys", cache(CacheRole::Keys));
     let values = g.input("values", cache(CacheRole::Values));
     let step = g.input("step", Type::Step);
@@ -164,7 +164,7 @@ fn experts(b: &mut B, n: ValueId) -> ValueId {
 pub fn bert(s: Shape) -> Graph {
     let mut g = Graph::new("layer");
     let x = g.input("x", Type::f32([Dim::T, Dim::N(s.hidden)]));
-    let cache = |role| Type::Cache { role, heads: s.heads, dim: s.dim, dtype: DType::F32 };
+    let cache = |role| Type::Cache { role, heads: s.heads, dim: s.dim, dtype: DType::F32, window: 0 };
     let keys = g.input("keys", cache(CacheRole::Keys));
     let values = g.input("values", cache(CacheRole::Values));
     let step = g.input("step", Type::Step);
