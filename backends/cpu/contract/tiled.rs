@@ -17,8 +17,9 @@ use mansard_ir::Result;
 use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
 use std::collections::BTreeMap;
 
-/// Bytes of weights, as the units read them, that a cache tile of strips may hold.
-const CACHE_TILE_BYTES: usize = 256 << 10;
+/// Bytes of weights, as the units read them, that a cache tile of strips may hold: a quarter of the second-level cache of
+/// all processors with such units. Unpacked codes lie on a worker's stack.
+const CACHE_TILE_BYTES: usize = 512 << 10;
 
 /// Fewer tokens are multiplied one by one.
 pub(super) const FEWEST: usize = 4;
