@@ -436,6 +436,14 @@ impl Emitter {
         self.op(ty, format_args!("llvm.call_intrinsic \"{name}\"({values}) : ({types}) -> {ty}"))
     }
 
+    /// An LLVM intrinsic without a result.
+    pub fn act(&mut self, name: &str, args: &[Val]) {
+        let values: Vec<String> = args.iter().map(Val::to_string).collect();
+        let types: Vec<String> = args.iter().map(|a| a.ty.to_string()).collect();
+        let (values, types) = (values.join(", "), types.join(", "));
+        self.line(format_args!("llvm.call_intrinsic \"{name}\"({values}) : ({types}) -> ()"));
+    }
+
     /// `for i in low..high step by step`, carrying values: the body gets `i` and the carried values and gives their next
     /// values; what the last round gave comes back.
     pub fn for_loop(

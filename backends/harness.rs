@@ -107,7 +107,10 @@ pub fn machines() -> &'static [(Target, Machine)] {
         let all = target::names().into_iter().map(|name| target::target(name).unwrap_or_else(|e| panic!("{e}")));
         let machine = |target: Target| {
             let machine = if target.arch == std::env::consts::ARCH {
-                target.features.iter().all(|f| host.contains(f)).then_some(Machine::Here)
+                // The runtime's question: it also asks the system for registers that threads have on request only.
+                let here = target.features.iter().all(|f| host.contains(f))
+                    && mansard_runtime::lacking(&target.arch, &target.features).is_none();
+                here.then_some(Machine::Here)
             } else if target.arch == "aarch64" {
                 Qemu::for_target(&target.name).map(Machine::Qemu)
             } else {

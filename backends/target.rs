@@ -5,6 +5,7 @@
 //! x86-64-v3               AVX2, FMA, F16C: any x86-64 server or desktop since 2013-2015
 //! x86-64-v3+avxvnni       and integer dot products: Intel's desktops since Alder Lake, AMD's since Zen 5
 //! x86-64-v4               AVX-512 with VNNI and BF16: Intel since Cooper Lake and Sapphire Rapids, AMD since Zen 4
+//! x86-64-v4+amx           and matrix units for bf16 and int8: Intel's servers since Sapphire Rapids
 //! aarch64+dotprod         NEON with dot products of equal signs: Arm since Neoverse N1, Apple since M1
 //! aarch64+i8mm            and of mixed signs: Arm since Neoverse V1 and N2, Apple since M2
 //! ```
@@ -23,6 +24,9 @@ const V3: &[&str] = &["avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "pop
 
 /// What `x86-64-v4` adds here: the psABI's level and the integer and bf16 dot products.
 const V4: &[&str] = &["avx512bf16", "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl", "avx512vnni"];
+
+/// Matrix units.
+const AMX: &[&str] = &["amx-bf16", "amx-int8", "amx-tile"];
 
 /// What `native` may use beside on x86-64.
 const X86_EXTRA: &[&str] =
@@ -63,7 +67,7 @@ struct Level {
 }
 
 /// Every level, the lowest of an architecture first.
-const LEVELS: [Level; 5] = [
+const LEVELS: [Level; 6] = [
     Level {
         name: "x86-64-v3",
         arch: "x86_64",
@@ -90,6 +94,15 @@ const LEVELS: [Level; 5] = [
         registers: 32,
         vector_bytes: 64,
         machine: include_str!("../machines/x86-64-v4.toml"),
+    },
+    Level {
+        name: "x86-64-v4+amx",
+        arch: "x86_64",
+        cpu: "sapphirerapids",
+        features: &[V3, V4, AMX],
+        registers: 32,
+        vector_bytes: 64,
+        machine: include_str!("../machines/x86-64-v4+amx.toml"),
     },
     Level {
         name: "aarch64+dotprod",
@@ -184,7 +197,7 @@ fn native() -> Result<Target> {
         bail!(Unsupported, "this machine ({cpu}) lacks {}; no code is generated for such processors", lacks.join(", "));
     };
     let mut target = level.target()?;
-    let extra = [V3, V4, X86_EXTRA, DOTPROD, ARM_EXTRA];
+    let extra = [V3, V4, AMX, X86_EXTRA, DOTPROD, ARM_EXTRA];
     target.features = extra.into_iter().flatten().filter(|f| has(f)).map(|f| f.to_string()).collect();
     target.features.sort_unstable();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -247,14 +260,14 @@ mod tests {
     #[test]
     fn an_unknown_name_lists_the_known() {
         let error = target("z80").unwrap_err();
-        let known = "native, x86-64-v3, x86-64-v3+avxvnni, x86-64-v4, aarch64+dotprod, aarch64+i8mm";
+        let known = "native, x86-64-v3, x86-64-v3+avxvnni, x86-64-v4, x86-64-v4+amx, aarch64+dotprod, aarch64+i8mm";
         assert_eq!(error.to_string(), format!("unknown target `z80`, expected one of {known}"));
     }
 
     #[test]
     fn several_targets_are_the_best_first_in_any_order() {
         let names = |asked: &[&str]| targets(asked).unwrap().into_iter().map(|t| t.name).collect::<Vec<_>>();
-        let best = ["x86-64-v4", "x86-64-v3+avxvnni", "x86-64-v3", "aarch64+i8mm", "aarch64+dotprod"];
+        let best = ["x86-64-v4+amx", "x86-64-v4", "x86-64-v3+avxvnni", "x86-64-v3", "aarch64+i8mm", "aarch64+dotprod"];
         assert_eq!(names(&best), best);
         let mut worst = best;
         worst.reverse();

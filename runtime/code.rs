@@ -267,12 +267,12 @@ macro_rules! features {
         pub fn has_feature(name: &str) -> bool {
             match name {
                 $($llvm => std::arch::$detect!($rust),)*
-                _ => ALWAYS.contains(&name),
+                _ => ALWAYS.contains(&name) || has_matrix_unit(name),
             }
         }
         /// LLVM names of the features that can be asked for and this CPU has.
         pub fn cpu_features() -> Vec<&'static str> {
-            [$($llvm),*].into_iter().filter(|f| has_feature(f)).collect()
+            [$($llvm),*].into_iter().chain(MATRIX_UNITS.iter().map(|(name, _)| *name)).filter(|f| has_feature(f)).collect()
         }
     };
 }
@@ -328,6 +328,34 @@ features! { is_x86_feature_detected:
     "rdrnd" "rdrand", "rdseed" "rdseed", "sha" "sha", "sse3" "sse3", "sse4.1" "sse4.1", "sse4.2" "sse4.2",
     "sse4a" "sse4a", "ssse3" "ssse3", "vaes" "vaes", "vpclmulqdq" "vpclmulqdq", "xsave" "xsave", "xsavec" "xsavec",
     "xsaveopt" "xsaveopt", "xsaves" "xsaves",
+}
+
+/// Features of matrix units, and their bits in `edx` of leaf 7 of `cpuid`.
+#[cfg(target_arch = "x86_64")]
+const MATRIX_UNITS: &[(&str, u32)] = &[("amx-bf16", 22), ("amx-tile", 24), ("amx-int8", 25)];
+
+/// This CPU has that feature of matrix units and the system lets this process use their registers, which it does on request
+/// only (Linux, `Documentation/arch/x86/xstate.rst`): threads started later may as well.
+#[cfg(target_arch = "x86_64")]
+fn has_matrix_unit(name: &str) -> bool {
+    use std::sync::OnceLock;
+    const REQUEST_PERMISSION: libc::c_long = 0x1023;
+    const TILE_DATA: libc::c_long = 18;
+    static GRANTED: OnceLock<bool> = OnceLock::new();
+    let Some((_, bit)) = MATRIX_UNITS.iter().find(|(known, _)| *known == name) else { return false };
+    std::arch::x86_64::__cpuid_count(7, 0).edx >> bit & 1 == 1
+        && *GRANTED.get_or_init(|| {
+            // SAFETY: asks for larger register states of this process's threads; touches no memory of its own.
+            unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 }
+        })
+}
+
+#[cfg(target_arch = "aarch64")]
+const MATRIX_UNITS: &[(&str, u32)] = &[];
+
+#[cfg(target_arch = "aarch64")]
+fn has_matrix_unit(_: &str) -> bool {
+    false
 }
 
 #[cfg(target_arch = "aarch64")]

@@ -15,6 +15,7 @@
 
 mod experts;
 mod shape;
+mod tiled;
 
 pub use shape::Respect;
 
@@ -233,12 +234,25 @@ impl Contraction<'_> {
     fn emit(&self, e: &mut Emitter) -> Result<()> {
         let component = self.component;
         let strips = component.n.div_ceil(STRIP);
-        let cache_tile = shape::cache_tile(&component.dots, self.choice).min(strips.max(1));
-        // Cache tiles of whole register tiles keep the odd strips at the end of a worker's share.
-        let cache_tile = cache_tile.next_multiple_of(self.choice.strips) as i64;
         let all = e.i64(strips as i64);
         let (low, high) = e.share(self.k, all);
         let rows = count_of(e, self.k, self.body.ty(component.dots[0].value))?;
+        match self.operands() {
+            Some(operands) => {
+                self.emit_tiled(e, operands, (low, high, rows), |e| self.emit_rows(e, (low, high, rows), tiled::FEWEST))
+            }
+            None => self.emit_rows(e, (low, high, rows), self.kernel.range.max),
+        }
+    }
+
+    /// The worker's strips for all rows, at most `most`, on vector units.
+    fn emit_rows(&self, e: &mut Emitter, (low, high, rows): (Val, Val, Val), most: usize) -> Result<()> {
+        let component = self.component;
+        let strips = component.n.div_ceil(STRIP);
+        let cache_tile = shape::cache_tile(&component.dots, self.choice).min(strips.max(1));
+        // Cache tiles of whole register tiles keep the odd strips at the end of a worker's share.
+        let shapes = shape::shapes(&component.dots, most, self.choice);
+        let cache_tile = cache_tile.next_multiple_of(shapes[0].strips) as i64;
         let mut result = Ok(());
         e.repeat(low, high, cache_tile, |e, from| {
             let size = e.i64(cache_tile);
@@ -246,14 +260,13 @@ impl Contraction<'_> {
             let to = e.min(to, high);
             let (last, none) = (e.cmp(Cmp::Eq, to, high), e.i64(0));
             let ahead = e.select(last, none, size);
-            result = self.token_tiles(e, rows, Strips { from, to, ahead });
+            result = self.token_tiles(e, &shapes, rows, Strips { from, to, ahead });
         });
         result
     }
 
     /// Full token tiles, then smaller ones, each once at most, that together cover what is left.
-    fn token_tiles(&self, e: &mut Emitter, rows: Val, strips: Strips) -> Result<()> {
-        let shapes = self.shapes();
+    fn token_tiles(&self, e: &mut Emitter, shapes: &[Shape], rows: Val, strips: Strips) -> Result<()> {
         let (main, mut result) = (shapes[0], Ok(()));
         let (zero, tokens) = (e.i64(0), e.i64(main.tokens as i64));
         let rest = e.rem(rows, tokens);

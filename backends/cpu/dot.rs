@@ -7,11 +7,13 @@
 //! [`integer`] multiplies int8 activations with packed codes, [`float`] widens weights; [`isa`] holds the one instruction
 //! that machines differ in.
 
+pub mod amx;
 mod float;
 mod integer;
 pub(super) mod isa;
 
 use crate::emit::{Emitter, F32, PTR, Val};
+pub use integer::Weights;
 use mansard_ir::formats::DType;
 use mansard_ir::layout::{STRIP, StripLayout};
 use mansard_ir::target::Target;

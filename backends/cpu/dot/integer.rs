@@ -27,7 +27,8 @@ pub fn tile(
     rows: Rows,
     accumulators: &[Val],
 ) -> Vec<Val> {
-    let dot = Tile { target, int, layout, strips, rows };
+    let weights = Weights { target, int, layout };
+    let dot = Tile { weights, strips, rows };
     let lines = (int.group / A8::GROUP).max(1);
     let (low, high, step) = (e.i64(0), e.i64((k / A8::GROUP) as i64), e.i64(lines as i64));
     e.for_loop((low, high, step), accumulators, |e, line, acc| {
@@ -35,7 +36,7 @@ pub fn tile(
             return dot.line(e, line, None, acc);
         }
         let group = e.div(line, step);
-        let figures: Vec<Figures> = strips.iter().map(|s| dot.figures(e, *s, group)).collect();
+        let figures: Vec<Figures> = strips.iter().map(|s| weights.figures(e, *s, group)).collect();
         let (end, one) = (e.add(line, step), e.i64(1));
         e.for_loop((line, end, one), acc, |e, line, acc| dot.line(e, line, Some(&figures), acc))
     })
@@ -43,18 +44,82 @@ pub fn tile(
 
 /// Scales and minima of one weight group of 16 rows, as f32.
 #[derive(Clone, Copy)]
-struct Figures {
+pub struct Figures {
     scale: Val,
     min: Option<Val>,
 }
 
+/// How a matrix's strips are read.
+#[derive(Clone, Copy)]
+pub struct Weights<'a> {
+    /// What for.
+    pub target: &'a Target,
+    /// The format's row of the table.
+    pub int: IntFormat,
+    /// Where the parts of a strip lie.
+    pub layout: StripLayout,
+}
+
 /// A register tile.
 struct Tile<'a> {
-    target: &'a Target,
-    int: IntFormat,
-    layout: StripLayout,
+    weights: Weights<'a>,
     strips: &'a [Val],
     rows: Rows,
+}
+
+impl Weights<'_> {
+    /// Figures of group `group` of a strip.
+    pub fn figures(&self, e: &mut Emitter, strip: Val, group: Val) -> Figures {
+        let real = |e: &mut Emitter, offset| {
+            let at = part_at(e, &self.layout, strip, group, (offset, self.layout.chunk / self.int.group, 2 * STRIP));
+            half_reals(e, at)
+        };
+        let scale = real(e, self.layout.scales);
+        Figures { scale, min: (self.int.zero == Zero::Min).then(|| real(e, self.layout.mins)) }
+    }
+}
+
+/// The codes of a line's 32 columns as signed bytes, less the format's zero point where that is fixed: each quad with 64.
+pub fn signed_codes(e: &mut Emitter, weights: Weights<'_>, strip: Val, line: Val) -> Vec<(usize, Val)> {
+    let Weights { int, .. } = weights;
+    let units = A8::GROUP / int.unit();
+    let packed = int.unit() / if int.bits == 8 { 4 } else { 8 };
+    let mut all = vec![];
+    for part in 0..units {
+        let unit = UnitAt { weights, strip, line, units, part };
+        for packed in 0..packed {
+            for (quad, codes) in unit.codes(e, packed) {
+                let codes = match int.zero {
+                    Zero::Fixed(zero) => {
+                        let zero = e.int(codes.ty, i64::from((zero as u8).cast_signed()));
+                        e.sub(codes, zero)
+                    }
+                    Zero::Min => codes,
+                };
+                all.push((part * int.unit() / 4 + quad, codes));
+            }
+        }
+    }
+    all
+}
+
+/// Adds the integer sum of part `part` of a line's `parts` to an accumulator.
+pub fn scaled(
+    e: &mut Emitter,
+    Figures { scale, min }: Figures,
+    (parts, part): (usize, usize),
+    x: Val,
+    sum: Val,
+    acc: Val,
+) -> Val {
+    let sum = e.convert("sitofp", sum, F32);
+    let x_scale = splat(e, x, A8::SCALE, F32);
+    let both = e.mul(scale, x_scale);
+    let acc = e.fma(sum, both, acc);
+    let Some(min) = min else { return acc };
+    let real_sum = if parts == 1 { A8::REAL_SUM } else { A8::REAL_SUM_16 + 4 * part };
+    let real_sum = splat(e, x, real_sum, F32);
+    e.fma(min, real_sum, acc)
 }
 
 impl Tile<'_> {
@@ -63,7 +128,7 @@ impl Tile<'_> {
         if self.rows.prefetch == 0 {
             return;
         }
-        let bytes = self.layout.chunk_bytes * A8::GROUP / self.layout.chunk;
+        let bytes = self.weights.layout.chunk_bytes * A8::GROUP / self.weights.layout.chunk;
         for strip in self.strips {
             let from = e.row(*strip, line, bytes);
             for at in (0..bytes).step_by(ALIGN) {
@@ -81,9 +146,9 @@ impl Tile<'_> {
         let at = |r: usize, plane: usize| r * rows.stride + plane * A8::LINE;
         let lines: Vec<usize> = (0..rows.count).flat_map(|r| (0..rows.planes).map(move |p| at(r, p))).collect();
         let lines: Vec<Val> = lines.into_iter().map(|at| e.gep_const(first, at)).collect(); // [row][plane]
-        let units = A8::GROUP / self.int.unit();
-        for part in 0..units {
-            let unit = |strip: &Val| UnitAt { tile: self, strip: *strip, line, units, part };
+        let parts = A8::GROUP / self.weights.int.unit();
+        for part in 0..parts {
+            let unit = |strip: &Val| UnitAt { weights: self.weights, strip: *strip, line, units: parts, part };
             let units: Vec<UnitAt<'_>> = self.strips.iter().map(unit).collect();
             let sums = self.sums(e, &units, &lines); // [strip][row][plane]
             for (s, unit) in units.iter().enumerate() {
@@ -93,7 +158,7 @@ impl Tile<'_> {
                 };
                 for (i, x) in lines.iter().enumerate() {
                     let acc = &mut acc[s * rows.count + i / rows.planes];
-                    *acc = unit.scaled(e, figures, *x, sums[s * lines.len() + i], *acc);
+                    *acc = scaled(e, figures, (parts, part), *x, sums[s * lines.len() + i], *acc);
                 }
             }
         }
@@ -104,32 +169,22 @@ impl Tile<'_> {
     fn sums(&self, e: &mut Emitter, units: &[UnitAt<'_>], lines: &[Val]) -> Vec<Val> {
         let mut sums: Vec<Val> = lines.iter().map(|x| units[0].first_sum(e, *x)).collect();
         sums = units.iter().flat_map(|_| sums.clone()).collect();
-        let packed = self.int.unit() / if self.int.bits == 8 { 4 } else { 8 };
+        let packed = self.weights.int.unit() / if self.weights.int.bits == 8 { 4 } else { 8 };
         for packed in 0..packed {
             let codes: Vec<Vec<(usize, Val)>> = units.iter().map(|unit| unit.codes(e, packed)).collect();
             for i in 0..codes[0].len() {
                 for (l, x) in lines.iter().enumerate() {
                     let (quad, _) = codes[0][i];
-                    let dword = splat(e, *x, units[0].part * self.int.unit() + 4 * quad, I32);
+                    let dword = splat(e, *x, units[0].part * self.weights.int.unit() + 4 * quad, I32);
                     let bytes = e.bitcast(dword, I8.x(4 * STRIP));
                     for (s, codes) in codes.iter().enumerate() {
                         let sum = &mut sums[s * lines.len() + l];
-                        *sum = dot4(e, self.target, self.int.bits, *sum, codes[i].1, bytes);
+                        *sum = dot4(e, self.weights.target, self.weights.int.bits, *sum, codes[i].1, bytes);
                     }
                 }
             }
         }
         sums
-    }
-
-    /// Figures of group `group` of a strip.
-    fn figures(&self, e: &mut Emitter, strip: Val, group: Val) -> Figures {
-        let real = |e: &mut Emitter, offset| {
-            let at = part_at(e, &self.layout, strip, group, (offset, self.layout.chunk / self.int.group, 2 * STRIP));
-            half_reals(e, at)
-        };
-        let scale = real(e, self.layout.scales);
-        Figures { scale, min: (self.int.zero == Zero::Min).then(|| real(e, self.layout.mins)) }
     }
 }
 
@@ -148,7 +203,7 @@ fn splat(e: &mut Emitter, x: Val, offset: usize, ty: crate::emit::Ty) -> Val {
 
 /// Weights of a strip whose codes are packed together: unit `line * units + part`.
 struct UnitAt<'a> {
-    tile: &'a Tile<'a>,
+    weights: Weights<'a>,
     strip: Val,
     line: Val,
     units: usize,
@@ -158,8 +213,8 @@ struct UnitAt<'a> {
 impl UnitAt<'_> {
     /// Address of what this unit has at `offset` of its chunk, `bytes` a unit.
     fn at(&self, e: &mut Emitter, offset: usize, bytes: usize) -> Val {
-        let lines = (offset, self.tile.layout.chunk / A8::GROUP, self.units * bytes);
-        let p = part_at(e, &self.tile.layout, self.strip, self.line, lines);
+        let lines = (offset, self.weights.layout.chunk / A8::GROUP, self.units * bytes);
+        let p = part_at(e, &self.weights.layout, self.strip, self.line, lines);
         e.gep_const(p, self.part * bytes)
     }
 
@@ -169,14 +224,14 @@ impl UnitAt<'_> {
             let at = self.at(e, offset, 2 * STRIP);
             half_reals(e, at)
         };
-        let scale = real(e, self.tile.layout.scales);
-        Figures { scale, min: (self.tile.int.zero == Zero::Min).then(|| real(e, self.tile.layout.mins)) }
+        let scale = real(e, self.weights.layout.scales);
+        Figures { scale, min: (self.weights.int.zero == Zero::Min).then(|| real(e, self.weights.layout.mins)) }
     }
 
     /// What a line's integer sum starts from.
     fn first_sum(&self, e: &mut Emitter, x: Val) -> Val {
-        match self.tile.int.zero {
-            Zero::Fixed(zero) if zero as i64 != isa::code_offset(self.tile.target, self.tile.int.bits) => {
+        match self.weights.int.zero {
+            Zero::Fixed(zero) if zero as i64 != isa::code_offset(self.weights.target, self.weights.int.bits) => {
                 let neg = splat(e, x, if self.units == 1 { A8::NEG_SUM } else { A8::NEG_SUM_16 + 4 * self.part }, I32);
                 e.shl(neg, zero.trailing_zeros() as i64)
             }
@@ -184,44 +239,32 @@ impl UnitAt<'_> {
         }
     }
 
-    /// Adds a line's integer sum to its accumulator.
-    fn scaled(&self, e: &mut Emitter, Figures { scale, min }: Figures, x: Val, sum: Val, acc: Val) -> Val {
-        let sum = e.convert("sitofp", sum, F32);
-        let x_scale = splat(e, x, A8::SCALE, F32);
-        let both = e.mul(scale, x_scale);
-        let acc = e.fma(sum, both, acc);
-        let Some(min) = min else { return acc };
-        let real_sum = if self.units == 1 { A8::REAL_SUM } else { A8::REAL_SUM_16 + 4 * self.part };
-        let real_sum = splat(e, x, real_sum, F32);
-        e.fma(min, real_sum, acc)
-    }
-
     /// The quads in line `packed` of the unit, each with its codes: 64 unsigned bytes.
     fn codes(&self, e: &mut Emitter, packed: usize) -> Vec<(usize, Val)> {
         let bytes = I8.x(4 * STRIP);
-        let at = self.at(e, self.tile.layout.codes, code_bytes(self.tile.int));
+        let at = self.at(e, self.weights.layout.codes, code_bytes(self.weights.int));
         let at = e.gep_const(at, 64 * packed);
         let line = e.load(at, bytes, 64);
-        if self.tile.int.bits == 8 {
-            return vec![(packed, isa::operand(e, self.tile.target, 8, line))];
+        if self.weights.int.bits == 8 {
+            return vec![(packed, isa::operand(e, self.weights.target, 8, line))];
         }
         let fifteen = e.int(bytes, 15);
         let low = e.and(line, fifteen);
         let high = e.shr(line, 4);
-        let codes = [(packed, low), (packed + self.tile.int.unit() / 8, high)];
+        let codes = [(packed, low), (packed + self.weights.int.unit() / 8, high)];
         codes.into_iter().map(|(quad, codes)| (quad, self.with_high_bits(e, quad, codes))).collect()
     }
 
     /// Adds bits 4 and 5, where the format has them.
     fn with_high_bits(&self, e: &mut Emitter, quad: usize, codes: Val) -> Val {
         let bytes = codes.ty;
-        if high_bytes(self.tile.int) == 0 {
+        if high_bytes(self.weights.int) == 0 {
             return codes;
         }
-        let at = self.at(e, self.tile.layout.high, high_bytes(self.tile.int));
-        if self.tile.int.bits == 5 {
+        let at = self.at(e, self.weights.layout.high, high_bytes(self.weights.int));
+        if self.weights.int.bits == 5 {
             let p = e.gep_const(at, 8 * quad);
-            let bits = isa::where_bits(e, self.tile.target, p, 16);
+            let bits = isa::where_bits(e, self.weights.target, p, 16);
             return e.or(codes, bits);
         }
         let p = e.gep_const(at, 64 * (quad / 4));

@@ -1,0 +1,230 @@
+//! Contractions of many tokens on matrix units.
+//!
+//! ```text
+//! for cache tile of strips: unpack its codes
+//!   for token tile (16; 32 of bf16)
+//!     for strip (two of bf16): products -> memory
+//!       for token: epilogue -> store
+//! ```
+//!
+//! A token tile may reach past the step's last row, as in [`super`]. Codes are unpacked once for all tokens of a step.
+
+use super::{Contraction, Dot, Place, internal};
+use crate::cpu::dot::amx::{self, Operands, TOKENS};
+use crate::cpu::dot::{self, Rows, Weights};
+use crate::emit::{Cmp, Emitter, F32, Val};
+use mansard_ir::Result;
+use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
+use std::collections::BTreeMap;
+
+/// Bytes of weights, as the units read them, that a cache tile of strips may hold: a quarter of the second-level cache of
+/// all processors with such units. Unpacked codes lie on a worker's stack.
+const CACHE_TILE_BYTES: usize = 512 << 10;
+
+/// Fewer tokens are multiplied one by one.
+pub(super) const FEWEST: usize = 4;
+
+/// Memory of a worker's tiles.
+#[derive(Clone, Copy)]
+struct Memory {
+    /// Unpacked strips of every dot, one dot after the other.
+    panels: Option<Val>,
+    /// Stored integer tiles on their way to sums.
+    sums: Option<Val>,
+    /// `f32[dots][strips][tokens][16]`.
+    products: Val,
+}
+
+/// A run of strips, and how many tokens from which on.
+#[derive(Clone, Copy)]
+struct Tile {
+    first: Val,
+    tokens: usize,
+    strip: Val,
+    strips: usize,
+    /// The first strip of the cache tile.
+    from: Val,
+}
+
+impl Contraction<'_> {
+    /// What the matrix units multiply, where they can multiply all of the component.
+    pub(super) fn operands(&self) -> Option<Operands> {
+        let of = |d: &Dot| Operands::of(self.target, d.activations, d.dtype, d.k);
+        let first = of(self.component.dots.first()?)?;
+        let many = self.kernel.range.max > FEWEST;
+        (many && self.component.dots.iter().all(|d| of(d) == Some(first))).then_some(first)
+    }
+
+    /// The worker's strips for all rows: where those are few, as `otherwise` computes them.
+    pub(super) fn emit_tiled(
+        &self,
+        e: &mut Emitter,
+        operands: Operands,
+        (low, high, rows): (Val, Val, Val),
+        otherwise: impl FnOnce(&mut Emitter) -> Result<()>,
+    ) -> Result<()> {
+        let fewest = e.i64(FEWEST as i64);
+        let many = e.cmp(Cmp::Gt, rows, fewest);
+        let (mut tiled, mut few) = (Ok(()), Ok(()));
+        e.either(many, |e| tiled = self.tiles(e, operands, (low, high, rows)), |e| few = otherwise(e));
+        tiled.and(few)
+    }
+
+    fn tiles(&self, e: &mut Emitter, operands: Operands, (low, high, rows): (Val, Val, Val)) -> Result<()> {
+        let dots = &self.component.dots;
+        let (tokens, strips) = if operands == Operands::Pairs { (2 * TOKENS, 2) } else { (TOKENS, 1) };
+        let tile = self.tiled_cache_tile(operands).next_multiple_of(strips);
+        let unpacked: usize = dots.iter().map(|d| tile * amx::panel_bytes(d.k)).sum();
+        let codes = operands != Operands::Pairs;
+        let memory = Memory {
+            panels: codes.then(|| e.stack(unpacked)),
+            sums: codes.then(|| e.stack(2 * TOKENS * STRIP * 4)),
+            products: e.stack(dots.len() * strips * tokens * STRIP * 4),
+        };
+        operands.configure(e);
+        let mut result = Ok(());
+        e.repeat(low, high, tile as i64, |e, from| {
+            let to = e.i64(tile as i64);
+            let to = e.add(from, to);
+            let to = e.min(to, high);
+            result = self.unpack(e, memory, tile, (from, to)).and_then(|()| {
+                self.token_tiles_of(e, rows, tokens, |e, first, tokens| {
+                    self.strips_of(e, strips, (from, to), |e, strip, strips| {
+                        self.tile(e, memory, tile, Tile { first, tokens, strip, strips, from })
+                    })
+                })
+            });
+        });
+        amx::release(e);
+        result
+    }
+
+    /// Strips of a cache tile.
+    fn tiled_cache_tile(&self, operands: Operands) -> usize {
+        let bytes = |d: &Dot| match operands {
+            Operands::Pairs => StripLayout::new(d.dtype, d.k).bytes,
+            Operands::Codes(_) => amx::panel_bytes(d.k),
+        };
+        let all = self.component.n.div_ceil(STRIP).max(1);
+        (CACHE_TILE_BYTES / self.component.dots.iter().map(bytes).sum::<usize>().max(1)).clamp(1, all)
+    }
+
+    /// Unpacks the codes of a cache tile of up to `tile` strips.
+    fn unpack(&self, e: &mut Emitter, memory: Memory, tile: usize, (from, to): (Val, Val)) -> Result<()> {
+        let Some(panels) = memory.panels else { return Ok(()) };
+        let mut offset = 0;
+        for dot in &self.component.dots {
+            let weight = self.pointer(dot.weight)?;
+            let panel = e.gep_const(panels, offset);
+            offset += tile * amx::panel_bytes(dot.k);
+            let Some(weights) = self.weights(dot) else { return Err(internal(self.body)) };
+            e.repeat(from, to, 1, |e, strip| {
+                let index = e.sub(strip, from);
+                let to = e.row(panel, index, amx::panel_bytes(dot.k));
+                let strip = dot::strip_at(e, weight, strip, dot.dtype, dot.k);
+                amx::unpack(e, weights, dot.k, strip, to);
+            });
+        }
+        Ok(())
+    }
+
+    fn weights(&self, dot: &Dot) -> Option<Weights<'_>> {
+        let layout = StripLayout::new(dot.dtype, dot.k);
+        Some(Weights { target: self.target, int: dot.dtype.int()?, layout })
+    }
+
+    /// Token tiles of `tokens`, the last of 16 where that is enough.
+    fn token_tiles_of(
+        &self,
+        e: &mut Emitter,
+        rows: Val,
+        tokens: usize,
+        mut body: impl FnMut(&mut Emitter, Val, usize) -> Result<()>,
+    ) -> Result<()> {
+        let zero = e.i64(0);
+        let mut result = Ok(());
+        if tokens == TOKENS {
+            e.repeat(zero, rows, tokens as i64, |e, first| result = body(e, first, tokens));
+            return result;
+        }
+        // With `half` rows or fewer left, the last tile is one of 16.
+        let (half, whole) = (e.i64(TOKENS as i64), e.i64(tokens as i64));
+        let rest = e.rem(rows, whole);
+        let wide = e.cmp(Cmp::Gt, rest, half);
+        let full = e.sub(rows, rest);
+        let end = e.select(wide, rows, full);
+        e.repeat(zero, end, tokens as i64, |e, first| result = body(e, first, tokens));
+        let mut last = Ok(());
+        let narrow = e.cmp(Cmp::Lt, end, rows);
+        e.when(narrow, |e| last = body(e, full, TOKENS));
+        result.and(last)
+    }
+
+    /// Strips `count` at a time, then the odd one.
+    fn strips_of(
+        &self,
+        e: &mut Emitter,
+        count: usize,
+        (from, to): (Val, Val),
+        mut body: impl FnMut(&mut Emitter, Val, usize) -> Result<()>,
+    ) -> Result<()> {
+        let (many, all) = (e.i64(count as i64), e.sub(to, from));
+        let odd = e.rem(all, many);
+        let middle = e.sub(to, odd);
+        let (mut result, mut tail) = (Ok(()), Ok(()));
+        e.repeat(from, middle, count as i64, |e, strip| result = body(e, strip, count));
+        if count > 1 {
+            e.repeat(middle, to, 1, |e, strip| tail = body(e, strip, 1));
+        }
+        result.and(tail)
+    }
+
+    /// Products of one tile, epilogue, stores.
+    fn tile(&self, e: &mut Emitter, memory: Memory, cache_tile: usize, tile: Tile) -> Result<()> {
+        let dots = &self.component.dots;
+        let bytes = tile.strips * tile.tokens * STRIP * 4;
+        let mut offset = 0;
+        for (index, dot) in dots.iter().enumerate() {
+            let weight = self.pointer(dot.weight)?;
+            let stride = row_bytes(self.body.ty(dot.x)).ok_or_else(|| internal(self.body))?;
+            let x = self.pointer(dot.x)?;
+            let rows = dot.rows(e.row(x, tile.first, stride), stride, tile.tokens);
+            let out = e.gep_const(memory.products, index * bytes);
+            let strip = dot::strip_at(e, weight, tile.strip, dot.dtype, dot.k);
+            match (memory.panels, memory.sums, self.weights(dot)) {
+                (Some(panels), Some(sums), Some(weights)) => {
+                    let panel = e.gep_const(panels, offset);
+                    offset += cache_tile * amx::panel_bytes(dot.k);
+                    let at = e.sub(tile.strip, tile.from);
+                    let panel = e.row(panel, at, amx::panel_bytes(dot.k));
+                    amx::codes(e, weights, dot.k, (strip, panel), rows, (sums, out));
+                }
+                _ => self.pairs(e, dot, strip, rows, (tile.strips, out)),
+            }
+        }
+        let (zero, tokens) = (e.i64(0), e.i64(tile.tokens as i64));
+        let mut result = Ok(());
+        e.repeat(zero, tokens, 1, |e, row| {
+            let first = e.add(tile.first, row);
+            for s in 0..tile.strips {
+                let mut start = BTreeMap::new();
+                for (index, dot) in dots.iter().enumerate() {
+                    let at = e.gep_const(memory.products, index * bytes + s * tile.tokens * STRIP * 4);
+                    let at = e.row(at, row, STRIP * 4);
+                    start.insert(dot.value, e.load(at, F32.x(STRIP), 64));
+                }
+                let offset = e.scaled(tile.strip, STRIP * 4, s * STRIP * 4);
+                if result.is_ok() {
+                    result = self.epilogue(e, start, Place { first, row: 0, offset, column: offset });
+                }
+            }
+        });
+        result
+    }
+
+    fn pairs(&self, e: &mut Emitter, dot: &Dot, strip: Val, rows: Rows, (strips, out): (usize, Val)) {
+        let bytes = StripLayout::new(dot.dtype, dot.k).bytes;
+        let strips: Vec<Val> = (0..strips).map(|s| e.gep_const(strip, s * bytes)).collect();
+        amx::pairs(e, dot.k, &strips, rows, out);
+    }
+}

@@ -1,0 +1,230 @@
+//! Products of whole tiles, on machines with matrix units (AMX): 16 activation rows times the 16 rows of a strip.
+//!
+//! ```text
+//! bf16    C[16][16] += A[16][32] . B[32][16]                       one instruction for 32 columns; C stays in its register
+//! codes   C[16][16]  = A[16][u] . B[u][16]; acc += C * scales      a unit of u = 32 or 16 columns has scales of its own
+//! ```
+//!
+//! A tile of B has a line of 64 bytes for each pair of columns (each quad, of int8): just what packed strips hold. Codes of
+//! fewer than 8 bits are unpacked first, once for all tokens of a step, into signed bytes, less their zero point.
+//!
+//! Registers are chosen here, not by LLVM: 0 to 3 hold C, 4 and 5 A, 6 and 7 B.
+//! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, chapter "Programming with Intel AMX".
+
+use super::Rows;
+use super::integer::{self, Weights};
+use crate::emit::{Emitter, F32, I8, I16, I32, Val};
+use mansard_ir::formats::{DType, IntFormat};
+use mansard_ir::layout::{A8, STRIP};
+use mansard_ir::target::Target;
+
+/// Activation rows of a tile.
+pub const TOKENS: usize = 16;
+
+/// Bytes of a stored C.
+const TILE_BYTES: usize = TOKENS * STRIP * 4;
+
+/// Columns of a tile of bf16.
+const COLUMNS: usize = 32;
+
+/// Register of the first A, and of the first B.
+const A: usize = 4;
+const B: usize = 6;
+
+/// What tiles hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operands {
+    /// bf16 on both sides.
+    Pairs,
+    /// Signed bytes on both sides, so many columns at a time.
+    Codes(usize),
+}
+
+impl Operands {
+    /// For a product of `activations` and `weights`, where the target has matrix units that take them.
+    pub fn of(target: &Target, activations: DType, weights: DType, k: usize) -> Option<Operands> {
+        match (activations, weights.int()) {
+            (DType::A8, Some(int)) if target.has("amx-int8") => Some(Operands::Codes(int.unit())),
+            (DType::BF16, None) => {
+                let fits = weights == DType::BF16 && k.is_multiple_of(COLUMNS);
+                (fits && target.has("amx-bf16")).then_some(Operands::Pairs)
+            }
+            _ => None,
+        }
+    }
+
+    /// Bytes of a row of A, and lines of B.
+    fn shape(self) -> (usize, usize) {
+        match self {
+            Operands::Pairs => (2 * COLUMNS, COLUMNS / 2),
+            Operands::Codes(unit) => (unit, unit / 4),
+        }
+    }
+
+    /// Shapes the registers; what they held is lost.
+    pub fn configure(self, e: &mut Emitter) {
+        let (row, lines) = self.shape();
+        let memory = e.stack(64);
+        let zeros = e.int(I8.x(64), 0);
+        e.store(zeros, memory, 64);
+        let mut set = |offset: usize, ty, value: usize| {
+            let (at, value) = (e.gep_const(memory, offset), e.int(ty, value as i64));
+            e.store(value, at, 1);
+        };
+        set(0, I8, 1); // the palette
+        for register in 0..8 {
+            let (bytes, rows) = match register {
+                0..A => (4 * STRIP, TOKENS),
+                A..B => (row, TOKENS),
+                _ => (4 * STRIP, lines),
+            };
+            set(16 + 2 * register, I16, bytes);
+            set(48 + register, I8, rows);
+        }
+        e.act("llvm.x86.ldtilecfg", &[memory]);
+    }
+}
+
+/// Gives the registers back.
+pub fn release(e: &mut Emitter) {
+    e.act("llvm.x86.tilerelease", &[]);
+}
+
+/// Bytes of a strip's unpacked codes.
+pub fn panel_bytes(k: usize) -> usize {
+    STRIP * k
+}
+
+/// Products of 16 rows, or twice as many, with bf16 strips. `out` gets `f32[strip][rows.count][16]`.
+pub fn pairs(e: &mut Emitter, k: usize, strips: &[Val], rows: Rows, out: Val) {
+    let tiles = rows.count / TOKENS;
+    for (c, strips) in strips.chunks(2).enumerate() {
+        let used = || (0..strips.len()).flat_map(|s| (0..tiles).map(move |a| (s, a, 2 * s + a)));
+        used().for_each(|(_, _, sum)| zero(e, sum));
+        let (low, high) = (e.i64(0), e.i64((k / COLUMNS) as i64));
+        e.repeat(low, high, 1, |e, step| {
+            let x = e.row(rows.first, step, 2 * COLUMNS);
+            for a in 0..tiles {
+                let at = e.gep_const(x, a * TOKENS * rows.stride);
+                load(e, A + a, at, rows.stride);
+            }
+            for (s, strip) in strips.iter().enumerate() {
+                let at = e.row(*strip, step, COLUMNS * STRIP * 2);
+                load(e, B + s, at, 4 * STRIP);
+            }
+            used().for_each(|(s, a, sum)| multiply(e, "llvm.x86.tdpbf16ps", sum, A + a, B + s));
+        });
+        for (s, a, sum) in used() {
+            let at = e.gep_const(out, ((2 * c + s) * tiles + a) * TILE_BYTES);
+            store(e, sum, at);
+        }
+    }
+}
+
+/// Unpacks a strip's codes to `panel`: signed bytes, a line for each quad of columns.
+pub fn unpack(e: &mut Emitter, weights: Weights<'_>, k: usize, strip: Val, panel: Val) {
+    let (low, high) = (e.i64(0), e.i64((k / A8::GROUP) as i64));
+    e.repeat(low, high, 1, |e, line| {
+        let to = e.row(panel, line, A8::GROUP * STRIP);
+        for (quad, codes) in integer::signed_codes(e, weights, strip, line) {
+            let at = e.gep_const(to, quad * 4 * STRIP);
+            e.store(codes, at, 64);
+        }
+    });
+}
+
+/// Products of 16 rows of int8 activations with a strip, whose codes are in `panel`. `out` gets `f32[16][16]`; `sums` is
+/// memory for two stored tiles.
+pub fn codes(
+    e: &mut Emitter,
+    weights: Weights<'_>,
+    k: usize,
+    (strip, panel): (Val, Val),
+    rows: Rows,
+    (sums, out): (Val, Val),
+) {
+    let product = Codes { weights, strip, panel, rows, sums };
+    let lines = k / A8::GROUP;
+    let parts = A8::GROUP / weights.int.unit();
+    // Two products at a time: one waits for its sums while the other is scaled.
+    let together = 2 / parts;
+    let zero = e.float(F32.x(STRIP), 0.0);
+    let (low, high, step) = (e.i64(0), e.i64((lines / together * together) as i64), e.i64(together as i64));
+    let start = vec![zero; TOKENS];
+    let mut acc = e.for_loop((low, high, step), &start, |e, line, acc| product.lines(e, line, together, acc));
+    if lines % together > 0 {
+        acc = product.lines(e, high, 1, &acc);
+    }
+    for (r, value) in acc.iter().enumerate() {
+        let at = e.gep_const(out, r * 4 * STRIP);
+        e.store(*value, at, 64);
+    }
+}
+
+struct Codes<'a> {
+    weights: Weights<'a>,
+    strip: Val,
+    panel: Val,
+    rows: Rows,
+    sums: Val,
+}
+
+impl Codes<'_> {
+    /// `count` lines of 32 columns, all their units.
+    fn lines(&self, e: &mut Emitter, line: Val, count: usize, acc: &[Val]) -> Vec<Val> {
+        let IntFormat { group, .. } = self.weights.int;
+        let unit = self.weights.int.unit();
+        let parts = A8::GROUP / unit;
+        let first = e.row(self.rows.first, line, A8::LINE);
+        let panel = e.row(self.panel, line, A8::GROUP * STRIP);
+        let sums: Vec<Val> = (0..count * parts).map(|i| e.gep_const(self.sums, i * TILE_BYTES)).collect();
+        for (i, sum) in sums.iter().enumerate() {
+            let x = e.gep_const(first, i / parts * A8::LINE + i % parts * unit);
+            let codes = e.gep_const(panel, i * unit * STRIP);
+            load(e, A + i % 2, x, self.rows.stride);
+            load(e, B + i % 2, codes, 4 * STRIP);
+            zero(e, i);
+            multiply(e, "llvm.x86.tdpbssd", i, A + i % 2, B + i % 2);
+            store(e, i, *sum);
+        }
+        let mut acc = acc.to_vec();
+        for (i, sum) in sums.iter().enumerate() {
+            let column = e.scaled(line, A8::GROUP, i * unit);
+            let wide = e.i64(group as i64);
+            let index = e.div(column, wide);
+            let figures = self.weights.figures(e, self.strip, index);
+            let x = e.gep_const(first, i / parts * A8::LINE);
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let at = e.gep_const(*sum, r * 4 * STRIP);
+                let value = e.load(at, I32.x(STRIP), 64);
+                let x = e.gep_const(x, r * self.rows.stride);
+                *acc = integer::scaled(e, figures, (parts, i % parts), x, value, *acc);
+            }
+        }
+        acc
+    }
+}
+
+fn register(e: &mut Emitter, index: usize) -> Val {
+    e.int(I8, index as i64)
+}
+
+fn zero(e: &mut Emitter, to: usize) {
+    let to = register(e, to);
+    e.act("llvm.x86.tilezero", &[to]);
+}
+
+fn load(e: &mut Emitter, to: usize, at: Val, stride: usize) {
+    let (to, stride) = (register(e, to), e.i64(stride as i64));
+    e.act("llvm.x86.tileloadd64", &[to, at, stride]);
+}
+
+fn store(e: &mut Emitter, from: usize, at: Val) {
+    let (from, stride) = (register(e, from), e.i64(4 * STRIP as i64));
+    e.act("llvm.x86.tilestored64", &[from, at, stride]);
+}
+
+fn multiply(e: &mut Emitter, name: &str, sum: usize, a: usize, b: usize) {
+    let operands = [register(e, sum), register(e, a), register(e, b)];
+    e.act(name, &operands);
+}
