@@ -137,8 +137,14 @@ pub struct KernelArgs {
 impl Emitter {
     /// Opens the function of `kernel` for `target`.
     pub fn kernel(kernel: &Kernel, target: &Target) -> (Emitter, KernelArgs) {
-        let (name, groups) = (&kernel.name, kernel.groups.clone());
-        let converts_bf16 = target.computes_bf16();
+        let (mut e, args) = Emitter::function(&kernel.name, target);
+        e.groups.clone_from(&kernel.groups);
+        (e, args)
+    }
+
+    /// Opens a function called as kernels are, which reads no cache.
+    pub fn function(name: &str, target: &Target) -> (Emitter, KernelArgs) {
+        let (converts_bf16, groups) = (target.computes_bf16(), vec![]);
         let mut e =
             Emitter { text: String::new(), next: 4, depth: 1, constants: vec![], entry: 0, converts_bf16, groups };
         let _ = writeln!(e.text, "func.func @{name}(%0: !llvm.ptr, %1: !llvm.ptr, %2: i64, %3: i64) {{");

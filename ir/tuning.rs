@@ -164,7 +164,7 @@ mod tests {
             "graph @{name}(%x: f32[t, 64], %w: f32[{n}, 64]) stage planned {{ %y = matmul %x, %w return y = %y }}"
         );
         let body = text::parse("k", &body).unwrap().graphs.remove(0);
-        Kernel { name: name.into(), body, range: TokenRange { min: 1, max } }
+        Kernel { name: name.into(), body, range: TokenRange { min: 1, max }, groups: vec![] }
     }
 
     fn target(features: &[&str]) -> Target {

@@ -19,7 +19,9 @@ use mansard_ir::formats::{Split, Zero};
 use mansard_ir::model::{Source, Weight};
 use mansard_ir::ops::Class;
 use mansard_ir::sample::Random;
-use mansard_ir::{Attrs, DType, Dim, Error, Graph, Input, Kind, Model, Node, Op, Result, Target, Tuning, Type, ValueId};
+use mansard_ir::{
+    Attrs, DType, Dim, Error, Graph, Input, Kind, Model, Node, Op, Result, Target, Tuning, Type, ValueId,
+};
 use mansard_passes::{Event, Hooks};
 use mansard_runtime::{Artifact, Engine, EngineOptions, OpenOptions, Rows, Work};
 use std::collections::BTreeMap;

@@ -13,10 +13,12 @@
 //! Token tiles end with the step's last row. What lies past it may be anything, and there are processors that take a
 //! hundred times as long for a number that is not normal.
 
+mod choice;
 mod experts;
 mod shape;
 mod tiled;
 
+pub use choice::{alternatives, tiles};
 pub use shape::Respect;
 
 use crate::cpu::count_of;
@@ -43,56 +45,11 @@ pub fn emit(kernel: &Kernel, target: &Target, choice: Option<Choice>) -> Result<
     prologue(&mut e, k, kernel, &components, &mut memory)?;
     for component in &components {
         let Some(first) = component.dots.first() else { continue };
-        let choice = chosen(kernel, target, component, choice)?;
+        let choice = choice::chosen(kernel, target, component, choice)?;
         let c = Contraction { kernel, body, target, k, memory: &memory, component, choice };
         if first.routing.is_some() { c.emit_experts(&mut e)? } else { c.emit(&mut e)? }
     }
     Ok(e.finish())
-}
-
-/// The tiles of a component.
-fn chosen(kernel: &Kernel, target: &Target, component: &Component, choice: Option<Choice>) -> Result<Choice> {
-    let (dots, most) = (&component.dots, kernel.range.max);
-    match choice {
-        None => Ok(shape::formula(target, dots, most)),
-        Some(choice) if shape::fits(target, dots, most, choice) => Ok(choice),
-        Some(choice) => {
-            bail!(Input, "expected tiles that {} has registers and caches for, found {choice:?}", target.name)
-        }
-    }
-}
-
-/// The register tiles of a kernel, for people: `8x1` tokens by strips, of each component that differs.
-///
-/// # Errors
-/// As [`emit`].
-pub fn tiles(kernel: &Kernel, target: &Target, choice: Option<Choice>) -> Result<String> {
-    let mut tiles: Vec<String> = vec![];
-    for component in components(&kernel.body)?.iter().filter(|c| !c.dots.is_empty()) {
-        let choice = chosen(kernel, target, component, choice)?;
-        let shapes = shape::shapes(&component.dots, kernel.range.max, choice);
-        let tile = format!("{}x{}", shapes[0].tokens, shapes[0].strips);
-        if !tiles.contains(&tile) {
-            tiles.push(tile);
-        }
-    }
-    Ok(tiles.join("/"))
-}
-
-/// What may be tried instead of `from` (`None`: the formulas' choice), differing in one respect: nothing for kernels whose
-/// components have formulas of their own.
-///
-/// # Errors
-/// As [`emit`].
-pub fn alternatives(kernel: &Kernel, target: &Target, from: Option<Choice>, respect: Respect) -> Result<Vec<Choice>> {
-    let mut components = components(&kernel.body)?;
-    components.retain(|c| !c.dots.is_empty());
-    let most = kernel.range.max;
-    let choices = components.iter().map(|c| chosen(kernel, target, c, from)).collect::<Result<Vec<Choice>>>()?;
-    let Some(first) = choices.first().filter(|first| choices.iter().all(|c| c == *first)) else { return Ok(vec![]) };
-    let mut found = shape::alternatives(target, &components[0].dots, most, *first, respect);
-    found.retain(|choice| components.iter().all(|c| shape::fits(target, &c.dots, most, *choice)));
-    Ok(found)
 }
 
 /// One contraction node.

@@ -1,5 +1,6 @@
 //! Contractions against the interpreter: every weight format, every tile shape, epilogues, joins, parts and experts.
 
+use super::choice::chosen;
 use super::*;
 use crate::harness;
 use mansard_ir::Tuning;

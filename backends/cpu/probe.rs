@@ -103,7 +103,7 @@ fn depth(peak: Peak) -> usize {
 impl Loop {
     /// The loop as an MLIR function.
     pub fn emit(self, name: &str, target: &Target) -> String {
-        let (mut e, k) = Emitter::kernel(name, target);
+        let (mut e, k) = Emitter::function(name, target);
         let rounds = step_field(&mut e, k, StepField::R);
         let units = step_field(&mut e, k, StepField::T);
         let (begin, end) = e.share(k, units);

@@ -90,7 +90,7 @@ impl Contraction<'_> {
             result = self.unpack(e, memory, tile, (from, to)).and_then(|()| {
                 self.token_tiles_of(e, rows, tokens, |e, first, tokens| {
                     self.strips_of(e, strips, (from, to), |e, strip, strips| {
-                        self.tile(e, memory, tile, Tile { first, tokens, strip, strips, from })
+                        self.tile(e, memory, (tile, rows), Tile { first, tokens, strip, strips, from })
                     })
                 })
             });
@@ -180,7 +180,7 @@ impl Contraction<'_> {
     }
 
     /// Products of one tile, epilogue, stores.
-    fn tile(&self, e: &mut Emitter, memory: Memory, cache_tile: usize, tile: Tile) -> Result<()> {
+    fn tile(&self, e: &mut Emitter, memory: Memory, (cache_tile, all): (usize, Val), tile: Tile) -> Result<()> {
         let dots = &self.component.dots;
         let bytes = tile.strips * tile.tokens * STRIP * 4;
         let mut offset = 0;
@@ -202,7 +202,9 @@ impl Contraction<'_> {
                 _ => self.pairs(e, dot, strip, rows, (tile.strips, out)),
             }
         }
-        let (zero, tokens) = (e.i64(0), e.i64(tile.tokens as i64));
+        // What lies past the step's last row goes no further: any bits may be there, also such that take long to compute with.
+        let (zero, tokens, left) = (e.i64(0), e.i64(tile.tokens as i64), e.sub(all, tile.first));
+        let tokens = e.min(tokens, left);
         let mut result = Ok(());
         e.repeat(zero, tokens, 1, |e, row| {
             let first = e.add(tile.first, row);

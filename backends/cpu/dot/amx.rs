@@ -152,7 +152,7 @@ pub fn codes(
     let (low, high, step) = (e.i64(0), e.i64((lines / together * together) as i64), e.i64(together as i64));
     let start = vec![zero; TOKENS];
     let mut acc = e.for_loop((low, high, step), &start, |e, line, acc| product.lines(e, line, together, acc));
-    if lines % together > 0 {
+    if !lines.is_multiple_of(together) {
         acc = product.lines(e, high, 1, &acc);
     }
     for (r, value) in acc.iter().enumerate() {

@@ -91,7 +91,7 @@ pub fn signed_codes(e: &mut Emitter, weights: Weights<'_>, strip: Val, line: Val
             for (quad, codes) in unit.codes(e, packed) {
                 let codes = match int.zero {
                     Zero::Fixed(zero) => {
-                        let zero = e.int(codes.ty, i64::from((zero as u8).cast_signed()));
+                        let zero = e.int(codes.ty, i64::from(zero.cast_signed()));
                         e.sub(codes, zero)
                     }
                     Zero::Min => codes,
