@@ -195,7 +195,7 @@ fn gelu(e: &mut Emitter, x: Val) -> Val {
         3.208_179_7e-2,
         -3.878_726_7e-2,
         4.773_699e-2,
-        -6.417_247_5e-2,
+        -6.417_248e-2,
         1.285_519_4e-1,
     ];
     let (last, scale, one) = (e.float(x.ty, LAST), e.float(x.ty, 2.0 / LAST), e.float(x.ty, -1.0));

@@ -55,7 +55,7 @@ pub use memory::available_memory;
 pub use probe::read_bandwidth;
 pub use profile::{LaunchProfile, StepProfile};
 pub use sample::{Sampler, SamplerOptions};
-pub use step::Rows;
+pub use step::{Logits, Rows};
 pub use template::Message;
 pub use tokens::{Decoder, Tokens};
 

@@ -235,7 +235,7 @@ fn as_packed(model: &Model) -> Result<Model> {
         // Floats by type too: as a quantized weight they would be quantized once more.
         let shape = weight.dtype_shape().1.iter().map(|n| Dim::N(*n)).collect::<Vec<_>>();
         let ty = Type::tensor(DType::F32, shape);
-        out.weights.insert(name, Weight { ty, source: Source::Values(values.into()), ..weight.clone() });
+        out.weights.insert(name, Weight { ty, source: Source::Values(values.into()) });
     }
     Ok(out)
 }

@@ -11,6 +11,8 @@ mod float;
 mod integer;
 mod isa;
 
+pub use isa::dot4;
+
 use crate::emit::{Emitter, F32, PTR, Val};
 use mansard_ir::formats::DType;
 use mansard_ir::layout::{STRIP, StripLayout};

@@ -6,12 +6,13 @@ pub mod contract;
 #[cfg(test)]
 mod contract_tests;
 pub mod dot;
+pub mod head;
 pub mod pool;
 pub mod rows;
 
 use crate::emit::{Emitter, I64, KernelArgs, PTR, Val};
 use mansard_ir::kernel::KernelKind;
-use mansard_ir::plan::{Kernel, StepArgs};
+use mansard_ir::plan::{Kernel, StepArgs, in_place};
 use mansard_ir::{Dim, Error, Graph, Kind, Result, Target, Type, ValueId};
 use std::mem::offset_of;
 
@@ -25,14 +26,16 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
         KernelKind::Attend => attend::emit(kernel, target),
         KernelKind::Pool => pool::emit(kernel, target),
         KernelKind::Rows => rows::emit(kernel, target),
+        KernelKind::Estimate => head::estimate::emit(kernel, target),
+        KernelKind::Rescore => head::rescore::emit(kernel, target),
     }
     .map_err(|e| e.at(format!("kernel `{}`", kernel.name)))
 }
 
-/// The values a kernel's arguments stand for, in order: every input but the step, then every result that is not a cache.
+/// The values a kernel's arguments stand for, in order: every input but the step, then every result in memory of its own.
 pub fn arguments(body: &Graph) -> Vec<ValueId> {
     let inputs = (0..body.inputs.len() as u32).map(ValueId).filter(|v| *body.ty(*v) != Type::Step);
-    let results = body.results.iter().map(|(_, v)| *v).filter(|v| !matches!(body.ty(*v), Type::Cache { .. }));
+    let results = body.results.iter().map(|(_, v)| *v).filter(|v| !in_place(body, *v));
     inputs.chain(results).collect()
 }
 
@@ -63,6 +66,7 @@ pub enum StepField {
     Sequences,
     Scratch,
     ScratchBytes,
+    Candidates,
 }
 
 /// Loads a field of the step: counts are `i64`, arrays are pointers.
@@ -82,6 +86,7 @@ pub fn step_field(e: &mut Emitter, k: KernelArgs, field: StepField) -> Val {
         StepField::Sequences => (offset_of!(StepArgs, sequences), PTR),
         StepField::Scratch => (offset_of!(StepArgs, scratch), PTR),
         StepField::ScratchBytes => (offset_of!(StepArgs, scratch_bytes), I64),
+        StepField::Candidates => (offset_of!(StepArgs, candidates), I64),
     };
     e.step_field(k, offset, ty)
 }
