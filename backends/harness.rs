@@ -19,7 +19,7 @@ pub use samples::{Random, float_weight, inputs, quantized_weight};
 use crate::{Image, compile_kernels, pack, target};
 use mansard_ir::eval::{self, Step, Value};
 use mansard_ir::model::Weight;
-use mansard_ir::plan::{CacheGroup, Kernel, StepArgs};
+use mansard_ir::plan::{CacheGroup, Kernel, StepArgs, in_place};
 use mansard_ir::tuning::Tuned;
 use mansard_ir::{Choice, Dim, Graph, Target, TokenRange, Tuning, Type, text, verify};
 use memory::{Memory, Pool, StepArrays};
@@ -166,7 +166,7 @@ pub fn run(
         }
     }
     let outputs = memories.len();
-    for (_, v) in body.results.iter().filter(|(_, v)| !matches!(body.ty(*v), Type::Cache { .. })) {
+    for (_, v) in body.results.iter().filter(|(_, v)| !in_place(body, *v)) {
         memories.push(Memory::for_result(body.ty(*v), arrays.rows_of(body.ty(*v))));
     }
     let mut runs: Vec<(Vec<Memory>, usize)> = threads.iter().map(|n| (memories.clone(), *n)).collect();
@@ -180,7 +180,8 @@ pub fn run(
         memories.iter().enumerate().for_each(|(i, m)| m.check_canaries(&format!("argument {i} of `{}`", kernel.name)));
         let mut results = outputs..;
         let read = |v| match body.ty(v) {
-            ty @ Type::Cache { .. } => memories[cache_argument(body, v)].read_cache(ty, &lengths, &pool),
+            ty @ Type::Cache { .. } => memories[root_argument(body, v)].read_cache(ty, &lengths, &pool),
+            ty if in_place(body, v) => memories[root_argument(body, v)].read_rows(ty, arrays.rows_of(ty)),
             ty => memories[results.next().unwrap_or(0)].read_rows(ty, arrays.rows_of(ty)),
         };
         body.results.iter().map(|(_, v)| *v).map(read).collect()
@@ -188,8 +189,8 @@ pub fn run(
     runs.iter().map(results).collect()
 }
 
-/// The argument that a cache result was appended to: the input at the root of its appends.
-fn cache_argument(body: &Graph, mut value: mansard_ir::ValueId) -> usize {
+/// The argument that a result was made in: the input at the root of its appends, or the estimates.
+fn root_argument(body: &Graph, mut value: mansard_ir::ValueId) -> usize {
     while let Some(node) = body.node(value) {
         value = node.operands[0];
     }
@@ -202,10 +203,7 @@ impl Given {
     pub fn reals(&self) -> Value {
         match self {
             Given::Value(value) => value.clone(),
-            Given::Weight(weight) => {
-                let (_, shape) = weight.dtype_shape();
-                Value::Tensor(eval::Tensor::new(shape, weight.read_all().unwrap_or_else(|e| panic!("{e}"))))
-            }
+            Given::Weight(weight) => Value::of_weight(weight).unwrap_or_else(|e| panic!("{e}")),
         }
     }
 }

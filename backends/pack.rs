@@ -10,6 +10,8 @@
 //! reals are rounded or quantized on the way. Columns of a float weight may be scaled. Invariants: never more than a few
 //! megabytes of a weight are in memory, the bytes do not depend on the number of threads, and rows beyond the last are zero.
 
+mod planes;
+
 use half::{bf16, f16};
 use mansard_ir::formats::{IntFormat, Split, Zero};
 use mansard_ir::layout::{ALIGN, STRIP, StripLayout, aligned, code_bytes, high_bytes};
@@ -34,7 +36,21 @@ pub fn pack(weight: &Weight, column_scale: Option<&[f32]>, threads: usize, sink:
     };
     let (matrices, n, k) = (outer.iter().product::<usize>(), *n, *k);
     let packer = Packer::new(weight, column_scale, dtype, n, k)?;
-    let (strips, bytes) = (matrices * n.div_ceil(STRIP), packer.layout.bytes);
+    if dtype == DType::Q8_PLANES {
+        return planes::pack(weight, n, threads, sink);
+    }
+    let fill = |first: usize, out: &mut [u8]| packer.strips(first, out);
+    stream(matrices * n.div_ceil(STRIP), packer.layout.bytes, threads, sink, &fill)
+}
+
+/// Fills `strips` strips of so many bytes each, some megabytes at a time, and hands them on.
+fn stream(
+    strips: usize,
+    bytes: usize,
+    threads: usize,
+    sink: &mut Sink<'_>,
+    fill: &(dyn Fn(usize, &mut [u8]) -> Result<()> + Sync),
+) -> Result<()> {
     if strips == 0 || bytes == 0 {
         return Ok(());
     }
@@ -47,8 +63,7 @@ pub fn pack(weight: &Weight, column_scale: Option<&[f32]>, threads: usize, sink:
             let share = count.div_ceil(threads.max(1));
             let mut workers = vec![];
             for (worker, part) in filling.chunks_mut(share * bytes).enumerate() {
-                let packer = &packer;
-                workers.push(scope.spawn(move || packer.strips(first + worker * share, part)));
+                workers.push(scope.spawn(move || fill(first + worker * share, part)));
             }
             // The sink takes the last chunk while workers pack this one.
             let sunk = if ready.is_empty() { Ok(()) } else { sink(&ready) };
@@ -98,9 +113,9 @@ impl<'a> Packer<'a> {
         if !k.is_multiple_of(dtype.format().block) {
             bail!(Input, "rows of {k} do not fill whole quant blocks of {dtype}");
         }
-        match dtype.int() {
+        match dtype.in_file().int() {
             Some(_) if column_scale.is_some() => bail!(Internal, "the columns of {} cannot be scaled", weight.ty),
-            Some(_) if !weight.stored_as(dtype) && !can_quantize(dtype) => {
+            Some(_) if !weight.stored_as(dtype.in_file()) && !can_quantize(dtype.in_file()) => {
                 bail!(Unsupported, "{} is not stored as {dtype}, and nothing is quantized to that", weight.ty)
             }
             None if !dtype.is_float() => bail!(Internal, "{dtype} is no format of weights"),
@@ -215,9 +230,7 @@ impl Codes {
         for (bytes, ((codes, scales), mins)) in bytes.chunks_exact(format.block_bytes).zip(parts) {
             (format.split)(bytes, Split { codes, scales, mins });
         }
-        for (quads, codes) in self.quads.chunks_exact_mut(STRIP).zip(self.row.as_chunks::<4>().0) {
-            quads[r] = u32::from_le_bytes(*codes);
-        }
+        put_quads_of_row(&mut self.quads, r, &self.row);
         Ok(())
     }
 
@@ -251,6 +264,13 @@ impl Codes {
                 _ => {}
             }
         }
+    }
+}
+
+/// Row `r` of `[k / 4][16]` quads from its codes.
+fn put_quads_of_row(quads: &mut [u32], r: usize, row: &[u8]) {
+    for (quads, codes) in quads.chunks_exact_mut(STRIP).zip(row.as_chunks::<4>().0) {
+        quads[r] = u32::from_le_bytes(*codes);
     }
 }
 

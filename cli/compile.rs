@@ -64,6 +64,9 @@ pub struct Choices {
     /// How caches store keys and values; auto is f16 with quantized weights, else f32
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     kv: Kv,
+    /// Read the whole vocabulary projection for every token, not 4 of its 8 bits where those decide
+    #[arg(long)]
+    exact_head: bool,
     /// Longest sequence [default: the model's]
     #[arg(long, value_name = "POSITIONS")]
     context: Option<usize>,
@@ -163,6 +166,7 @@ impl Choices {
             float_weights: !matches!(self.quant, Quant::File),
             weights: self.quant.weights(),
             synthetic_seed: self.synthetic_weights,
+            exact_head: self.exact_head,
             ..CompileOptions::default()
         };
         if let Some(machine) = &options.machine {

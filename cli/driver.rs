@@ -24,6 +24,8 @@ pub struct CompileOptions {
     pub weights: Option<DType>,
     /// Stored type of caches; `None` lets the precision pass choose.
     pub kv: Option<DType>,
+    /// Vocabulary projections stay in one plane (`--exact-head`).
+    pub exact_head: bool,
     /// Bounds of a step.
     pub limits: passes::LimitsRequest,
     /// Makes the weights up, from this seed, for a `config.json` alone.
@@ -44,6 +46,7 @@ impl Default for CompileOptions {
             float_weights: false,
             weights: None,
             kv: None,
+            exact_head: false,
             limits: passes::LimitsRequest::default(),
             synthetic_seed: None,
             tuning: Tuning::default(),
@@ -104,7 +107,8 @@ pub fn pass_options(mut target: Target, options: &CompileOptions) -> passes::Opt
     if let Some(file) = &options.machine {
         target.machine = file.table.whole();
     }
-    passes::Options { kv: options.kv, weights: options.weights, limits: options.limits, ..passes::Options::new(target) }
+    let CompileOptions { kv, weights, exact_head, limits, .. } = *options;
+    passes::Options { kv, weights, exact_head, limits, ..passes::Options::new(target) }
 }
 
 /// Imports, plans and generates code for every target, and writes the artifact at `output`.
@@ -186,6 +190,9 @@ impl CompileOptions {
         }
         if let Some(kv) = self.kv {
             options.insert("kv".into(), kv.to_string());
+        }
+        if self.exact_head {
+            options.insert("exact-head".into(), "true".into());
         }
         if let Some(context) = self.limits.context {
             options.insert("context".into(), context.to_string());

@@ -11,6 +11,7 @@ use crate::formats::DType;
 use crate::graph::{Attrs, Graph, Node, ValueId};
 use crate::layout;
 use crate::ops::Class;
+use crate::planes::PlanesLayout;
 use crate::target::Machine;
 use crate::types::{Dim, Type};
 
@@ -25,6 +26,8 @@ pub struct Workload {
     pub rows: f64,
     /// Positions a token attends to.
     pub context: f64,
+    /// How many of the largest logits of a row are wanted; 0: all.
+    pub candidates: usize,
 }
 
 /// What some nodes do together.
@@ -45,9 +48,9 @@ pub struct Work {
 }
 
 impl Workload {
-    /// `tokens` tokens of one sequence with `context` positions, of which one row leaves the step.
+    /// `tokens` tokens of one sequence with `context` positions, of which one row leaves the step, for its largest logit.
     pub fn one(tokens: usize, context: usize) -> Workload {
-        Workload { tokens: tokens as f64, sequences: 1.0, rows: 1.0, context: context as f64 }
+        Workload { tokens: tokens as f64, sequences: 1.0, rows: 1.0, context: context as f64, candidates: 1 }
     }
 
     /// Extent of a dim.
@@ -109,8 +112,10 @@ impl Workload {
         let Some(node) = graph.node(v) else { return };
         let types: Vec<&Type> = node.operands.iter().map(|o| graph.ty(*o)).collect();
         let rows = types.iter().find_map(|ty| ty.rows()).map_or(0.0, |dim| self.extent(dim));
-        let ops = (node.op.row().flops)(&types, &node.attrs, &node.ty, rows, self.context);
-        let activations = types.first().and_then(|ty| Some(ty.as_tensor()?.0));
+        let ops = (node.op.row().flops)(&types, &node.attrs, &node.ty, rows, self.context) * self.made(node.op.class());
+        let of_type = |ty: &&Type| Some(ty.as_tensor()?.0);
+        let codes = types.iter().find_map(|ty| of_type(ty).filter(|dtype| dtype.planes().is_some()));
+        let activations = codes.or(types.first().and_then(of_type));
         match activations.map(|dtype| (dtype, dtype.planes())) {
             Some((_, Some(planes))) => work.i8_ops += ops * planes as f64,
             Some((DType::BF16, _)) => work.bf16_ops += ops,
@@ -143,10 +148,34 @@ impl Workload {
         match (class, routing, ty.as_tensor()) {
             (Class::ContractExperts, Some(each), _) => 1.0 - (1.0 - each).powf(rows),
             (Class::Gather, _, Some((_, [Dim::N(n), ..]))) => (rows / *n as f64).min(1.0),
+            _ => self.planes_read(class, ty),
+        }
+    }
+
+    /// The share of an op's products that are computed: of the vocabulary projection's two ops, what the step asks for.
+    pub fn made(&self, class: Class) -> f64 {
+        match (class, self.candidates) {
+            (Class::Estimate, 0) => 0.0,
+            (Class::Rescore, 1..) => RESCORED,
+            _ => 1.0,
+        }
+    }
+
+    /// The share of a weight that is read: estimates need its first plane, rescoring a few rows of the second, or all.
+    pub fn planes_read(&self, class: Class, ty: &Type) -> f64 {
+        let Some((_, [Dim::N(n), Dim::N(k)])) = ty.as_tensor() else { return 1.0 };
+        let layout = PlanesLayout::new(*k);
+        let first = layout.upper_bytes(*n) as f64 / layout.bytes(*n) as f64;
+        match class {
+            Class::Estimate => first * self.made(class),
+            Class::Rescore if self.candidates > 0 => (1.0 - first) * RESCORED,
             _ => 1.0,
         }
     }
 }
+
+/// Share of a vocabulary's rows that is assumed to be rescored.
+const RESCORED: f64 = 0.02;
 
 impl Work {
     /// Every byte, from wherever it comes.

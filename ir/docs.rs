@@ -51,6 +51,8 @@ fn meaning(class: Class) -> &'static str {
         Class::Append => "Writes new rows to a cache.",
         Class::Attend => "Softmax attention over a cache.",
         Class::Pool => "One row for each sequence.",
+        Class::Estimate => "Rows times the first plane of a matrix.",
+        Class::Rescore => "Adds the second plane to the estimates that can matter, in place.",
     }
 }
 

@@ -9,6 +9,7 @@
 //! weights as inputs; both evaluate like any other graph. Written for reading: one token of a 135M-parameter model costs a
 //! few tenths of a second in an optimized build.
 
+pub use crate::planes::Planes;
 pub use crate::value::{Cache, Extents, Ints, Routing, Sequence, Step, Tensor, Value};
 
 use crate::graph::Graph;
@@ -61,7 +62,7 @@ pub type SequenceKey = usize;
 /// Runs a model step by step, keeping the caches of its sequences.
 pub struct Interpreter<'a> {
     model: &'a Model,
-    weights: HashMap<String, Tensor>,
+    weights: HashMap<String, Value>,
     /// Call prefix and input name -> sequence -> `[positions, heads, dim]`.
     caches: BTreeMap<String, BTreeMap<SequenceKey, Arc<Vec<f32>>>>,
     /// Positions each sequence has.
@@ -83,8 +84,22 @@ impl<'a> Interpreter<'a> {
     /// # Errors
     /// Where a graph or weight is missing, or a token or row is out of range; the sequences are then as before.
     pub fn step(&mut self, sequences: &[(SequenceKey, &[u32])], rows: &[usize]) -> Result<BTreeMap<String, Tensor>> {
+        self.step_wanting(0, sequences, rows)
+    }
+
+    /// [`Interpreter::step`] in which only `candidates` of a row's largest logits must be exact; 0: all.
+    ///
+    /// # Errors
+    /// As [`Interpreter::step`].
+    pub fn step_wanting(
+        &mut self,
+        candidates: usize,
+        sequences: &[(SequenceKey, &[u32])],
+        rows: &[usize],
+    ) -> Result<BTreeMap<String, Tensor>> {
         let past = |key: &SequenceKey| self.lengths.get(key).copied().unwrap_or(0);
         let step = Step::new(&sequences.iter().map(|(key, new)| (past(key), new.len())).collect::<Vec<_>>());
+        let step = step.wanting(candidates);
         let keys: Vec<SequenceKey> = sequences.iter().map(|(key, _)| *key).collect();
         let tokens: Vec<i32> = sequences.iter().flat_map(|(_, new)| *new).map(|t| *t as i32).collect();
         let rows: Vec<i32> = rows.iter().map(|r| *r as i32).collect();
@@ -159,15 +174,13 @@ fn missing(what: &str, name: &str) -> Error {
 }
 
 /// The weight of that name, dequantized when first asked for.
-fn weight(model: &Model, known: &mut HashMap<String, Tensor>, name: &str) -> Result<Value> {
-    if let Some(tensor) = known.get(name) {
-        return Ok(Value::Tensor(tensor.clone()));
+fn weight(model: &Model, known: &mut HashMap<String, Value>, name: &str) -> Result<Value> {
+    if let Some(value) = known.get(name) {
+        return Ok(value.clone());
     }
-    let weight = model.weights.get(name)?;
-    let (_, shape) = weight.dtype_shape();
-    let tensor = Tensor::new(shape, weight.read_all().at(|| format!("weight `{name}`"))?);
-    known.insert(name.to_owned(), tensor.clone());
-    Ok(Value::Tensor(tensor))
+    let value = Value::of_weight(model.weights.get(name)?).at(|| format!("weight `{name}`"))?;
+    known.insert(name.to_owned(), value.clone());
+    Ok(value)
 }
 
 #[cfg(test)]

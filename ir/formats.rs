@@ -27,6 +27,8 @@ pub enum DType {
     Q5_0,
     Q5_1,
     Q8_0,
+    /// [`DType::Q8_0`] in two planes, see [`crate::planes`].
+    Q8_PLANES,
     Q2_K,
     Q3_K,
     Q4_K,
@@ -108,6 +110,11 @@ impl DType {
     /// The integer view of a quantized weight format.
     pub fn int(self) -> Option<IntFormat> {
         self.format().int
+    }
+
+    /// The format of its rows in model files: another one for what only packing takes apart.
+    pub fn in_file(self) -> DType {
+        if self == DType::Q8_PLANES { DType::Q8_0 } else { self }
     }
 
     /// Planes of int8 codes that activations of this dtype have.
@@ -212,7 +219,7 @@ const fn quant(
 pub const CACHED: [DType; 4] = [DType::F16, DType::I8, DType::F32, DType::BF16];
 
 /// The table, in the order of [`DType`].
-pub static FORMATS: [Format; 19] = [
+pub static FORMATS: [Format; 20] = [
     row(DType::F32, "f32", 1, 4, "IEEE single precision"),
     row(DType::F16, "f16", 1, 2, "IEEE half precision"),
     row(DType::BF16, "bf16", 1, 2, "the upper half of f32"),
@@ -264,6 +271,13 @@ pub static FORMATS: [Format; 19] = [
         &[(0, 8e-3)],
         split::q8_0,
         "8 bits, one f16 scale per 32",
+    ),
+    row(
+        DType::Q8_PLANES,
+        "q8_planes",
+        32,
+        34,
+        "q8_0 in two planes: the upper four bits of all rows, then the lower four",
     ),
     quant(
         DType::Q2_K,

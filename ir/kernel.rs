@@ -33,6 +33,10 @@ pub enum KernelKind {
     Pool,
     /// Row by row.
     Rows,
+    /// Estimates of products, and bounds on them.
+    Estimate,
+    /// Exact products where estimates do not decide.
+    Rescore,
 }
 
 impl KernelKind {
@@ -44,7 +48,14 @@ impl KernelKind {
             KernelKind::Attend => "attend",
             KernelKind::Pool => "pool",
             KernelKind::Rows => "rows",
+            KernelKind::Estimate => "estimate",
+            KernelKind::Rescore => "rescore",
         }
+    }
+
+    /// Kernels of this kind have one anchor only.
+    pub fn is_alone(self) -> bool {
+        matches!(self, KernelKind::Attend | KernelKind::Pool | KernelKind::Rescore)
     }
 
     /// The kind whose anchors have this class; `None` for classes that are no anchor.
@@ -54,6 +65,8 @@ impl KernelKind {
             Class::ContractExperts => Some(KernelKind::Experts),
             Class::Attend => Some(KernelKind::Attend),
             Class::Pool => Some(KernelKind::Pool),
+            Class::Estimate => Some(KernelKind::Estimate),
+            Class::Rescore => Some(KernelKind::Rescore),
             _ => None,
         }
     }
@@ -71,7 +84,7 @@ pub fn is_row_class(class: Class) -> bool {
     match class {
         Gather | Angles | Elementwise | RowBroadcast | RowReduce | Rope | View | Quantize | Append | Route
         | Combine => true,
-        Weight | WeightFold | Contract | ContractExperts | Attend | Pool => false,
+        Weight | WeightFold | Contract | ContractExperts | Attend | Pool | Estimate | Rescore => false,
     }
 }
 
@@ -83,7 +96,7 @@ pub fn after_anchor(kind: KernelKind, class: Class) -> bool {
         }
         KernelKind::Attend => class == Class::View,
         KernelKind::Pool => class == Class::RowReduce,
-        KernelKind::Rows => false,
+        KernelKind::Rows | KernelKind::Estimate | KernelKind::Rescore => false,
     }
 }
 
@@ -110,8 +123,11 @@ pub fn kind(graph: &Graph, values: &[ValueId]) -> Result<KernelKind> {
             None => one_lead(graph, &nodes).map(|()| KernelKind::Rows),
         };
     };
-    if anchors.any(|other| other != kind || matches!(kind, KernelKind::Attend | KernelKind::Pool)) {
+    if anchors.any(|other| other != kind || kind.is_alone()) {
         bail!(Input, "a kernel has one anchor, or several contractions of one kind");
+    }
+    if kind == KernelKind::Estimate && nodes.iter().any(|(_, node)| node.operands != nodes[0].1.operands) {
+        bail!(Input, "an estimate kernel is about one matrix and the same rows");
     }
     one_lead(graph, &nodes)?;
     let roles = roles(graph, &nodes);

@@ -7,6 +7,7 @@
 //! odd), since dot products of pairs leave one sum per lane.
 
 use crate::formats::{DType, IntFormat, Zero};
+use crate::planes::PlanesLayout;
 use crate::types::{CacheRole, Type};
 
 /// Output rows of a strip, and lanes of every vector in generated code.
@@ -100,6 +101,7 @@ pub const fn high_bytes(int: IntFormat) -> usize {
 pub fn packed_bytes(dtype: DType, shape: &[usize]) -> usize {
     match *shape {
         [n] => aligned(n * 4),
+        [n, k] if dtype == DType::Q8_PLANES => PlanesLayout::new(k).bytes(n),
         [ref outer @ .., n, k] => {
             outer.iter().product::<usize>() * n.div_ceil(STRIP) * StripLayout::new(dtype, k).bytes
         }

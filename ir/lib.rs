@@ -23,6 +23,7 @@ pub mod layout;
 pub mod model;
 pub mod ops;
 pub mod plan;
+pub mod planes;
 pub mod quantize;
 pub mod sample;
 pub mod target;

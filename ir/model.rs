@@ -214,7 +214,7 @@ impl Weight {
     /// # Errors
     /// Where the row cannot be read, or its reals cannot be quantized.
     pub fn quantized_row(&self, row: usize) -> Result<Cow<'_, [u8]>> {
-        let ((dtype, _), (_, columns)) = (self.dtype_shape(), self.rows_columns());
+        let (dtype, (_, columns)) = (self.dtype_shape().0.in_file(), self.rows_columns());
         if self.stored_as(dtype) {
             return Ok(Cow::Borrowed(self.raw_row(row)?));
         }
@@ -233,7 +233,7 @@ impl Weight {
     /// # Errors
     /// Where the file is too short, or its values cannot be quantized.
     pub fn read_row(&self, row: usize, out: &mut [f32]) -> Result<()> {
-        let dtype = self.dtype_shape().0;
+        let dtype = self.dtype_shape().0.in_file();
         if dtype.int().is_some() {
             dequantize(dtype, &self.quantized_row(row)?, out);
             return Ok(());

@@ -8,7 +8,7 @@
 //! `extern "C" fn(args: *const *mut u8, step: *const StepArgs, thread: i64, threads: i64)`, where `args` are the addresses
 //! of the launch's [`Arg`]s. Every worker calls every kernel and takes its own share.
 
-use crate::graph::{Graph, TokenRange};
+use crate::graph::{Graph, TokenRange, ValueId};
 use crate::layout::{AttentionItem, CACHE_BLOCK};
 use crate::ops::Class;
 use crate::types::{Dim, Type};
@@ -43,6 +43,8 @@ index!(CacheId, "c");
 /// | experts | the same with `ContractExperts` |
 /// | attend | one `Attend` over inputs, then `View` nodes |
 /// | pool | one `Pool`, then `RowReduce` |
+/// | estimate | `Estimate` nodes of one matrix and the same rows |
+/// | rescore | one `Rescore` over inputs |
 /// | rows | anything else that works row by row with one leading dim: `Gather` (of inputs), `Angles`, `Elementwise`, `RowBroadcast`, `RowReduce`, `Rope`, `View`, `Quantize`, `Append`, `Route`, `Combine` |
 ///
 /// In kernels for at most 8 tokens a contraction's activations may also be computed inside, by nodes of the *rows* kind
@@ -60,8 +62,7 @@ pub struct Plan {
 /// One function to emit: a graph at the `planned` stage.
 ///
 /// Its inputs are values in memory: activations, packed weights (static types), caches, and the step. Its arguments at
-/// run time are: every input but those of type `step`, in order; then every result that is not a cache (a cache is
-/// appended to in place).
+/// run time are: every input but those of type `step`, in order; then every result that is not [`in_place`].
 #[derive(Clone, Debug)]
 pub struct Kernel {
     /// Says graph, anchor and epilogue; a valid symbol, unique in the plan.
@@ -94,6 +95,12 @@ impl Kernel {
             _ => 0,
         }
     }
+}
+
+/// A result that a kernel leaves where its first operand was: a cache, or rescored estimates.
+pub fn in_place(body: &Graph, value: ValueId) -> bool {
+    let rescored = body.node(value).is_some_and(|n| n.op.class() == Class::Rescore);
+    rescored || matches!(body.ty(value), Type::Cache { .. })
 }
 
 /// How a packed weight is made from the weight table.
@@ -358,6 +365,8 @@ pub struct StepArgs {
     pub scratch: *mut u8,
     /// Bytes of one worker's scratch.
     pub scratch_bytes: i64,
+    /// How many of the largest logits of a row must be exact; 0: all.
+    pub candidates: i64,
 }
 
 impl StepArgs {
@@ -377,5 +386,12 @@ impl StepArgs {
         sequences: std::ptr::null(),
         scratch: std::ptr::null_mut(),
         scratch_bytes: 0,
+        candidates: 0,
     };
 }
+
+/// Most rows of a step that may want some of their largest logits only: more of them read the whole matrix anyway.
+pub const CANDIDATE_ROWS: usize = 8;
+
+/// The most candidates; who wants more wants all logits.
+pub const CANDIDATES: usize = 64;

@@ -95,6 +95,10 @@ pub fn value(ty: &Type, step: &Step, rows: usize, random: &mut Random) -> Value 
                 (0..shape.iter().map(extent).product()).map(|_| random.below(step.tokens().max(1)) as i32).collect();
             Value::from_ints(data)
         }
+        Type::Tensor { dtype: DType::Q8_PLANES, .. } => {
+            let weight = weight(ty, random).and_then(|weight| Value::of_weight(&weight));
+            weight.unwrap_or_else(|e| panic!("{e}"))
+        }
         Type::Tensor { shape, .. } => {
             let shape: Vec<usize> = shape.iter().map(extent).collect();
             let data = (0..shape.iter().product()).map(|_| 2.0 * random.real()).collect();
@@ -157,6 +161,7 @@ pub fn weight(ty: &Type, random: &mut Random) -> Result<Weight> {
     weight.source = if let [n] = shape[..] {
         Source::Values((0..n).map(|_| 1.0 + random.real() / 2.0).collect())
     } else {
+        let dtype = dtype.in_file();
         Source::Bytes { dtype, bytes: bytes(dtype, rows, columns, random)?.into() }
     };
     Ok(weight)
@@ -209,8 +214,7 @@ pub fn fill_weights(model: &mut Model, seed: u64) -> Result<()> {
 
 /// The values that [`fill_weights`] would give a weight of that name, for [`crate::eval::graph`].
 pub fn weight_value(name: &str, ty: &Type, seed: u64) -> Result<Value> {
-    let weight = weight(ty, &mut Random::named(seed, name))?;
-    Ok(Value::Tensor(Tensor::new(weight.dtype_shape().1, weight.read_all()?)))
+    Value::of_weight(&weight(ty, &mut Random::named(seed, name))?)
 }
 
 /// A random model of about `max_nodes` nodes, weights included, that returns `logits: f32[r, n]`: one graph, or
@@ -506,7 +510,7 @@ impl Builder {
 /// Ops that a layer takes at random: whose result has the rows of its operand, and that touch no cache.
 fn in_layers(class: Class) -> bool {
     use Class::*;
-    !matches!(class, Weight | WeightFold | Gather | Angles | Append | Attend | Pool)
+    !matches!(class, Weight | WeightFold | Gather | Angles | Append | Attend | Pool | Estimate | Rescore)
 }
 
 #[cfg(test)]
@@ -592,7 +596,9 @@ mod tests {
             }
             seen.extend(model.graphs.iter().flat_map(|g| &g.nodes).map(|n| n.op));
         }
-        let never: Vec<Op> = Op::all().filter(|op| op.class() != Class::Pool && !seen.contains(op)).collect();
+        // Only encoders pool, and only a pass estimates.
+        let elsewhere = |op: &Op| matches!(op.class(), Class::Pool | Class::Estimate | Class::Rescore);
+        let never: Vec<Op> = Op::all().filter(|op| !elsewhere(op) && !seen.contains(op)).collect();
         assert!(never.is_empty(), "no random model has {never:?}");
     }
 }

@@ -7,11 +7,13 @@
 //! keys<f16>[c, 3, 64]   Cache: for each sequence of the step its positions so far, rounded to the stored type
 //! step[s]               Step
 //! routing[t, 2, 8]      Routing
+//! q8_planes[n, k]       Planes
 //! ```
 //!
 //! Reals are kept in f32 and computed in f64.
 
 use crate::formats::DType;
+pub use crate::planes::Planes;
 use crate::types::{Dim, Type};
 use crate::{Result, bail};
 use std::sync::Arc;
@@ -29,6 +31,8 @@ pub enum Value {
     Step(Step),
     /// Chosen experts.
     Routing(Routing),
+    /// A matrix in two planes.
+    Planes(Planes),
 }
 
 /// Reals, row-major. Clones share the data.
@@ -67,6 +71,8 @@ pub struct Cache {
 pub struct Step {
     /// In order of their tokens.
     pub sequences: Vec<Sequence>,
+    /// How many of the largest logits of a row must be exact; 0: all.
+    pub candidates: usize,
 }
 
 /// One sequence's share of a step.
@@ -140,7 +146,12 @@ impl Step {
             start += len;
             Sequence { start: start - len, len, past }
         };
-        Step { sequences: pasts_and_lens.iter().map(place).collect() }
+        Step { sequences: pasts_and_lens.iter().map(place).collect(), candidates: 0 }
+    }
+
+    /// The step, of which only so many of a row's largest logits are wanted.
+    pub fn wanting(self, candidates: usize) -> Step {
+        Step { candidates, ..self }
     }
 
     /// New tokens over all sequences.
@@ -211,6 +222,7 @@ impl Value {
     accessor!(cache, Cache, "a cache");
     accessor!(step, Step, "the step");
     accessor!(routing, Routing, "a routing");
+    accessor!(planes, Planes, "a matrix in planes");
 
     /// Integers of one axis.
     pub fn from_ints(data: impl Into<Vec<i32>>) -> Value {
@@ -225,6 +237,7 @@ impl Value {
             Value::Ints(i) => format!("integers {:?}", i.shape),
             Value::Cache(c) => format!("a cache of {} sequences, {} heads of {}", c.sequences.len(), c.heads, c.dim),
             Value::Step(s) => format!("a step of {} sequences", s.sequences.len()),
+            Value::Planes(p) => format!("planes {:?}", p.shape),
             Value::Routing(r) => {
                 format!("a routing of {} tokens to {} experts", r.chosen.len() / r.top.max(1), r.experts)
             }
@@ -237,7 +250,12 @@ impl Value {
     /// Naming the type and the value found.
     pub fn check(&self, ty: &Type, extents: &mut Extents) -> Result<()> {
         let fits = match (self, ty) {
-            (Value::Tensor(v), Type::Tensor { dtype, shape }) => *dtype != DType::I32 && extents.fit(shape, &v.shape),
+            (Value::Tensor(v), Type::Tensor { dtype, shape }) => {
+                !matches!(dtype, DType::I32 | DType::Q8_PLANES) && extents.fit(shape, &v.shape)
+            }
+            (Value::Planes(v), Type::Tensor { dtype, shape }) => {
+                *dtype == DType::Q8_PLANES && extents.fit(shape, &v.shape)
+            }
             (Value::Ints(v), Type::Tensor { dtype, shape }) => *dtype == DType::I32 && extents.fit(shape, &v.shape),
             (Value::Cache(v), Type::Cache { heads, dim, dtype, .. }) => {
                 (v.heads, v.dim, v.dtype) == (*heads, *dim, *dtype) && extents.fit(&[Dim::S], &[v.sequences.len()])

@@ -4,7 +4,8 @@
 //! - inputs have distinct names that are words; results have distinct names;
 //! - operands are defined before they are read; every type is the one the op's type rule gives; attributes are finite;
 //! - weights have fixed extents: `f32[n]`, `dtype[n, k]` or `dtype[experts, n, k]`;
-//! - a cache that is appended to is read by nothing else (the append is in place), and leaves under its input's name.
+//! - a cache that is appended to is read by nothing else (the append is in place), and leaves under its input's name;
+//! - estimates that are rescored are read by nothing else, for the same reason.
 //!
 //! `canonical`: besides, no node is unused, none is there twice, operands of commutative ops ascend, and no node does
 //! nothing (scales by 1). `optimized`: no node is unused; kernels hold every node but weights and folds exactly once, in
@@ -23,7 +24,7 @@ use crate::kernel;
 use crate::layout;
 use crate::model::{Model, WeightTable};
 use crate::ops::{Class, Op};
-use crate::plan::{Arg, CacheGroup, Launch, Plan, RowCount};
+use crate::plan::{Arg, CacheGroup, Launch, Plan, RowCount, in_place};
 use crate::text::is_word;
 use crate::types::{Dim, Type};
 use crate::{DType, Place, Result, bail};
@@ -69,6 +70,7 @@ fn rules(graph: &Graph) -> Result<()> {
         bail!(Input, "a range of tokens begins at 1 or later and ends no earlier than it begins");
     }
     caches(graph)?;
+    estimates(graph)?;
     match graph.stage {
         Stage::Imported => no_kernels(graph),
         Stage::Canonical => no_kernels(graph).and_then(|()| all_used(graph)).and_then(|()| one_spelling(graph)),
@@ -123,6 +125,7 @@ fn weight(node: &Node) -> Result<()> {
         {
             Ok(())
         }
+        Some((DType::Q8_PLANES, [Dim::N(_), Dim::N(_)])) => Ok(()),
         _ => bail!(Input, "expected f32[n], dtype[n, k] or dtype[experts, n, k], found {}", node.ty),
     }
 }
@@ -149,6 +152,19 @@ fn caches(graph: &Graph) -> Result<()> {
     for (name, v) in &graph.results {
         if let Some(input) = origin[v.0 as usize].filter(|i| graph.inputs[*i].name != *name) {
             bail!(Input, "result {name} is the cache of input %{}", graph.inputs[input].name);
+        }
+    }
+    Ok(())
+}
+
+/// Estimates are rescored in place: the value before is gone.
+fn estimates(graph: &Graph) -> Result<()> {
+    let uses = graph.uses();
+    for (index, node) in graph.nodes.iter().enumerate().filter(|(_, n)| n.op.class() == Class::Rescore) {
+        let (v, before) = (graph.value_of(index), node.operands[0]);
+        let returned = graph.results.iter().any(|(_, r)| *r == before);
+        if graph.stage != Stage::Planned && (uses[before.0 as usize] != 1 || returned || graph.node(before).is_none()) {
+            bail!(Input, "{v} = {}: the estimates {before} that it changes are read elsewhere too", node.op);
         }
     }
     Ok(())
@@ -371,7 +387,7 @@ fn launch(plan: &Plan, launch: &Launch) -> Result<()> {
     let Some(kernel) = plan.kernels.get(launch.kernel.0 as usize) else { bail!(Input, "there is no such kernel") };
     let body = &kernel.body;
     let inputs = body.inputs.iter().map(|i| &i.ty).filter(|ty| **ty != Type::Step);
-    let results = body.results.iter().map(|(_, v)| body.ty(*v)).filter(|ty| !matches!(ty, Type::Cache { .. }));
+    let results = body.results.iter().filter(|(_, v)| !in_place(body, *v)).map(|(_, v)| body.ty(*v));
     let types: Vec<&Type> = inputs.chain(results).collect();
     if types.len() != launch.args.len() {
         bail!(Input, "expected {} arguments, found {}", types.len(), launch.args.len());

@@ -52,16 +52,18 @@ impl Roofline {
         let node = |choice: &Choice, ty: &Type, rows: f64| {
             let types: Vec<&Type> = choice.operands.iter().map(|o| &program.values[*o].ty).collect();
             let ops = (choice.op.row().flops)(&types, &choice.attrs, ty, rows, step.context);
+            let ops = ops * step.made(choice.op.class());
             let mut work = Work::default();
             let activations = types.first().and_then(|t| Some(t.as_tensor()?.0));
             match (choice.op.class(), activations.and_then(DType::planes)) {
-                (Class::Contract | Class::ContractExperts, Some(planes)) => {
+                (Class::Contract | Class::ContractExperts | Class::Estimate, Some(planes)) => {
                     work.anchored = ops * planes as f64 / machine.peak_i8
                 }
                 (Class::Contract | Class::ContractExperts, _) if activations == Some(DType::BF16) => {
                     work.anchored = ops / machine.peak_bf16
                 }
                 (Class::Contract | Class::ContractExperts | Class::Attend, _) => work.anchored = ops / machine.peak_f32,
+                (Class::Rescore, _) => work.anchored = ops * 2.0 / machine.peak_i8,
                 _ => work.scalar = ops / (machine.peak_f32 * SCALAR_SHARE),
             }
             work.streamed = streamed(choice, &types, ty, rows, &step);
@@ -120,7 +122,7 @@ fn streamed(choice: &Choice, types: &[&Type], ty: &Type, rows: f64, step: &Workl
         let share = match (choice.op.class(), operand.as_tensor()) {
             (Class::ContractExperts, _) => routed.map_or(1.0, |each| 1.0 - (1.0 - each).powf(rows)),
             (Class::Gather, Some((_, [Dim::N(n), ..]))) => (rows / *n as f64).min(1.0),
-            _ => 1.0,
+            (class, _) => step.planes_read(class, operand),
         };
         match operand {
             Type::Cache { .. } if choice.op.class() == Class::Attend => {

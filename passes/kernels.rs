@@ -18,7 +18,7 @@ use ir::{Dim, Type};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What each kind of kernel may hold, for the reference page.
-pub static KINDS: [(KernelKind, &str); 5] = [
+pub static KINDS: [(KernelKind, &str); 7] = [
     (
         KernelKind::Contract,
         "one or more contractions that share their activations, each growing an epilogue of elementwise ops, row vectors and views; epilogues may meet. For at most 8 tokens also what computes the activations",
@@ -30,6 +30,8 @@ pub static KINDS: [(KernelKind, &str); 5] = [
         KernelKind::Rows,
         "anything row by row: gathers, norms, elementwise ops, rope, views, quantize, append, route, combine",
     ),
+    (KernelKind::Estimate, "estimates of one matrix and the same rows, and bounds on the products"),
+    (KernelKind::Rescore, "rescoring alone"),
 ];
 
 /// Decisions for each kernel that is asked for, before the search gives up on a demand.
@@ -152,7 +154,7 @@ impl Growth<'_> {
             choice.operands.iter().copied().filter(|o| self.program.in_memory(*o) && !self.reads.contains(o)).collect(),
         );
         if place == Place::Anchor {
-            self.activations = Some((choice.operands[0], choice.operands.get(2).copied()));
+            self.activations = Some(self.shared(choice));
         }
         self.reads.extend(&new);
         self.inside.insert(value, (index, place));
@@ -201,10 +203,14 @@ impl Growth<'_> {
         if KernelKind::of_anchor(class) != Some(self.kind) {
             return after_anchor(self.kind, class).then_some(Place::Body);
         }
-        let alone = matches!(self.kind, KernelKind::Attend | KernelKind::Pool);
-        let own = (choice.operands[0], choice.operands.get(2).copied());
-        let fits = self.activations.is_none_or(|shared| !alone && shared == own);
+        let fits = self.activations.is_none_or(|shared| !self.kind.is_alone() && shared == self.shared(choice));
         fits.then_some(Place::Anchor)
+    }
+
+    /// What anchors of a kernel share: the activations, and the routing; of estimates, the matrix.
+    fn shared(&self, choice: &Choice) -> (usize, Option<usize>) {
+        let second = if self.kind == KernelKind::Estimate { 1 } else { 2 };
+        (choice.operands[0], choice.operands.get(second).copied())
     }
 
     /// Row work that no anchor could take joins a rows kernel at once where nothing decided so far needs it earlier:
@@ -238,8 +244,8 @@ impl Growth<'_> {
         });
         let whole = match self.kind {
             KernelKind::Rows => anchors == 0,
-            KernelKind::Attend | KernelKind::Pool => anchors == 1 && anchored,
-            KernelKind::Contract | KernelKind::Experts => anchors > 0 && anchored,
+            KernelKind::Attend | KernelKind::Pool | KernelKind::Rescore => anchors == 1 && anchored,
+            KernelKind::Contract | KernelKind::Experts | KernelKind::Estimate => anchors > 0 && anchored,
         };
         if !whole {
             return;

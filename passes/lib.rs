@@ -1,9 +1,9 @@
 //! Passes: a model as imported becomes a plan.
 //!
 //! ```text
-//!  imported ──canonicalize──▶ canonical ──precision──▶ canonical ──saturate──▶ optimized ──plan──▶ Plan
-//!             one spelling              caches, int8               e-graph: algebra,         buffers, kernels,
-//!             for equal things          activations                kernels by roofline       launches by range of t
+//!  imported ──canonicalize──▶ canonical ──precision, planes──▶ canonical ──saturate──▶ optimized ──plan──▶ Plan
+//!             one spelling              caches, int8                       e-graph: algebra,         buffers, kernels,
+//!             for equal things          activations, vocabulary            kernels by roofline       launches by range of t
 //! ```
 //!
 //! Every pass but `plan` works on the distinct graphs of a model, never on its calls: compile time does not grow with
@@ -22,6 +22,7 @@ pub mod kernels;
 pub mod manager;
 mod memory;
 pub mod plan;
+pub mod planes;
 pub mod precision;
 mod rebuild;
 pub mod rules;
@@ -42,6 +43,8 @@ pub struct Options {
     /// The format of matrices, which are rounded or quantized when packed; `None`: they stay as they are. What other format
     /// some of them have then is written in [`weights`].
     pub weights: Option<DType>,
+    /// Vocabulary projections stay in one plane: every logit of every step is exact.
+    pub exact_head: bool,
     /// Bounds of one step, as requested.
     pub limits: LimitsRequest,
     /// Bounds of the search. None of them is a time: the same inputs give the same plan on any machine.
@@ -91,7 +94,8 @@ impl Default for SearchLimits {
 impl Options {
     /// Default limits for `target`.
     pub fn new(target: Target) -> Options {
-        Options { target, kv: None, weights: None, limits: LimitsRequest::default(), search: SearchLimits::default() }
+        let (limits, search) = (LimitsRequest::default(), SearchLimits::default());
+        Options { target, kv: None, weights: None, exact_head: false, limits, search }
     }
 }
 
@@ -126,6 +130,13 @@ pub static PASSES: &[Pass] = &[
         run: precision::run,
     },
     Pass {
+        name: "planes",
+        summary: "vocabulary projections of 8 bits in two planes, of which most rows need the first",
+        from: Stage::Canonical,
+        to: Stage::Canonical,
+        run: planes::run,
+    },
+    Pass {
         name: "saturate",
         summary: "all equal programs in one e-graph; the cheapest program and kernels by roofline, per range of t",
         from: Stage::Canonical,
@@ -145,6 +156,7 @@ pub static PASSES: &[Pass] = &[
 pub static PIPELINE: &[&str] = &[
     "canonicalize", // first: every later pattern needs one spelling only
     "precision",    // before the search, because `quantize` is work that the search places and shares
+    "planes",       // before the search, which places the estimates; after what decides on weights and activations
     "saturate",     // the only place where programs and kernels are chosen
     "plan",         // last: nothing after it looks at graphs
 ];

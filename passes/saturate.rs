@@ -116,6 +116,7 @@ fn variants(graph: &Graph, program: &Program, options: &Options) -> Result<(Vec<
             sequences: if range.max <= PROLOGUE_TOKENS { tokens } else { 1.0 },
             rows: if range.max <= PROLOGUE_TOKENS { tokens } else { 1.0 },
             context: PRICED_CONTEXT,
+            candidates: 1,
         };
         let roofline = Roofline::new(program, options.target.machine, step);
         let selection = select(program, &roofline, range.max <= PROLOGUE_TOKENS, options)?;

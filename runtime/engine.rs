@@ -16,7 +16,7 @@ use crate::cores::physical_cores;
 use crate::memory::Arena;
 use crate::profile::{Recorder, StepProfile};
 use crate::spmd::Team;
-use crate::step::{Rows, Segment, StepArrays};
+use crate::step::{Logits, Rows, Segment, StepArrays};
 use mansard_ir::artifact::Code;
 use mansard_ir::plan::{Limits, Program, RowCount};
 use mansard_ir::{Error, Kind, Result, bail};
@@ -226,7 +226,15 @@ impl Engine {
     /// # Errors
     /// Before anything has changed, where the work is empty, exceeds [`Engine::limits`], has a token outside the vocabulary
     /// or needs more cache than is free.
-    pub fn step<'a>(&mut self, work: &[Work<'a>]) -> Result<StepOutput<'_>> {
+    pub fn step(&mut self, work: &[Work<'_>]) -> Result<StepOutput<'_>> {
+        self.step_for(work, Logits::All)
+    }
+
+    /// [`Engine::step`] of which only some logits must be exact.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn step_for<'a>(&mut self, work: &[Work<'a>], logits: Logits) -> Result<StepOutput<'_>> {
         self.check(work)?;
         for w in work {
             self.caches.grow(find_mut(&mut self.slots, w.sequence)?, w.tokens.len())?;
@@ -237,7 +245,7 @@ impl Engine {
         };
         let segments: Vec<Segment<'_>> = work.iter().map(segment).collect::<Result<_>>()?;
         self.arrays.fill(&segments, self.artifact.manifest().program.limits.tile);
-        let step = self.arrays.args(self.scratch.at(0), self.program().scratch_bytes);
+        let step = self.arrays.args(self.scratch.at(0), self.program().scratch_bytes, logits);
         let Some(variant) = self.executable.variant_for(self.arrays.tokens.len()) else {
             bail!(Internal, "no variant for {} tokens", self.arrays.tokens.len());
         };
@@ -263,13 +271,21 @@ impl Engine {
     /// # Errors
     /// As [`Engine::step`]; a prompt too long for the context or the cache fails before anything runs.
     pub fn prefill(&mut self, sequence: SequenceId, tokens: &[u32]) -> Result<StepOutput<'_>> {
+        self.prefill_for(sequence, tokens, Logits::All)
+    }
+
+    /// [`Engine::prefill`] of which only some logits must be exact.
+    ///
+    /// # Errors
+    /// As [`Engine::prefill`].
+    pub fn prefill_for(&mut self, sequence: SequenceId, tokens: &[u32], logits: Logits) -> Result<StepOutput<'_>> {
         self.fits(sequence, tokens)?;
         let most = self.limits().tokens;
         let (first, last) = tokens.split_at(tokens.len().saturating_sub(1) / most * most);
         for chunk in first.chunks(most) {
             self.step(&[Work { sequence, tokens: chunk, rows: Rows::None }])?;
         }
-        self.step(&[Work { sequence, tokens: last, rows: Rows::Last }])
+        self.step_for(&[Work { sequence, tokens: last, rows: Rows::Last }], logits)
     }
 
     /// Appends tokens and gives `visit` every token's index and output row, in steps of at most `limits().rows`.

@@ -71,8 +71,8 @@ pub fn generate(
     }
     let stop_tokens = options.stop_tokens.clone().unwrap_or_else(|| model.end_tokens.clone());
     let start = Instant::now();
-    let mut history = prompt.to_vec();
-    let mut next = sampler.sample(engine.prefill(sequence, prompt)?.logits(0)?, &history)?;
+    let (mut history, logits) = (prompt.to_vec(), options.sampler.logits());
+    let mut next = sampler.sample(engine.prefill_for(sequence, prompt, logits)?.logits(0)?, &history)?;
     let prefill = start.elapsed();
 
     let finish = loop {
@@ -89,7 +89,7 @@ pub fn generate(
         if engine.length(sequence)? == engine.limits().context {
             break Finish::Context;
         }
-        let output = engine.step(&[Work { sequence, tokens: &[next], rows: Rows::Last }])?;
+        let output = engine.step_for(&[Work { sequence, tokens: &[next], rows: Rows::Last }], logits)?;
         next = sampler.sample(output.logits(0)?, &history)?;
     };
     Ok(Generated { tokens: history.split_off(prompt.len()), finish, prefill, decode: start.elapsed() - prefill })

@@ -57,7 +57,7 @@ pub use memory::available_memory;
 pub use probe::Probe;
 pub use profile::{LaunchProfile, StepProfile};
 pub use sample::{Sampler, SamplerOptions};
-pub use step::Rows;
+pub use step::{Logits, Rows};
 pub use template::Message;
 pub use tokens::{Decoder, Tokens};
 

@@ -4,6 +4,7 @@
 //! those at least `min_p` times as likely as the likeliest, of them the fewest that reach the mass `top_p` - and a draw.
 //! At temperature 0 the likeliest token is taken (ties: the lowest id). Same seed, same logits, same tokens.
 
+use crate::step::Logits;
 use mansard_ir::{Error, Kind, Result, bail};
 
 /// How tokens are chosen.
@@ -43,6 +44,16 @@ impl SamplerOptions {
     /// Always the likeliest token.
     pub fn greedy() -> SamplerOptions {
         SamplerOptions { temperature: 0.0, ..SamplerOptions::default() }
+    }
+
+    /// The logits that these options look at: a penalty may leave any token the likeliest.
+    pub fn logits(&self) -> Logits {
+        match *self {
+            SamplerOptions { repetition_penalty, .. } if repetition_penalty != 1.0 => Logits::All,
+            SamplerOptions { temperature: 0.0, .. } => Logits::Largest(1),
+            SamplerOptions { top_k: 1.., .. } => Logits::Largest(self.top_k),
+            _ => Logits::All,
+        }
     }
 }
 
@@ -252,6 +263,14 @@ mod tests {
         assert_eq!(sampler.sample(&[f32::NAN, 1.0, 3.0, 3.0], &[]).unwrap(), 2);
         assert!(sampler.sample(&[f32::NAN; 3], &[]).is_err());
         assert!(sampler.sample(&[], &[]).is_err());
+    }
+
+    #[test]
+    fn options_say_which_logits_they_look_at() {
+        assert_eq!(SamplerOptions::greedy().logits(), Logits::Largest(1));
+        assert_eq!(SamplerOptions { top_k: 7, ..ALL }.logits(), Logits::Largest(7));
+        assert_eq!(ALL.logits(), Logits::All);
+        assert_eq!(SamplerOptions { repetition_penalty: 1.1, ..SamplerOptions::greedy() }.logits(), Logits::All);
     }
 
     #[test]

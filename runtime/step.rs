@@ -13,7 +13,7 @@
 use crate::blocks::BlockIndex;
 use crate::caches::Table;
 use mansard_ir::layout::CACHE_BLOCK;
-use mansard_ir::plan::StepArgs;
+use mansard_ir::plan::{CANDIDATE_ROWS, CANDIDATES, StepArgs};
 
 /// Which of a sequence's rows leave the step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,27 @@ impl Rows {
             Rows::None => 0,
             Rows::Last => tokens.min(1),
             Rows::All => tokens,
+        }
+    }
+}
+
+/// Which of a row's logits must be exact. Where an artifact keeps its vocabulary projection in two planes, the others are
+/// estimates that lie below those wanted, and a step that wants few reads half of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Logits {
+    /// All.
+    #[default]
+    All,
+    /// So many of the largest, of every row.
+    Largest(usize),
+}
+
+impl Logits {
+    /// As kernels see it in a step of so many rows: 0 for all, also where there are many rows or very many wanted.
+    pub fn candidates(self, rows: usize) -> usize {
+        match self {
+            Logits::Largest(count) if count <= CANDIDATES && rows <= CANDIDATE_ROWS => count,
+            _ => 0,
         }
     }
 }
@@ -122,7 +143,7 @@ impl StepArrays {
     }
 
     /// The arrays as kernels see them, beside the workers' scratch of so many bytes each.
-    pub fn args(&self, scratch: *mut u8, scratch_bytes: usize) -> StepArgs {
+    pub fn args(&self, scratch: *mut u8, scratch_bytes: usize, logits: Logits) -> StepArgs {
         StepArgs {
             t: self.tokens.len() as i64,
             s: self.sequences.len() as i64,
@@ -138,6 +159,7 @@ impl StepArrays {
             sequences: self.sequences.as_ptr().cast(),
             scratch,
             scratch_bytes: scratch_bytes as i64,
+            candidates: logits.candidates(self.rows.len()) as i64,
         }
     }
 }
@@ -181,8 +203,16 @@ mod tests {
         let segment = |tokens, rows| Segment { tokens, position: 0, tables: &tables, rows };
         arrays.fill(&[segment(&[1, 2], Rows::None), segment(&[3, 4], Rows::All), segment(&[5], Rows::Last)], 8);
         assert_eq!(arrays.rows, [2, 3, 4]);
-        let args = arrays.args(std::ptr::null_mut(), 0);
-        assert_eq!((args.t, args.s, args.r, args.tiles), (5, 3, 3, 3));
+        let args = arrays.args(std::ptr::null_mut(), 0, Logits::Largest(2));
+        assert_eq!((args.t, args.s, args.r, args.tiles, args.candidates), (5, 3, 3, 3, 2));
+    }
+
+    #[test]
+    fn many_rows_or_candidates_are_all() {
+        assert_eq!(Logits::Largest(40).candidates(CANDIDATE_ROWS), 40);
+        assert_eq!(Logits::Largest(1).candidates(CANDIDATE_ROWS + 1), 0);
+        assert_eq!(Logits::Largest(CANDIDATES + 1).candidates(1), 0);
+        assert_eq!(Logits::All.candidates(1), 0);
     }
 
     #[test]

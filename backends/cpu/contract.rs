@@ -19,7 +19,7 @@ mod shape;
 mod tiled;
 
 pub use choice::{alternatives, tiles};
-pub use shape::Respect;
+pub use shape::{AHEAD, Respect};
 
 use crate::cpu::count_of;
 use crate::cpu::dot::{self, Rows};

@@ -12,6 +12,8 @@ mod float;
 mod integer;
 pub(super) mod isa;
 
+pub use isa::dot4;
+
 use crate::emit::{Emitter, F32, PTR, Val};
 pub use integer::Weights;
 use mansard_ir::formats::DType;

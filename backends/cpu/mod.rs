@@ -4,6 +4,7 @@ pub mod attend;
 mod cached;
 pub mod contract;
 pub mod dot;
+pub mod head;
 pub mod pool;
 pub mod probe;
 pub mod rows;
@@ -12,7 +13,7 @@ pub use contract::Respect;
 
 use crate::emit::{Emitter, I64, KernelArgs, PTR, Val};
 use mansard_ir::kernel::KernelKind;
-use mansard_ir::plan::{CacheGroup, Kernel, StepArgs};
+use mansard_ir::plan::{CacheGroup, Kernel, StepArgs, in_place};
 use mansard_ir::{Choice, Dim, Error, Graph, Kind, Result, Target, Tuning, Type, ValueId, bail};
 use std::mem::offset_of;
 
@@ -28,6 +29,8 @@ pub fn emit(kernel: &Kernel, target: &Target, tuning: &Tuning) -> Result<String>
         KernelKind::Attend => attend::emit(kernel, target),
         KernelKind::Pool => pool::emit(kernel, target),
         KernelKind::Rows => rows::emit(kernel, target),
+        KernelKind::Estimate => head::estimate::emit(kernel, target),
+        KernelKind::Rescore => head::rescore::emit(kernel, target),
     }
     .map_err(|e| e.at(format!("kernel `{}`", kernel.name)))
 }
@@ -54,10 +57,10 @@ pub fn alternatives(kernel: &Kernel, target: &Target, from: Option<Choice>, resp
     }
 }
 
-/// The values a kernel's arguments stand for, in order: every input but the step, then every result that is not a cache.
+/// The values a kernel's arguments stand for, in order: every input but the step, then every result in memory of its own.
 pub fn arguments(body: &Graph) -> Vec<ValueId> {
     let inputs = (0..body.inputs.len() as u32).map(ValueId).filter(|v| *body.ty(*v) != Type::Step);
-    let results = body.results.iter().map(|(_, v)| *v).filter(|v| !matches!(body.ty(*v), Type::Cache { .. }));
+    let results = body.results.iter().map(|(_, v)| *v).filter(|v| !in_place(body, *v));
     inputs.chain(results).collect()
 }
 
@@ -88,6 +91,7 @@ pub enum StepField {
     Sequences,
     Scratch,
     ScratchBytes,
+    Candidates,
 }
 
 /// Loads a field of the step: counts are `i64`, arrays are pointers.
@@ -107,6 +111,7 @@ pub fn step_field(e: &mut Emitter, k: KernelArgs, field: StepField) -> Val {
         StepField::Sequences => (offset_of!(StepArgs, sequences), PTR),
         StepField::Scratch => (offset_of!(StepArgs, scratch), PTR),
         StepField::ScratchBytes => (offset_of!(StepArgs, scratch_bytes), I64),
+        StepField::Candidates => (offset_of!(StepArgs, candidates), I64),
     };
     e.step_field(k, offset, ty)
 }

@@ -13,6 +13,7 @@
 
 mod append;
 mod gather;
+mod planes;
 mod quantize;
 mod rope;
 mod route;

@@ -3,6 +3,7 @@
 use super::{Kernel, TokenRange, check, inputs, planned};
 use mansard_frontend as frontend;
 use mansard_ir::eval::Step;
+use mansard_ir::kernel::KernelKind;
 use mansard_ir::ops::Class;
 use mansard_ir::{DType, Model, Node, Stage, Target, Type, sample, text};
 use mansard_passes::{self as passes, Event, Hooks, Options, State, manager};
@@ -31,13 +32,18 @@ fn kernels(model: Model) -> mansard_ir::Result<Vec<Kernel>> {
 }
 
 /// A step of the fewest tokens that a kernel is for, and one of a few more in two sequences.
-fn steps(range: TokenRange) -> Vec<Step> {
+fn steps(range: TokenRange, kind: KernelKind) -> Vec<Step> {
     let more = range.max.min(range.min + 5);
     let mut steps = vec![Step::new(&[(3, range.min)])];
     if more > range.min {
         steps.push(Step::new(&[(0, more - 1), (66, 1)]));
     }
-    steps
+    match kind {
+        // What a step that wants all logits finds in place of estimates is nobody's business.
+        KernelKind::Estimate => steps.into_iter().map(|step| step.wanting(2)).collect(),
+        KernelKind::Rescore => steps.iter().flat_map(|step| [step.clone(), step.clone().wanting(2)]).collect(),
+        _ => steps,
+    }
 }
 
 /// Sums in another order differ in the last digits; where such a value lies between two codes or two f16 numbers, either
@@ -56,7 +62,7 @@ fn check_all(seen: &mut BTreeSet<String>, kernels: &[Kernel]) -> usize {
         body.name = String::new();
         if seen.insert(format!("{:?} {}", kernel.range, text::print_graph(&body))) {
             checked += 1;
-            for step in steps(kernel.range) {
+            for step in steps(kernel.range, kernel.kind().unwrap_or_else(|e| panic!("{e}"))) {
                 check(kernel, &inputs(kernel, &step, 1), &step, tolerance(kernel));
             }
         }

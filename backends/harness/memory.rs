@@ -327,6 +327,7 @@ pub struct StepArrays {
     /// Of all workers.
     pub scratch: Memory,
     scratch_bytes: usize,
+    candidates: usize,
 }
 
 impl StepArrays {
@@ -348,7 +349,22 @@ impl StepArrays {
         let (t, s) = (step.tokens(), step.sequences.len());
         let (tokens, positions, tables) = (vec![0; t], step.positions(), pool.table());
         let (stride, scratch) = (pool.stride, Memory::new(&vec![0; scratch_bytes * workers]));
-        StepArrays { t, s, stride, tokens, positions, rows, slots, tiles, tables, sequences, scratch, scratch_bytes }
+        let candidates = step.candidates;
+        StepArrays {
+            t,
+            s,
+            stride,
+            tokens,
+            positions,
+            rows,
+            slots,
+            tiles,
+            tables,
+            sequences,
+            scratch,
+            scratch_bytes,
+            candidates,
+        }
     }
 
     /// How many rows an activation of this type has; a step in which no row is asked for by an input asks for as many as
@@ -376,7 +392,7 @@ impl StepArrays {
             tail.extend(array.iter().flat_map(|x| x.to_le_bytes()));
         }
         let scratch = at.next_multiple_of(64);
-        head.extend([(address + scratch) as i64, self.scratch_bytes as i64]);
+        head.extend([address + scratch, self.scratch_bytes, self.candidates].map(|n| n as i64));
         tail.resize(tail.len() + scratch - at + self.scratch.whole().len(), 0);
         head.iter().flat_map(|x| x.to_le_bytes()).chain(tail).collect()
     }
@@ -398,6 +414,7 @@ impl StepArrays {
             sequences: self.sequences.as_ptr().cast(),
             scratch: self.scratch.address() as *mut u8,
             scratch_bytes: self.scratch_bytes as i64,
+            candidates: self.candidates as i64,
         }
     }
 }

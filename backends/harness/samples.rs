@@ -34,7 +34,8 @@ pub fn float_weight(dtype: DType, shape: &[usize], seed: u64) -> Weight {
 /// A weight of random quant blocks, with scales such that values are around 1.
 pub fn quantized_weight(dtype: DType, shape: &[usize], seed: u64) -> Weight {
     let mut random = Random::new(seed);
-    let elements: usize = shape.iter().product();
+    let (elements, ty) = (shape.iter().product::<usize>(), Type::tensor(dtype, dims(shape)));
+    let dtype = dtype.in_file();
     let mut bytes: Vec<u8> = (0..dtype.bytes(elements).unwrap()).map(|_| random.bits() as u8).collect();
     for quant_block in bytes.chunks_exact_mut(dtype.format().block_bytes) {
         for (at, size) in dtype.format().scales {
@@ -53,7 +54,7 @@ pub fn quantized_weight(dtype: DType, shape: &[usize], seed: u64) -> Weight {
         transposed: false,
         rows: 0..elements / k,
     };
-    Weight { ty: Type::tensor(dtype, dims(shape)), source: Source::Parts(vec![part]) }
+    Weight { ty, source: Source::Parts(vec![part]) }
 }
 
 /// Random inputs for every input of a kernel.
@@ -66,7 +67,7 @@ pub fn inputs(kernel: &Kernel, step: &Step, seed: u64) -> Vec<Given> {
             Type::Tensor { dtype, .. } if input.ty.is_static() => {
                 let shape = fixed(&input.ty);
                 let seed = random.bits();
-                Given::Weight(match dtype.int() {
+                Given::Weight(match dtype.in_file().int() {
                     Some(_) => quantized_weight(*dtype, &shape, seed),
                     None => float_weight(*dtype, &shape, seed),
                 })

@@ -8,13 +8,16 @@
 //!
 //! Every sequence has a cache of its own, filled to the test's depth; the first shares what it does not write to with one
 //! that is kept to start from again. A decoded token is the likeliest of the logits before
-//! it, so a step's time holds what it takes to read every sequence's row.
+//! it, so a step's time holds what it takes to read every sequence's row; only the likeliest is asked for.
 
 use mansard_ir::cost::Workload;
 use mansard_ir::plan::Limits;
 use mansard_ir::{Result, bail};
-use mansard_runtime::{Engine, Rows, Sampler, SamplerOptions, SequenceId, Work};
+use mansard_runtime::{Engine, Logits, Rows, Sampler, SamplerOptions, SequenceId, Work};
 use std::time::Instant;
+
+/// What a greedy sampler looks at.
+const LOGITS: Logits = Logits::Largest(1);
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,10 +132,12 @@ pub fn workload(step: &[Part], encoder: bool) -> Workload {
         true => part.count as f64,
         false => part.before as f64 + (part.count + 1) as f64 / 2.0,
     };
+    let rows: usize = step.iter().map(|part| part.rows.of(part.count)).sum();
     Workload {
         tokens: tokens as f64,
         sequences: step.len() as f64,
-        rows: step.iter().map(|part| part.rows.of(part.count)).sum::<usize>() as f64,
+        rows: rows as f64,
+        candidates: LOGITS.candidates(rows),
         context: step.iter().map(|part| seen(part) * part.count as f64).sum::<f64>() / tokens as f64,
     }
 }
@@ -217,7 +222,7 @@ impl Runner {
                 let tokens = &tokens[part.sequence][first..first + part.count];
                 Work { sequence: self.sequences[part.sequence], tokens, rows: part.rows }
             });
-            let output = self.engine.step(&work.collect::<Vec<_>>())?;
+            let output = self.engine.step_for(&work.collect::<Vec<_>>(), LOGITS)?;
             if test.kind == Kind::Decode {
                 for (row, part) in step.iter().enumerate() {
                     let next = self.sampler.sample(output.logits(row)?, &[])?;

@@ -5,6 +5,8 @@
 //! roofline's own error. Moving bytes is free here.
 
 use crate::graph::Attrs;
+use crate::layout::STRIP;
+use crate::planes::GROUP;
 use crate::types::{Dim, Type};
 
 /// Elements of one row.
@@ -37,6 +39,16 @@ pub fn made<const N: u32>(_: &[&Type], _: &Attrs, ty: &Type, rows: f64, _: f64) 
 /// A dot product over the last axis of the first operand for each element of the result.
 pub fn products(o: &[&Type], _: &Attrs, ty: &Type, rows: f64, _: f64) -> f64 {
     2.0 * rows * width(ty) * last(o[0])
+}
+
+/// Two multiply-adds for each row of the matrix and group of 32, beside the products, which the estimates count.
+pub fn bounds(o: &[&Type], _: &Attrs, ty: &Type, rows: f64, _: f64) -> f64 {
+    4.0 * rows * width(ty) * STRIP as f64 / 3.0 * last(o[0]) / GROUP as f64
+}
+
+/// [`products`] with the activations, which come third.
+pub fn rescore(o: &[&Type], attrs: &Attrs, ty: &Type, rows: f64, context: f64) -> f64 {
+    products(&o[2..], attrs, ty, rows, context)
 }
 
 /// Scores, weighted sum, and five operations of softmax for each head and position seen.

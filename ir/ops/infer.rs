@@ -2,7 +2,7 @@
 
 use crate::formats::DType;
 use crate::graph::Attrs;
-use crate::layout::A8;
+use crate::layout::{A8, STRIP};
 use crate::types::{CacheRole, Dim, Type};
 use crate::{Result, bail};
 
@@ -266,4 +266,38 @@ pub fn mean_pool(o: &[&Type], _: &Attrs) -> Rule {
         (Dim::T, x) if x.len() == 1 => Ok(Type::f32(with_dims(Dim::S, x))),
         _ => bail!(Input, "expected f32[t, n]"),
     }
+}
+
+/// Rows in two planes of int8 over a matrix in two planes: leading dim and rows of the matrix.
+fn two_planes(x: &Type, w: &Type) -> Result<(Dim, usize)> {
+    let ((lead, x_shape), (dtype, shape)) = (rows(x)?, fixed(w)?);
+    match (x.as_tensor(), dtype, shape.as_slice()) {
+        (Some((DType::A16, _)), DType::Q8_PLANES, [n, k]) if x_shape == [*k] => Ok((lead, *n)),
+        _ => bail!(Input, "expected a16 rows and a q8_planes matrix of as many columns"),
+    }
+}
+
+pub fn estimate(o: &[&Type], _: &Attrs) -> Rule {
+    step(o[2])?;
+    let (lead, n) = two_planes(o[0], o[1])?;
+    Ok(Type::f32(with_dims(lead, [n])))
+}
+
+pub fn estimate_bounds(o: &[&Type], attrs: &Attrs) -> Rule {
+    step(o[2])?;
+    if attrs.float("margin") < 0.0 {
+        bail!(Input, "`margin` cannot be negative");
+    }
+    let (lead, n) = two_planes(o[0], o[1])?;
+    Ok(Type::f32(with_dims(lead, [3 * n.div_ceil(STRIP)])))
+}
+
+pub fn rescore(o: &[&Type], _: &Attrs) -> Rule {
+    step(o[4])?;
+    let (lead, n) = two_planes(o[2], o[3])?;
+    let bounds = Type::f32(with_dims(lead, [3 * n.div_ceil(STRIP)]));
+    if *o[0] != Type::f32(with_dims(lead, [n])) || *o[1] != bounds {
+        bail!(Input, "expected the estimates and bounds of these rows and this matrix");
+    }
+    Ok(o[0].clone())
 }

@@ -6,6 +6,7 @@
 mod contract;
 mod elementwise;
 mod flops;
+mod head;
 mod infer;
 mod movement;
 mod reduce;
@@ -60,6 +61,10 @@ pub enum Class {
     Attend,
     /// One row for each sequence.
     Pool,
+    /// Rows times the first plane of a weight matrix.
+    Estimate,
+    /// Adds the second plane where it can matter, in the memory of the estimates.
+    Rescore,
 }
 
 /// Kind and default of an attribute.
@@ -319,4 +324,12 @@ ops! {
 
     "mean_pool" (x, step) {} Pool: mean_pool, reduce::mean_pool, flops::each::<1>, mean_pool,
         "mean over the tokens of each sequence";
+
+    "estimate" (x, w, step) {} Estimate: estimate, head::estimate, flops::products, estimate,
+        "x times the first plane of w; 0, or anything, in a step that wants all logits exactly";
+    "estimate_bounds" (x, w, step) {float("margin", "standard deviations of the second plane's part")}
+        Estimate: estimate_bounds, head::bounds, flops::bounds, estimate_bounds,
+        "for every 16 rows of w: the largest estimate, then it plus the largest margin, then whose it is; as `estimate`";
+    "rescore" (estimates, bounds, x, w, step) {} Rescore: rescore, head::rescore, flops::rescore, rescore,
+        "estimates; exact where they can be among the step's so many largest, or everywhere";
 }

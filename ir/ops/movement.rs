@@ -25,6 +25,10 @@ fn gather(table: &Tensor, indices: &[i32]) -> Result<Value> {
 }
 
 pub fn embed(o: &[&Value], _: &Attrs) -> Result<Value> {
+    if let Value::Planes(planes) = o[1] {
+        let whole = (0..planes.shape[0]).flat_map(|row| planes.row(row)).collect();
+        return gather(&Tensor::new(planes.shape.clone(), whole), &o[0].ints()?.data);
+    }
     gather(o[1].tensor()?, &o[0].ints()?.data)
 }
 

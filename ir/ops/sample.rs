@@ -7,6 +7,7 @@
 use crate::attrs;
 use crate::formats::{CACHED, DType};
 use crate::graph::Attrs;
+use crate::layout::STRIP;
 use crate::sample::Random;
 use crate::types::{CacheRole, Dim, Type};
 
@@ -242,4 +243,36 @@ pub fn attention_attrs(r: &mut Random, dim: usize, window: usize) -> Attrs {
 pub fn mean_pool(r: &mut Random, x: Option<&Type>) -> Sample {
     let (lead, rest) = reals(r, x, 2)?;
     (lead == Dim::T).then(|| (vec![activation(DType::F32, lead, &rest), Type::Step], Attrs::none()))
+}
+
+/// Rows in two planes, a matrix in two planes, the step.
+fn two_planes(r: &mut Random, x: Option<&Type>) -> Option<(Dim, usize, Vec<Type>)> {
+    let new = activation(DType::A16, Dim::R, &[r.pick(&WIDTHS)]);
+    let x = x.cloned().unwrap_or(new);
+    let (dtype, lead, rest) = rows(r, Some(&x), 2)?;
+    let n = r.pick(&[16, 50, 96]);
+    let types = vec![x, fixed(DType::Q8_PLANES, &[n, rest[0]]), Type::Step];
+    (dtype == DType::A16).then_some((lead, n, types))
+}
+
+pub fn estimate(r: &mut Random, x: Option<&Type>) -> Sample {
+    two_planes(r, x).map(|(.., types)| (types, Attrs::none()))
+}
+
+pub fn estimate_bounds(r: &mut Random, x: Option<&Type>) -> Sample {
+    two_planes(r, x).map(|(.., types)| (types, attrs! { margin = r.quarters(4, 32) }))
+}
+
+pub fn rescore(r: &mut Random, x: Option<&Type>) -> Sample {
+    let (mut lead, mut n, mut types) = two_planes(r, None)?;
+    if x.is_some() {
+        let rest;
+        (lead, rest) = reals(r, x, 2)?;
+        n = rest[0];
+        types[0] = activation(DType::A16, lead, &[64]);
+        types[1] = fixed(DType::Q8_PLANES, &[n, 64]);
+    }
+    let result = |width| activation(DType::F32, lead, &[width]);
+    types.splice(..0, [result(n), result(3 * n.div_ceil(STRIP))]);
+    Some((types, Attrs::none()))
 }

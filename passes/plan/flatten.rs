@@ -87,6 +87,8 @@ struct Unplaced {
     args: Vec<Bound>,
     /// How many of `args` are inputs.
     inputs: usize,
+    /// Inputs that it changes in place.
+    changed: Vec<Bound>,
     /// Caches it appends to.
     appended: BTreeSet<CacheId>,
     /// Its workers share the scratch.
@@ -198,9 +200,17 @@ impl Flattener<'_> {
         let inputs = args.len();
         let body = &bodies.kernels[site.kernel.0 as usize].body;
         let appended = appended(body, &args);
+        let mut changed = vec![];
         for value in &site.results {
             let ty = self.graph.ty(*value);
             let bound = match ty {
+                _ if self.rescores(*value) => {
+                    let Some(estimates) = self.graph.node(*value).and_then(|n| self.bound.get(&n.operands[0])) else {
+                        bail!(Internal, "{value} rescores what is not in memory");
+                    };
+                    changed.push(*estimates);
+                    *estimates
+                }
                 Type::Cache { .. } => match self.cache_of(*value) {
                     Some(cache) => Bound::Fixed(cache),
                     None => bail!(Internal, "{value} appends to no input of @{}", self.graph.name),
@@ -214,8 +224,13 @@ impl Flattener<'_> {
             self.bound.insert(*value, bound);
         }
         let scratch = bodies.kernels[site.kernel.0 as usize].scratch_bytes() > 0;
-        self.out.launches.push(Unplaced { kernel: site.kernel, args, inputs, appended, scratch });
+        self.out.launches.push(Unplaced { kernel: site.kernel, args, inputs, changed, appended, scratch });
         Ok(())
+    }
+
+    /// The value is estimates after a change in their memory.
+    fn rescores(&self, value: ValueId) -> bool {
+        self.graph.node(value).is_some_and(|n| n.op.class() == Class::Rescore)
     }
 
     /// The cache that a chain of appends writes to.
@@ -341,7 +356,7 @@ impl Hazards {
             Bound::Fixed(_) => None,
         };
         let reads: Vec<_> = site.args[..site.inputs].iter().filter_map(span).collect();
-        let writes: Vec<_> = site.args[site.inputs..].iter().filter_map(span).collect();
+        let writes: Vec<_> = site.args[site.inputs..].iter().chain(&site.changed).filter_map(span).collect();
         let caches = site.args.iter().filter_map(|b| if let Bound::Fixed(Arg::Cache(c)) = b { Some(*c) } else { None });
         let cache_reads: BTreeSet<CacheId> = caches.filter(|c| !site.appended.contains(c)).collect();
         let meet =

@@ -23,7 +23,7 @@ fn stages_follow_each_other() {
     assert_eq!(error(&["plan"], &mut hooks), "pass plan takes a model at stage optimized, this one is imported");
     assert_eq!(
         error(&["simplify"], &mut hooks),
-        "no pass `simplify`; there are canonicalize, precision, saturate, plan"
+        "no pass `simplify`; there are canonicalize, precision, planes, saturate, plan"
     );
     for pair in PIPELINE.windows(2) {
         let row = |name: &str| PASSES.iter().find(|p| p.name == name).unwrap();
@@ -65,7 +65,7 @@ fn a_failing_pass_leaves_a_reproducer() {
     assert!(error.advice().unwrap().contains("mansard opt"), "{error}");
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::remove_file(&path).unwrap();
-    assert!(text.starts_with("# passes: canonicalize,precision,saturate,plan\n"), "{text}");
+    assert!(text.starts_with("# passes: canonicalize,precision,planes,saturate,plan\n"), "{text}");
     let again = ir::text::parse("reproducer", &text).unwrap();
     assert_eq!(again.graphs[0].stage, ir::Stage::Imported);
     let error = manager::run(&["canonicalize"], State::new(again), &options, &mut Hooks::new(&mut sink));

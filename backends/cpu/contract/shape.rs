@@ -16,7 +16,7 @@ const CACHE_TILE_BYTES: usize = 256 << 10;
 
 /// How far ahead of use integer weights are asked for. Left to itself, hardware falls behind once several tokens' dot
 /// products stand between one line of weights and the next.
-const AHEAD: usize = 8 << 10;
+pub const AHEAD: usize = 8 << 10;
 
 /// Tokens that a register tile may have. None is more than twice the next, so that any number of tokens that a tile does not
 /// hold is the sum of smaller ones, each once at most.

@@ -10,7 +10,7 @@ use crate::emit::{Emitter, F16, F32, I8, I32, I64, Val};
 use crate::math;
 use mansard_ir::formats::{IntFormat, Zero};
 use mansard_ir::layout::{STRIP, StripLayout, code_bytes, high_bytes, row_bytes};
-use mansard_ir::{DType, Node, Result, ValueId, bail};
+use mansard_ir::{DType, Dim, Node, Result, ValueId, bail};
 
 /// One row inside a strip.
 #[derive(Clone, Copy)]
@@ -38,6 +38,10 @@ impl Rows<'_> {
         let token = self.index(e, node.operands[0])?;
         let lanes = e.i64(STRIP as i64);
         let (strip, row) = (e.div(token, lanes), e.rem(token, lanes));
+        if let Some((DType::Q8_PLANES, [Dim::N(n), _])) = self.graph.ty(node.operands[1]).as_tensor() {
+            super::planes::row(e, table, (*n, k), (strip, row), to);
+            return Ok(());
+        }
         let layout = StripLayout::new(dtype, k);
         let at = StripRow { strip: e.row(table, strip, layout.bytes), row, layout };
         match (dtype.int(), dtype) {
