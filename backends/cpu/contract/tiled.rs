@@ -12,17 +12,18 @@
 use super::{Contraction, Dot, Place, internal};
 use crate::cpu::dot::amx::{self, Operands, TOKENS};
 use crate::cpu::dot::{self, Rows, Weights};
-use crate::emit::{Cmp, Emitter, F32, Val};
+use crate::emit::{Cmp, Emitter, F32, I8, Val};
 use mansard_ir::Result;
-use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
+use mansard_ir::kernel::PROLOGUE_TOKENS;
+use mansard_ir::layout::{A8, STRIP, StripLayout, row_bytes};
 use std::collections::BTreeMap;
 
 /// Bytes of weights, as the units read them, that a cache tile of strips may hold: a quarter of the second-level cache of
 /// all processors with such units. Unpacked codes lie on a worker's stack.
 const CACHE_TILE_BYTES: usize = 512 << 10;
 
-/// Fewer tokens are multiplied one by one.
-pub(super) const FEWEST: usize = 4;
+/// As many tokens, or fewer, are multiplied one by one.
+pub(super) const FEWEST: usize = PROLOGUE_TOKENS;
 
 /// Memory of a worker's tiles.
 #[derive(Clone, Copy)]
@@ -81,6 +82,9 @@ impl Contraction<'_> {
             sums: codes.then(|| e.stack(2 * TOKENS * STRIP * 4)),
             products: e.stack(dots.len() * strips * tokens * STRIP * 4),
         };
+        if codes {
+            self.clear_padding(e, rows)?;
+        }
         operands.configure(e);
         let mut result = Ok(());
         e.repeat(low, high, tile as i64, |e, from| {
@@ -97,6 +101,33 @@ impl Contraction<'_> {
         });
         amx::release(e);
         result
+    }
+
+    /// Gives rows past the step's last one scales of 0: any bits may be there, also such that take long to compute with.
+    fn clear_padding(&self, e: &mut Emitter, rows: Val) -> Result<()> {
+        let mut seen = vec![];
+        for dot in &self.component.dots {
+            if seen.contains(&dot.x) {
+                continue;
+            }
+            seen.push(dot.x);
+            let stride = row_bytes(self.body.ty(dot.x)).ok_or_else(|| internal(self.body))?;
+            let x = self.pointer(dot.x)?;
+            let (tile, last) = (e.i64(TOKENS as i64), e.i64(TOKENS as i64 - 1));
+            let end = e.add(rows, last);
+            let end = e.div(end, tile);
+            let end = e.mul(end, tile);
+            e.repeat(rows, end, 1, |e, row| {
+                let row = e.row(x, row, stride);
+                let (zero, lines) = (e.i64(0), e.i64((stride / A8::LINE) as i64));
+                e.repeat(zero, lines, 1, |e, line| {
+                    let at = e.row(row, line, A8::LINE);
+                    let (at, none) = (e.gep_const(at, A8::SCALE), e.int(I8.x(A8::LINE - A8::SCALE), 0));
+                    e.store(none, at, 32);
+                });
+            });
+        }
+        Ok(())
     }
 
     /// Strips of a cache tile.
@@ -202,7 +233,7 @@ impl Contraction<'_> {
                 _ => self.pairs(e, dot, strip, rows, (tile.strips, out)),
             }
         }
-        // What lies past the step's last row goes no further: any bits may be there, also such that take long to compute with.
+        // What lies past the step's last row goes no further.
         let (zero, tokens, left) = (e.i64(0), e.i64(tile.tokens as i64), e.sub(all, tile.first));
         let tokens = e.min(tokens, left);
         let mut result = Ok(());
