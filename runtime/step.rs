@@ -49,6 +49,15 @@ pub enum Logits {
 }
 
 impl Logits {
+    /// Rows of a step for which asking for few of their logits saves time. For more the kernels still can (up to
+    /// [`CANDIDATE_ROWS`]), but rows that are asked together read the second half for one another.
+    pub const WORTHWHILE_ROWS: usize = 2;
+
+    /// The `count` largest of each of `rows` rows where that saves time, else all.
+    pub fn largest(count: usize, rows: usize) -> Logits {
+        if rows <= Logits::WORTHWHILE_ROWS { Logits::Largest(count) } else { Logits::All }
+    }
+
     /// As kernels see it in a step of so many rows: 0 for all, also where there are many rows or very many wanted.
     pub fn candidates(self, rows: usize) -> usize {
         match self {

@@ -196,7 +196,8 @@ impl Contraction<'_> {
         let rows = count_of(e, self.k, self.body.ty(component.dots[0].value))?;
         match self.operands() {
             Some(operands) => {
-                self.emit_tiled(e, operands, (low, high, rows), |e| self.emit_rows(e, (low, high, rows), tiled::FEWEST))
+                let few = tiled::fewest(operands);
+                self.emit_tiled(e, operands, (low, high, rows), |e| self.emit_rows(e, (low, high, rows), few))
             }
             None => self.emit_rows(e, (low, high, rows), self.kernel.range.max),
         }

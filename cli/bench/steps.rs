@@ -16,9 +16,6 @@ use mansard_ir::{Result, bail};
 use mansard_runtime::{Engine, Logits, Rows, Sampler, SamplerOptions, SequenceId, Work};
 use std::time::Instant;
 
-/// What a greedy sampler looks at.
-const LOGITS: Logits = Logits::Largest(1);
-
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -137,7 +134,7 @@ pub fn workload(step: &[Part], encoder: bool) -> Workload {
         tokens: tokens as f64,
         sequences: step.len() as f64,
         rows: rows as f64,
-        candidates: LOGITS.candidates(rows),
+        candidates: Logits::largest(1, rows).candidates(rows),
         context: step.iter().map(|part| seen(part) * part.count as f64).sum::<f64>() / tokens as f64,
     }
 }
@@ -222,7 +219,9 @@ impl Runner {
                 let tokens = &tokens[part.sequence][first..first + part.count];
                 Work { sequence: self.sequences[part.sequence], tokens, rows: part.rows }
             });
-            let output = self.engine.step_for(&work.collect::<Vec<_>>(), LOGITS)?;
+            // A greedy sampler looks at the largest.
+            let rows = step.iter().map(|part| part.rows.of(part.count)).sum();
+            let output = self.engine.step_for(&work.collect::<Vec<_>>(), Logits::largest(1, rows))?;
             if test.kind == Kind::Decode {
                 for (row, part) in step.iter().enumerate() {
                     let next = self.sampler.sample(output.logits(row)?, &[])?;

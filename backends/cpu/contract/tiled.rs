@@ -22,8 +22,14 @@ use std::collections::BTreeMap;
 /// all processors with such units. Unpacked codes lie on a worker's stack.
 const CACHE_TILE_BYTES: usize = 512 << 10;
 
-/// As many tokens, or fewer, are multiplied one by one.
-pub(super) const FEWEST: usize = PROLOGUE_TOKENS;
+/// As many tokens, or fewer, are multiplied one by one: a tile takes its time however many of its rows count, and codes must
+/// be unpacked first.
+pub(super) fn fewest(operands: Operands) -> usize {
+    match operands {
+        Operands::Pairs => PROLOGUE_TOKENS,
+        Operands::Codes(_) => 2 * TOKENS,
+    }
+}
 
 /// Memory of a worker's tiles.
 #[derive(Clone, Copy)]
@@ -52,7 +58,7 @@ impl Contraction<'_> {
     pub(super) fn operands(&self) -> Option<Operands> {
         let of = |d: &Dot| Operands::of(self.target, d.activations, d.dtype, d.k);
         let first = of(self.component.dots.first()?)?;
-        let many = self.kernel.range.max > FEWEST;
+        let many = self.kernel.range.max > fewest(first);
         (many && self.component.dots.iter().all(|d| of(d) == Some(first))).then_some(first)
     }
 
@@ -64,7 +70,7 @@ impl Contraction<'_> {
         (low, high, rows): (Val, Val, Val),
         otherwise: impl FnOnce(&mut Emitter) -> Result<()>,
     ) -> Result<()> {
-        let fewest = e.i64(FEWEST as i64);
+        let fewest = e.i64(fewest(operands) as i64);
         let many = e.cmp(Cmp::Gt, rows, fewest);
         let (mut tiled, mut few) = (Ok(()), Ok(()));
         e.either(many, |e| tiled = self.tiles(e, operands, (low, high, rows)), |e| few = otherwise(e));

@@ -10,7 +10,6 @@
 
 use super::row::Ordered;
 use super::{PANEL, PLANES, Projection, above, at_least, broken, join, panels, stride};
-use crate::cpu::contract::AHEAD;
 use crate::cpu::dot::{self, Rows};
 use crate::cpu::{StepField, count_of, memory, step_field};
 use crate::emit::{Cmp, Emitter, F32, I32, I64, KernelArgs, Val};
@@ -221,15 +220,8 @@ impl Rescore<'_> {
                 for from in (0..size).step_by(tile) {
                     let x = e.gep_const(x, from * p.x_bytes);
                     let (count, dtype) = (tile.min(size - from), DType::A16);
-                    let rows = Rows {
-                        first: x,
-                        stride: p.x_bytes,
-                        count,
-                        dtype,
-                        planes: PLANES,
-                        ahead: None,
-                        prefetch: AHEAD,
-                    };
+                    let rows =
+                        Rows { first: x, stride: p.x_bytes, count, dtype, planes: PLANES, ahead: None, prefetch: 0 };
                     let products = dot::tile(e, self.target, DType::Q8_0, p.k, &[strip_at], rows);
                     for (r, product) in products.into_iter().enumerate() {
                         let to = e.gep_const(to, (from + r) * self.logits.1);
