@@ -14,6 +14,7 @@ use mansard_ir::artifact::{
     Code, DATA_ALIGN, FORMAT_VERSION, METADATA_KEY, Manifest, Provenance, SECTION_ALIGN, TOKENIZER_SECTION,
     WEIGHTS_PREFIX,
 };
+use mansard_ir::file::MappedFile;
 use mansard_ir::model::{ModelInfo, WeightTable};
 use mansard_ir::plan::Plan;
 use mansard_ir::{Error, Kind, Place, Result, Target, bail};
@@ -89,6 +90,29 @@ pub fn write(
     }
     file.finish(&header)?;
     Ok(Written { bytes: total, manifest })
+}
+
+/// Changes the manifest of the artifact at `path`; its sections stay what they are.
+///
+/// # Errors
+/// Where that is no artifact, or the file cannot be written; it is then what it was.
+pub fn amend(path: &Path, change: impl FnOnce(&mut Manifest)) -> Result<()> {
+    let place = || path.display().to_string();
+    let no_artifact = || Error::new(Kind::Input, "expected an artifact").at(place());
+    let file = MappedFile::open(path)?;
+    let (length, rest) = file.all().split_first_chunk::<8>().ok_or_else(no_artifact)?;
+    let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| no_artifact())?;
+    let (json, data) = rest.split_at_checked(length).ok_or_else(no_artifact)?;
+    let mut json: Map<String, Value> = serde_json::from_slice(json).map_err(|_| no_artifact())?;
+    let stored = json.get_mut("__metadata__").and_then(|m| m.get_mut(METADATA_KEY)).ok_or_else(no_artifact)?;
+    let mut manifest = Manifest::from_json(stored.as_str().unwrap_or_default()).at(place)?;
+    change(&mut manifest);
+    *stored = manifest.to_json_with_hash()?.into();
+    let mut out = Partial::create(path)?;
+    let header = padded(json);
+    out.write(&header)?;
+    out.write(data)?;
+    out.finish(&header)
 }
 
 /// A section to be written.
@@ -199,12 +223,17 @@ fn header(sections: &[Section<'_>], manifest: &mut Manifest) -> Result<Vec<u8>> 
         header.insert(name.clone(), json!({ "dtype": "U8", "shape": [bytes], "data_offsets": [offset, end] }));
         offset = end;
     }
+    Ok(padded(header))
+}
+
+/// A header as the file begins with it.
+fn padded(header: Map<String, Value>) -> Vec<u8> {
     let json = Value::Object(header).to_string();
     let length = (8 + json.len()).next_multiple_of(DATA_ALIGN) - 8;
     let mut out = (length as u64).to_le_bytes().to_vec();
     out.extend_from_slice(json.as_bytes());
     out.resize(8 + length, b' ');
-    Ok(out)
+    out
 }
 
 /// Bytes written at a time, and what their place in the file is a multiple of: a huge page. File systems that can then

@@ -233,6 +233,12 @@ impl Emitter {
         self.constant(I8.x(lanes), format!("[{}]", values.join(", ")))
     }
 
+    /// The constant bytes of a table, again and again.
+    pub fn table(&mut self, table: [u8; 16], lanes: usize) -> Val {
+        let values: Vec<String> = (0..lanes).map(|i| table[i % 16].cast_signed().to_string()).collect();
+        self.constant(I8.x(lanes), format!("[{}]", values.join(", ")))
+    }
+
     fn binary(&mut self, float: &str, int: &str, a: Val, b: Val) -> Val {
         let name = if a.ty.is_float() { float } else { int };
         self.op(a.ty, format_args!("{name} {a}, {b} : {}", a.ty))

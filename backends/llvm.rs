@@ -24,7 +24,7 @@ pub const PIPELINE: &str = "function(sroa,early-cse<memssa>,simplifycfg,instcomb
                             instcombine<no-verify-fixpoint>,simplifycfg)";
 
 /// Intrinsics by prefix and the features of which they need one; the first that fits counts.
-const INTRINSICS: [(&str, &[&str]); 17] = [
+const INTRINSICS: [(&str, &[&str]); 19] = [
     ("llvm.x86.avx512.vpdpbusd.256", &["avx512vnni", "avxvnni"]),
     ("llvm.x86.avx512.vpdp", &["avx512vnni"]),
     ("llvm.x86.tdpbssd", &["amx-int8"]),
@@ -32,6 +32,8 @@ const INTRINSICS: [(&str, &[&str]); 17] = [
     ("llvm.x86.ldtilecfg", &["amx-tile"]),
     ("llvm.x86.tile", &["amx-tile"]),
     ("llvm.x86.avx512bf16.", &["avx512bf16"]),
+    ("llvm.x86.avx512.pshuf.b.512", &["avx512bw"]),
+    ("llvm.aarch64.neon.tbl1.", &["neon"]),
     ("llvm.x86.avx512.pmadd", &["avx512bw"]),
     ("llvm.x86.avx512.", &["avx512f"]),
     ("llvm.x86.avx2.", &["avx2"]),

@@ -6,14 +6,14 @@
 //!                                                      k / 2 lines of 16 pairs                (bf16)
 //! ```
 //!
-//! Quantized rows keep their codes; scales and minima become f16. A weight may be stored otherwise than its type says: its
+//! Quantized rows keep their codes; scales and minima (or zero points) become f16. A weight may be stored otherwise than its type says: its
 //! reals are rounded or quantized on the way. Columns of a float weight may be scaled. Invariants: never more than a few
 //! megabytes of a weight are in memory, the bytes do not depend on the number of threads, and rows beyond the last are zero.
 
 mod planes;
 
 use half::{bf16, f16};
-use mansard_ir::formats::{IntFormat, Split, Zero};
+use mansard_ir::formats::{IntFormat, Split};
 use mansard_ir::layout::{ALIGN, STRIP, StripLayout, aligned, code_bytes, high_bytes};
 use mansard_ir::model::Weight;
 use mansard_ir::quantize::can_quantize;
@@ -238,7 +238,7 @@ impl Codes {
     fn put_scales(&self, r: usize, layout: &StripLayout, out: &mut [u8]) -> Result<()> {
         let at = |offset, group| layout.figures_at(offset, self.int, group) + 2 * r;
         put_halves(&self.scales, out, |group| at(layout.scales, group))?;
-        if self.int.zero == Zero::Min {
+        if self.int.zero.has_mins() {
             put_halves(&self.mins, out, |group| at(layout.mins, group))?;
         }
         Ok(())

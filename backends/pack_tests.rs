@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::harness::{Random, float_weight, quantized_weight};
+use mansard_ir::decode;
+use mansard_ir::eval::Value;
 use mansard_ir::formats::FORMATS;
 use mansard_ir::layout::packed_bytes;
 
@@ -17,55 +19,10 @@ fn packed(weight: &Weight, column_scale: Option<&[f32]>, threads: usize) -> Vec<
     bytes
 }
 
-fn half(bytes: &[u8], index: usize) -> f32 {
-    f16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]]).to_f32()
-}
-
-/// The code at `(row, column)` of a strip, read as the layout's documentation says.
-fn code(int: IntFormat, layout: &StripLayout, strip: &[u8], row: usize, column: usize) -> u8 {
-    let (unit, quad, i) = (column / int.unit(), column % int.unit() / 4, column % 4);
-    let (codes, at) = (&strip[layout.codes_at(int, unit)..], row * 4 + i);
-    if int.bits == 8 {
-        return codes[quad * 64 + at];
-    }
-    let lines = int.unit() / 8;
-    let low = if quad < lines { codes[quad * 64 + at] & 15 } else { codes[(quad - lines) * 64 + at] >> 4 };
-    let high = &strip[layout.high_at(int, unit)..];
-    match int.bits {
-        5 => low | (high[quad * 8 + at / 8] >> (at % 8) & 1) << 4,
-        6 => low | (high[quad / 4 * 64 + at] >> (2 * (quad % 4)) & 3) << 4,
-        _ => low,
-    }
-}
-
 /// Packed `[n, k]` -> f32 rows, with those of the padding.
 fn unpack(dtype: DType, k: usize, bytes: &[u8]) -> Vec<f32> {
-    let layout = StripLayout::new(dtype, k);
-    let mut out = vec![];
-    for strip in bytes.chunks_exact(layout.bytes) {
-        for (row, column) in (0..STRIP).flat_map(|r| (0..k).map(move |c| (r, c))) {
-            let at = column * STRIP + row;
-            out.push(match (dtype, dtype.int()) {
-                (DType::F32, _) => f32::from_le_bytes(strip[4 * at..][..4].try_into().unwrap()),
-                (DType::F16, _) => half(strip, at),
-                (DType::BF16, _) => {
-                    let at = column / 2 * 64 + row * 4 + column % 2 * 2;
-                    bf16::from_le_bytes(strip[at..][..2].try_into().unwrap()).to_f32()
-                }
-                (_, Some(int)) => {
-                    let figure = |offset| half(&strip[layout.figures_at(offset, int, column / int.group)..], row);
-                    let scale = figure(layout.scales);
-                    let code = code(int, &layout, strip, row, column) as f32;
-                    match int.zero {
-                        Zero::Fixed(zero) => scale * (code - zero as f32),
-                        Zero::Min => scale * code + figure(layout.mins),
-                    }
-                }
-                _ => unreachable!(),
-            });
-        }
-    }
-    out
+    let rows = bytes.len() / StripLayout::new(dtype, k).bytes * STRIP;
+    decode::weight(dtype, &[rows, k], bytes).unwrap().data.to_vec()
 }
 
 #[test]
@@ -85,6 +42,25 @@ fn every_quantized_format_survives() {
         let exact = !format.name.ends_with("_k");
         assert!(!exact || found[..n * k] == expected, "{} is exact", format.name);
     }
+}
+
+#[test]
+fn planes_survive() {
+    let ty = mansard_ir::Type::tensor(DType::Q8_PLANES, [mansard_ir::Dim::N(21), mansard_ir::Dim::N(96)]);
+    let weight = mansard_ir::sample::weight(&ty, &mut mansard_ir::sample::Random::new(7)).unwrap();
+    let bytes = packed(&weight, None, 2);
+    let Value::Planes(expected) = Value::of_weight(&weight).unwrap() else { panic!("no planes") };
+    let Value::Planes(found) = decode::operand(DType::Q8_PLANES, &[21, 96], &bytes).unwrap() else {
+        panic!("no planes")
+    };
+    assert!(found.lower == expected.lower && found.deviations == expected.deviations && found.shape == [21, 96]);
+    let whole = decode::weight(DType::Q8_PLANES, &[21, 96], &bytes).unwrap();
+    for (row, whole) in whole.rows().enumerate() {
+        let near = |(x, y): (&f32, f32)| (x - y).abs() <= 1e-5 * y.abs().max(1.0);
+        assert!(whole.iter().zip(expected.row(row)).all(near), "row {row}");
+    }
+    assert!(found.upper.iter().zip(expected.upper.iter()).all(|(x, y)| (x - y).abs() <= 1e-5 * y.abs().max(1.0)));
+    assert!(decode::operand(DType::Q8_PLANES, &[21, 96], &bytes[64..]).is_err());
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! `mansard compile`: a model file becomes an artifact, or any layer of it becomes text.
 
-use crate::report;
+use crate::{eval, report};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
+use mansard::budget::{self, Budget, Outcome};
 use mansard::driver::{self, CompileOptions, Progress, Summary};
 use mansard::machine::MachineFile;
 use mansard_backends::{self as backends, Layer};
+use mansard_ir::artifact::Quality;
 use mansard_ir::text::{print_model, print_plan};
 use mansard_ir::{DType, Error, Place, Result, Stage, Tuning, bail};
 use mansard_passes::{self as passes, Event, Hooks, State};
@@ -27,12 +29,26 @@ pub struct Arguments {
     emit: Option<Emit>,
     #[command(flatten)]
     choices: Choices,
+    /// Choose formats of weights and caches: the fastest whose mean KL divergence from the model in f32 is measured at most
+    /// this, in nats
+    #[arg(long, value_name = "NATS", conflicts_with_all = ["quant", "emit", "stop_after", "dump_after", "tune", "tuning"])]
+    max_kld: Option<String>,
+    /// With --max-kld: most memory of weights and of the workload's caches, like 120MB
+    #[arg(long, value_name = "BYTES", requires = "max_kld")]
+    max_memory: Option<String>,
+    /// With --max-kld: a text to calibrate on [default: some prose that ships with the compiler]
+    #[arg(long, value_name = "FILE", requires = "max_kld")]
+    calibration: Option<PathBuf>,
     /// Time tile shapes on this machine and choose by that
     #[arg(long, conflicts_with_all = ["emit", "stop_after", "tuning"])]
     tune: bool,
     /// Choose as --tune did for another artifact: that artifact, or what `mansard inspect --tuning` says of it
     #[arg(long, value_name = "FILE")]
     tuning: Option<PathBuf>,
+    /// Evaluate the artifact beside the model in exact floats, and store perplexity, KL divergence and top-1 agreement in it
+    /// [default text: some prose that ships with the compiler]
+    #[arg(long, value_name = "TEXT", num_args = 0..=1, require_equals = true, conflicts_with_all = ["emit", "stop_after"])]
+    evaluate: Option<Option<PathBuf>>,
     /// Show the program after this pass
     #[arg(long, value_name = "PASS")]
     dump_after: Vec<String>,
@@ -67,6 +83,10 @@ pub struct Choices {
     /// Read the whole vocabulary projection for every token, not 4 of its 8 bits where those decide
     #[arg(long)]
     exact_head: bool,
+    /// What decisions are priced on: tokens of a prompt, tokens generated after it, sequences side by side, and positions
+    /// before the prompt, as in prompt=512,generate=128,batch=1,context=0
+    #[arg(long, value_name = "WORKLOAD")]
+    workload: Option<String>,
     /// Longest sequence [default: the model's]
     #[arg(long, value_name = "POSITIONS")]
     context: Option<usize>,
@@ -112,6 +132,10 @@ enum Quant {
     /// 5 bits, scale and minimum per 32
     #[value(name = "q5_1")]
     Q5_1,
+    /// 4-bit floats, a power of two per 32
+    Mxfp4,
+    /// 4-bit floats, an 8-bit float per 16 and an f32 per row
+    Nvfp4,
 }
 
 impl Quant {
@@ -128,6 +152,8 @@ impl Quant {
             Quant::Q4_1 => Some(DType::Q4_1),
             Quant::Q5_0 => Some(DType::Q5_0),
             Quant::Q5_1 => Some(DType::Q5_1),
+            Quant::Mxfp4 => Some(DType::MXFP4),
+            Quant::Nvfp4 => Some(DType::NVFP4),
         }
     }
 }
@@ -165,6 +191,7 @@ impl Choices {
             machine: self.machine.as_deref().map(MachineFile::named).transpose()?,
             float_weights: !matches!(self.quant, Quant::File),
             weights: self.quant.weights(),
+            traffic: self.workload.as_deref().map(str::parse).transpose()?,
             synthetic_seed: self.synthetic_weights,
             exact_head: self.exact_head,
             ..CompileOptions::default()
@@ -225,14 +252,55 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         bail!(Usage, "expected where the artifact goes: -o model.mansard");
     };
     let mut progress = Bar::default();
-    let summary = driver::compile(&arguments.model, output, &options, &mut progress, &mut hooks);
+    let summary = match arguments.budget()? {
+        Some(budget) => budget::compile(&arguments.model, output, &options, &budget, &mut progress, &mut hooks)
+            .map(|(summary, outcome)| (summary, Some(outcome))),
+        None => driver::compile(&arguments.model, output, &options, &mut progress, &mut hooks).map(|s| (s, None)),
+    };
     progress.clear();
-    let summary = summary?;
+    let (mut summary, outcome) = summary?;
     dumped?;
+    if let Some(text) = &arguments.evaluate {
+        let quality = eval::card(output, text.as_deref(), &arguments.model)?;
+        summary.quality = Some(quality.clone());
+        backends::artifact::amend(output, |manifest| manifest.provenance.quality = Some(quality))?;
+    }
     if arguments.time_passes {
         eprint!("{}", summary.passes.times());
     }
-    report::print(if arguments.json { report::json(&json_of(&summary))? } else { closing_table(&summary) })
+    if arguments.json {
+        let mut json = json_of(&summary);
+        if let Some(outcome) = &outcome {
+            json["budget"] = json!(outcome);
+        }
+        return report::print(report::json(&json)?);
+    }
+    report::print(closing_table(&summary) + &outcome.map_or(String::new(), |outcome| outcome_table(&outcome)))
+}
+
+impl Arguments {
+    fn budget(&self) -> Result<Option<Budget>> {
+        let Some(bound) = &self.max_kld else { return Ok(None) };
+        Ok(Some(Budget {
+            max_kld: budget::divergence_bound(bound)?,
+            max_memory: self.max_memory.as_deref().map(budget::bytes).transpose()?,
+            calibration: self.calibration.clone(),
+        }))
+    }
+}
+
+/// What was chosen under a budget.
+fn outcome_table(outcome: &Outcome) -> String {
+    let ms = |seconds: f64| format!("{:.1} ms", 1e3 * seconds);
+    let mut rows: Vec<Vec<String>> = outcome.formats.iter().map(|(d, f)| vec![d.clone(), f.clone()]).collect();
+    rows.push(vec!["workload".into(), outcome.workload.clone()]);
+    rows.push(vec!["KL divergence, measured".into(), format!("{:.5}", outcome.kl_divergence)]);
+    rows.push(vec!["KL divergence, predicted".into(), format!("{:.5}", outcome.kl_divergence_predicted)]);
+    rows.push(vec!["rounds".into(), outcome.rounds.len().to_string()]);
+    rows.push(vec!["weights and caches".into(), report::bytes(outcome.memory_bytes)]);
+    rows.push(vec!["predicted time".into(), ms(outcome.seconds)]);
+    rows.push(vec!["with the file's formats".into(), ms(outcome.seconds_of_file)]);
+    report::table(&rows)
 }
 
 /// The choices in an artifact, or in JSON.
@@ -311,6 +379,9 @@ fn closing_table(summary: &Summary) -> String {
     if !summary.unused.is_empty() {
         out += &format!("tuning: {} choices are for kernels that are not here\n", summary.unused.kernels.len());
     }
+    for (name, value) in summary.quality.iter().flat_map(Quality::figures) {
+        out += &format!("{name}: {value}\n");
+    }
     for approximation in &summary.passes.approximations {
         out += &format!("approximation: {approximation}\n");
     }
@@ -333,6 +404,7 @@ fn json_of(summary: &Summary) -> serde_json::Value {
         "peak_memory_bytes": report::peak_memory(),
         "passes": summary.passes.passes.iter().map(pass).collect::<Vec<_>>(),
         "approximations": summary.passes.approximations,
+        "quality": summary.quality,
         "tuning": summary.tuning,
         "tuning_unused": summary.unused.kernels.iter().map(|t| t.kernel.as_str()).collect::<Vec<_>>(),
     })

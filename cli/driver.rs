@@ -4,8 +4,8 @@ use crate::machine::MachineFile;
 use crate::tune;
 use mansard_backends as backends;
 use mansard_frontend as frontend;
-use mansard_ir::artifact::Provenance;
-use mansard_ir::{DType, Error, Model, Result, Target, Tuning};
+use mansard_ir::artifact::{Provenance, Quality};
+use mansard_ir::{DType, Error, Model, Result, Target, Traffic, Tuning};
 use mansard_passes as passes;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,12 +22,18 @@ pub struct CompileOptions {
     pub float_weights: bool,
     /// The format of matrices, which are rounded or quantized when packed (`--quant bf16`, `--quant int4-g64`).
     pub weights: Option<DType>,
+    /// Formats of single matrices, by their names in the weight table (`--max-kld`).
+    pub formats: BTreeMap<String, DType>,
+    /// What else the provenance is to say of how they were chosen.
+    pub notes: BTreeMap<String, String>,
     /// Stored type of caches; `None` lets the precision pass choose.
     pub kv: Option<DType>,
     /// Vocabulary projections stay in one plane (`--exact-head`).
     pub exact_head: bool,
     /// Bounds of a step.
     pub limits: passes::LimitsRequest,
+    /// The workload that decisions are priced on.
+    pub traffic: Option<Traffic>,
     /// Makes the weights up, from this seed, for a `config.json` alone.
     pub synthetic_seed: Option<u64>,
     /// Choices of an earlier measurement.
@@ -45,9 +51,12 @@ impl Default for CompileOptions {
             machine: None,
             float_weights: false,
             weights: None,
+            formats: BTreeMap::new(),
+            notes: BTreeMap::new(),
             kv: None,
             exact_head: false,
             limits: passes::LimitsRequest::default(),
+            traffic: None,
             synthetic_seed: None,
             tuning: Tuning::default(),
             tune: false,
@@ -91,6 +100,8 @@ pub struct Summary {
     pub tuning: Tuning,
     /// Choices that were given, but are for no kernel of this artifact.
     pub unused: Tuning,
+    /// What the artifact was measured to do, where that was asked for.
+    pub quality: Option<Quality>,
 }
 
 /// Opens the model file at `path`.
@@ -107,8 +118,9 @@ pub fn pass_options(mut target: Target, options: &CompileOptions) -> passes::Opt
     if let Some(file) = &options.machine {
         target.machine = file.table.whole();
     }
-    let CompileOptions { kv, weights, exact_head, limits, .. } = *options;
-    passes::Options { kv, weights, exact_head, limits, ..passes::Options::new(target) }
+    let CompileOptions { kv, weights, exact_head, limits, traffic, .. } = *options;
+    let formats = options.formats.clone();
+    passes::Options { kv, weights, formats, exact_head, limits, traffic, ..passes::Options::new(target) }
 }
 
 /// Imports, plans and generates code for every target, and writes the artifact at `output`.
@@ -151,6 +163,7 @@ pub fn compile(
         options: options.recorded(&targets),
         approximations: report.approximations.clone(),
         tuning,
+        quality: None,
     };
     let contents = backends::artifact::Contents {
         plan: &plan,
@@ -171,6 +184,7 @@ pub fn compile(
         passes: report,
         tuning: provenance.tuning,
         unused,
+        quality: None,
     })
 }
 
@@ -185,6 +199,7 @@ impl CompileOptions {
             ("quant".to_string(), quant),
             ("target".to_string(), targets.iter().map(|t| t.name.as_str()).collect::<Vec<_>>().join(",")),
         ]);
+        options.extend(self.notes.clone());
         if let Some(file) = &self.machine {
             options.insert("machine".into(), file.provenance());
         }
@@ -197,6 +212,9 @@ impl CompileOptions {
         if let Some(context) = self.limits.context {
             options.insert("context".into(), context.to_string());
         }
+        if let Some(traffic) = self.traffic {
+            options.insert("workload".into(), traffic.to_string());
+        }
         if let Some(seed) = self.synthetic_seed {
             options.insert("synthetic-weights".into(), seed.to_string());
         }
@@ -205,7 +223,7 @@ impl CompileOptions {
 }
 
 /// Name and hash of the files that decide a model: the file itself, or a checkpoint's configuration and weights.
-fn sources(input: &Path) -> Result<Vec<(String, String)>> {
+pub(crate) fn sources(input: &Path) -> Result<Vec<(String, String)>> {
     let mut files = vec![input.to_owned()];
     if input.is_dir() {
         let entries = std::fs::read_dir(input).map_err(|e| Error::io(input, e))?;

@@ -10,18 +10,17 @@
 //! Distributions are compared whole, in f64, over the full vocabulary. A perplexity's error bar is one standard error of
 //! the mean.
 
-use crate::report::{self, EngineArguments};
+use crate::report::{self, EngineArguments, OpenArguments};
+use mansard::budget::{CHUNK, WINDOW};
 use mansard::driver::{self, CompileOptions, Quiet};
+use mansard_ir::artifact::Quality;
 use mansard_ir::{DType, Error, Result, bail};
 use mansard_runtime::{Engine, Model, Rows, SequenceId, Work};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
 /// Prose of some 1,500 tokens that ships with the compiler.
-const DEFAULT_TEXT: &str = include_str!("evaluation.txt");
-
-/// Positions compared at a time; two vocabularies of rows lie in memory.
-const CHUNK: usize = 32;
+pub const DEFAULT_TEXT: &str = include_str!("evaluation.txt");
 
 /// Measure perplexity on a text, and the divergence from another model
 #[derive(clap::Args)]
@@ -38,7 +37,7 @@ pub struct Arguments {
     #[arg(long, value_name = "MODEL")]
     against: Option<PathBuf>,
     /// Tokens read from an empty context before starting over
-    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    #[arg(long, value_name = "TOKENS", default_value_t = WINDOW)]
     window: usize,
     /// Most tokens that are read [default: all]
     #[arg(long, value_name = "TOKENS")]
@@ -110,6 +109,34 @@ pub struct Request<'a> {
     pub window: usize,
     /// Most tokens of the text.
     pub most: Option<usize>,
+}
+
+/// The quality card of the artifact at `path`: what [`measure`] says of it on a text, beside the model it was made of.
+///
+/// # Errors
+/// As [`run`].
+pub fn card(path: &Path, text: Option<&Path>, against: &Path) -> Result<Quality> {
+    let engine =
+        EngineArguments { threads: None, opening: OpenArguments { huge_pages: false, pin: false, no_verify: false } };
+    let model = engine.open(path)?;
+    let window = WINDOW.min(model.artifact().manifest().program.limits.context);
+    let request = Request { text, tokens: None, against: Some(against), window, most: None };
+    let mut hash = blake3::Hasher::new();
+    tokens(&model, &request)?.iter().for_each(|token| _ = hash.update(&token.to_le_bytes()));
+    let Evaluation { positions, perplexity, perplexity_error, divergence } = measure(&model, &engine, &request)?;
+    let Some(divergence) = divergence else { bail!(Internal, "nothing was compared") };
+    Ok(Quality {
+        text: hash.finalize().to_hex().to_string(),
+        window,
+        positions,
+        perplexity,
+        perplexity_error,
+        reference_perplexity: divergence.reference_perplexity,
+        kl_divergence_mean: divergence.kl_divergence_mean,
+        kl_divergence_error: divergence.kl_divergence_error,
+        kl_divergence_p999: divergence.kl_divergence_p999,
+        top1_agreement: divergence.top1_agreement,
+    })
 }
 
 /// Evaluates `model`.

@@ -163,6 +163,9 @@ fn provenance(manifest: &Manifest) -> String {
     p.sources.iter().for_each(|(name, hash)| out += &format!("  from {name}, BLAKE3 {hash}\n"));
     out += &format!("  passes {}\n", p.passes.join(", "));
     p.options.iter().for_each(|(name, value)| out += &format!("  {name} = {value}\n"));
+    for (name, value) in p.quality.iter().flat_map(|quality| quality.figures()) {
+        out += &format!("  quality: {name} {value}\n");
+    }
     p.approximations.iter().for_each(|a| out += &format!("  approximation: {a}\n"));
     for Tuned { kernel, target, choice, measured, .. } in &p.tuning.kernels {
         let Choice { tokens, strips, cache_bytes, ahead } = choice;

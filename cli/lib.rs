@@ -5,6 +5,8 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod budget;
+pub mod check;
 pub mod driver;
 pub mod machine;
 mod tune;

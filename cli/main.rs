@@ -1,12 +1,15 @@
-//! The command line: `mansard compile | run | chat | logits | embed | eval | bench | inspect | probe | opt | doctor`.
+//! The command line: `mansard compile | run | chat | logits | embed | eval | verify | bisect | bench | inspect | diff | probe |
+//! opt | doctor`.
 //!
 //! Results go to standard output, progress and remarks to standard error. Exit codes are those of
 //! [`mansard_ir::Error::exit_code`]; every failure is one `error:` with its place and, where something is known, one `help:`.
 #![forbid(unsafe_code)]
 
 mod bench;
+mod bisect;
 mod chat;
 mod compile;
+mod diff;
 mod doctor;
 mod embed;
 mod eval;
@@ -16,6 +19,7 @@ mod opt;
 mod probe;
 mod report;
 mod run;
+mod verify;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -23,6 +27,7 @@ use std::process::ExitCode;
 const EXIT_CODES: &str = "\
 Exit codes:
   0   done
+  1   verify, bisect: the artifact is further from its model than it may be
   2   a request that makes no sense: contradictory options, an empty or too long prompt
   3   damaged, hostile or inconsistent input
   4   well-formed input that this version does not support; the message lists what is
@@ -45,8 +50,11 @@ enum Command {
     Logits(logits::Arguments),
     Embed(embed::Arguments),
     Eval(eval::Arguments),
+    Verify(verify::Arguments),
+    Bisect(bisect::Arguments),
     Bench(bench::Arguments),
     Inspect(inspect::Arguments),
+    Diff(diff::Arguments),
     Probe(probe::Arguments),
     Opt(opt::Arguments),
     Doctor(doctor::Arguments),
@@ -60,8 +68,11 @@ fn main() -> ExitCode {
         Command::Logits(arguments) => logits::run(&arguments),
         Command::Embed(arguments) => embed::run(&arguments),
         Command::Eval(arguments) => eval::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
+        Command::Bisect(arguments) => bisect::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Diff(arguments) => diff::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
         Command::Opt(arguments) => opt::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),

@@ -23,6 +23,9 @@ pub struct Arguments {
     output: Option<PathBuf>,
     #[command(flatten)]
     choices: Choices,
+    /// Only so many rewrite rules, the first of docs/passes.md
+    #[arg(long, value_name = "N")]
+    rules: Option<usize>,
     /// Show what each pass did and how long it took
     #[arg(long)]
     time_passes: bool,
@@ -50,7 +53,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         verify::verify(graph).at(|| arguments.case.display().to_string())?;
     }
     let mut sink = |_: Event<'_>| {};
-    let pass_options = driver::pass_options(target, &options);
+    let mut pass_options = driver::pass_options(target, &options);
+    pass_options.rules.first = arguments.rules.unwrap_or(usize::MAX);
     let (state, ran) = passes::manager::run(&names, State::new(model), &pass_options, &mut Hooks::new(&mut sink))?;
     if arguments.time_passes {
         eprint!("{}", ran.times());

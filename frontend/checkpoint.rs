@@ -10,6 +10,7 @@
 //! (`synthetic`) every name exists and has seeded values.
 
 use mansard_ir::file::MappedFile;
+use mansard_ir::grid::Grid;
 use mansard_ir::model::{Part, Source, Weight};
 use mansard_ir::{DType, Dim, Error, Kind, Place, Result, Type, bail};
 use std::collections::BTreeMap;
@@ -24,6 +25,10 @@ pub(crate) struct Tensor {
     pub parts: Vec<Part>,
     /// The file's own name of the element type, for messages.
     pub dtype_name: String,
+    /// Where it is stored whole.
+    pub at: Option<(Arc<MappedFile>, usize)>,
+    /// Why the values cannot be kept as they are stored, only read as reals.
+    pub reals_only: Option<String>,
 }
 
 /// Every tensor of a model file, by name.
@@ -41,19 +46,39 @@ impl Tensor {
     pub fn whole(file: &Arc<MappedFile>, offset: usize, dtype: DType, shape: Vec<usize>) -> Tensor {
         let columns = shape.last().copied().unwrap_or(1);
         let rows = shape.iter().rev().skip(1).product();
-        let part =
-            Part { file: file.clone(), offset, dtype, stored: (rows, columns), transposed: false, rows: 0..rows };
-        Tensor { shape, parts: vec![part], dtype_name: dtype.to_string() }
+        let part = Part {
+            file: file.clone(),
+            offset,
+            dtype,
+            stored: (rows, columns),
+            transposed: false,
+            rows: 0..rows,
+            grid: None,
+        };
+        let at = Some((file.clone(), offset));
+        Tensor { shape, parts: vec![part], dtype_name: dtype.to_string().to_uppercase(), at, reals_only: None }
     }
 
     /// A tensor whose element type has no place here; an error only if something needs it.
-    pub fn foreign(dtype_name: impl Into<String>, shape: Vec<usize>) -> Tensor {
-        Tensor { shape, parts: vec![], dtype_name: dtype_name.into() }
+    pub fn foreign(file: &Arc<MappedFile>, offset: usize, dtype_name: impl Into<String>, shape: Vec<usize>) -> Tensor {
+        let at = Some((file.clone(), offset));
+        Tensor { shape, parts: vec![], dtype_name: dtype_name.into(), at, reals_only: None }
+    }
+
+    /// A matrix `[n, k]` whose codes, scales and zero points are in tensors of their own.
+    pub fn grid(grid: Grid, dtype: DType, (n, k): (usize, usize), reals_only: Option<String>) -> Tensor {
+        let (file, offset) = (grid.codes.file.clone(), grid.codes.offset);
+        let grid = Some(Arc::new(grid));
+        let part = Part { file, offset, dtype, stored: (n, k), transposed: false, rows: 0..n, grid };
+        Tensor { shape: vec![n, k], parts: vec![part], dtype_name: dtype.to_string(), at: None, reals_only }
     }
 
     /// The same bytes read as the transposed matrix.
     pub fn transposed(mut self) -> Result<Tensor> {
         let [rows, columns] = self.shape[..] else { bail!(Input, "expected a matrix, found shape {:?}", self.shape) };
+        if self.parts.iter().any(|part| part.grid.is_some()) {
+            bail!(Unsupported, "a quantized matrix that this family stores transposed");
+        }
         self.shape = vec![columns, rows];
         for part in &mut self.parts {
             part.transposed = true;
@@ -105,6 +130,11 @@ impl Checkpoint {
     /// There is a tensor of that name in a file.
     pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
+    }
+
+    /// The stored tensor of that name.
+    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
     }
 
     /// Shape of a stored tensor.
@@ -209,6 +239,13 @@ impl Checkpoint {
         if tensor.parts.is_empty() {
             let message = format!("elements of type {} cannot be used as a weight", tensor.dtype_name);
             return Err(Error::new(Kind::Unsupported, message).help(supported_dtypes())).at(place);
+        }
+        if let Some(reason) = tensor.reals_only.as_ref().filter(|_| !self.float_weights) {
+            let error = Error::new(Kind::Unsupported, format!("{reason}, which cannot be kept as they are"));
+            return Err(
+                error.help("--quant none reads them as reals; --quant bf16, int8, .. rounds or quantizes those")
+            )
+            .at(place);
         }
         let dtype = widest.map_or_else(|| common_dtype(&tensor.parts), Ok).at(place)?;
         Ok(Weight { ty: dims(dtype), source: Source::Parts(tensor.parts.clone()) })

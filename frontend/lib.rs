@@ -16,6 +16,7 @@ mod config;
 mod gguf;
 mod models;
 mod names;
+mod quantized;
 mod rope;
 mod safetensors;
 mod tokenizer;
@@ -182,6 +183,7 @@ fn open_config(path: &Path, directory: &Path, weights: Option<&Path>, options: &
         (Some(weights), None) => safetensors::read(weights)?,
     };
     checkpoint.float_weights = options.float_weights;
+    quantized::apply(&config, &mut checkpoint).at(|| weights.map_or(path, |_| directory).display().to_string())?;
     let (root, probe) = family.root;
     checkpoint.reroot(root, probe).at(place)?;
     let program = (family.build)(architecture, &config, &mut checkpoint)

@@ -127,7 +127,7 @@ fn add_all(file: &Arc<MappedFile>, checkpoint: &mut Checkpoint) -> Result<()> {
         spans.push((begin, end));
         let tensor = match plain_dtype(&dtype) {
             Some(dtype) if !shape.contains(&0) => Tensor::whole(file, 8 + length + begin, dtype, shape),
-            _ => Tensor::foreign(dtype, shape),
+            _ => Tensor::foreign(file, 8 + length + begin, dtype, shape),
         };
         checkpoint.add(name, tensor)?;
     }

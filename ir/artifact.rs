@@ -84,6 +84,50 @@ pub struct Provenance {
     /// Choices that were measured, or taken from an earlier measurement.
     #[serde(default, skip_serializing_if = "Tuning::is_empty")]
     pub tuning: Tuning,
+    /// How well the artifact does, where it was evaluated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quality: Option<Quality>,
+}
+
+/// The quality card: what an artifact was measured to do on a text, beside its model in exact floats. Every choice that is
+/// not exact is in [`Provenance::approximations`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Quality {
+    /// BLAKE3 of the evaluation text's tokens (as i32, little-endian).
+    pub text: String,
+    /// Tokens read from an empty context before starting over.
+    pub window: usize,
+    /// Positions with a next token.
+    pub positions: usize,
+    /// Of the artifact.
+    pub perplexity: f64,
+    /// One standard error of it.
+    pub perplexity_error: f64,
+    /// Of the model in exact floats.
+    pub reference_perplexity: f64,
+    /// Mean over positions, in nats.
+    pub kl_divergence_mean: f64,
+    /// One standard error of the mean.
+    pub kl_divergence_error: f64,
+    /// What 99.9% of the positions stay below.
+    pub kl_divergence_p999: f64,
+    /// Share of positions where the likeliest token is the same.
+    pub top1_agreement: f64,
+}
+
+impl Quality {
+    /// Names and values for people.
+    pub fn figures(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("perplexity", format!("{:.3} ± {:.3}", self.perplexity, self.perplexity_error)),
+            ("reference perplexity", format!("{:.3}", self.reference_perplexity)),
+            ("KL divergence, mean", format!("{:.6} ± {:.6}", self.kl_divergence_mean, self.kl_divergence_error)),
+            ("KL divergence, 99.9%", format!("{:.5}", self.kl_divergence_p999)),
+            ("top-1 agreement", format!("{:.2}%", 100.0 * self.top1_agreement)),
+            ("positions", format!("{}, in windows of {} tokens", self.positions, self.window)),
+            ("text, BLAKE3", self.text.clone()),
+        ]
+    }
 }
 
 impl Manifest {

@@ -17,6 +17,8 @@ use std::fmt;
 /// Whose fault an error is; decides the exit code of the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// What was asked has been answered, with no: an artifact that is further from its model than it may be (exit 1).
+    Differs,
     /// A request that makes no sense: contradictory options, an empty prompt, a context that is too short (exit 2).
     Usage,
     /// Outside bytes that are damaged, hostile or inconsistent (exit 3).
@@ -97,6 +99,7 @@ impl Error {
     /// The documented exit code of the command line for this kind.
     pub fn exit_code(&self) -> u8 {
         match self.0.kind {
+            Kind::Differs => 1,
             Kind::Usage => 2,
             Kind::Input => 3,
             Kind::Unsupported => 4,

@@ -1,10 +1,13 @@
 //! The format table: every dtype a tensor can be stored in, and how its bytes become numbers.
 //!
 //! A quantized format stores blocks of `block` elements in `block_bytes` bytes. Inside a block every `group` consecutive
-//! elements share one scale; `real = scale * (code - zero)` where the zero point is fixed, `real = scale * code + min`
-//! where each group has its own minimum. Codes are unsigned, so that `u8 x s8` dot products apply to all of them.
+//! elements share one scale; `real = scale * (code - zero)` where the zero point is fixed or each group has one, `real =
+//! scale * code + min` where each group has its own minimum. Codes are unsigned, so that `u8 x s8` dot products apply to
+//! all of them; of 4-bit floats it is their index in a table of small integers that is stored.
 //!
 //! Source of the GGUF block layouts: the GGUF specification and the `ggml` quantization reference.
+
+mod split;
 
 use std::fmt;
 
@@ -36,15 +39,71 @@ pub enum DType {
     Q6_K,
     INT4_G64,
     INT4_G128,
+    UINT4_G32,
+    UINT4_G64,
+    UINT4_G128,
+    INT8_G64,
+    INT8_G128,
+    MXFP4,
+    NVFP4,
 }
 
-/// Where the code meaning 0.0 lies.
+/// What a code stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Zero {
     /// `real = scale * (code - zero)` with one zero point for the whole format.
     Fixed(u8),
     /// `real = scale * code + min` with a minimum per group.
     Min,
+    /// `real = scale * (code - zero)` with a zero point per group, stored in a minimum's place.
+    Point,
+    /// `real = scale * E2M1[code]`: 4-bit floats, whose scale is stored halved so that they are integers.
+    E2M1,
+}
+
+/// Twice the values of 4-bit floats (sign, two bits of exponent, one of mantissa) by code.
+/// Source: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3.
+pub const E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// What kernels add to [`E2M1`] so that codes are unsigned.
+pub const E2M1_ZERO: u8 = 16;
+
+/// The value of an 8-bit float (sign, four bits of exponent, three of mantissa; no infinities).
+/// Source: OCP 8-bit Floating Point Specification (OFP8) 1.0.
+pub fn e4m3(byte: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f32::from(byte & 7));
+    let magnitude = match byte & 127 {
+        127 => f32::NAN,
+        0..8 => mantissa / 512.0,
+        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+    };
+    if byte < 128 { magnitude } else { -magnitude }
+}
+
+impl Zero {
+    /// What integer sums are to be freed of: the zero point of codes as kernels multiply them, where it is one for all.
+    pub const fn fixed(self) -> Option<u8> {
+        match self {
+            Zero::Fixed(zero) => Some(zero),
+            Zero::E2M1 => Some(E2M1_ZERO),
+            Zero::Min | Zero::Point => None,
+        }
+    }
+
+    /// Every group has a second figure beside its scale: a minimum or a zero point.
+    pub const fn has_mins(self) -> bool {
+        matches!(self, Zero::Min | Zero::Point)
+    }
+
+    /// The real of a code, with its group's scale and second figure.
+    pub fn real(self, code: u8, scale: f32, min: f32) -> f32 {
+        match self {
+            Zero::Fixed(zero) => scale * (f32::from(code) - f32::from(zero)),
+            Zero::Min => scale * f32::from(code) + min,
+            Zero::Point => scale * (f32::from(code) - min),
+            Zero::E2M1 => scale * f32::from(E2M1[usize::from(code & 15)]),
+        }
+    }
 }
 
 /// The integer view of a quantized format: what kernels see.
@@ -66,13 +125,13 @@ impl IntFormat {
 }
 
 /// Codes, scales and minima of one block, as `split` leaves them: `codes[block]`, `scales[block / group]`,
-/// `mins[block / group]` (untouched where the zero point is fixed).
+/// `mins[block / group]` (minima or zero points; untouched where there are none).
 pub struct Split<'a> {
     /// Unsigned codes, one per element.
     pub codes: &'a mut [u8],
     /// One scale per group.
     pub scales: &'a mut [f32],
-    /// One minimum per group.
+    /// One minimum, or zero point, per group.
     pub mins: &'a mut [f32],
 }
 
@@ -88,7 +147,7 @@ pub struct Format {
     pub block_bytes: usize,
     /// The integer view, for quantized weights.
     pub int: Option<IntFormat>,
-    /// Offsets of the block's f16 scales and minima, and what each is about when the reals span -1 to 1.
+    /// Offsets of the block's f16 scales, minima and zero points, and what each is about when the reals span -1 to 1.
     pub scales: &'static [(usize, f32)],
     /// Splits the bytes of one block into codes, scales and minima; for formats with an integer view.
     pub split: fn(&[u8], Split<'_>),
@@ -170,10 +229,7 @@ pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) {
         );
         for (i, (x, code)) in out.iter_mut().zip(codes).enumerate() {
             let g = i / int.group;
-            *x = match int.zero {
-                Zero::Fixed(zero) => scales[g] * (code as f32 - zero as f32),
-                Zero::Min => scales[g] * code as f32 + mins[g],
-            };
+            *x = int.zero.real(code, scales[g], mins[g]);
         }
     }
 }
@@ -219,7 +275,7 @@ const fn quant(
 pub const CACHED: [DType; 4] = [DType::F16, DType::I8, DType::F32, DType::BF16];
 
 /// The table, in the order of [`DType`].
-pub static FORMATS: [Format; 20] = [
+pub static FORMATS: [Format; 27] = [
     row(DType::F32, "f32", 1, 4, "IEEE single precision"),
     row(DType::F16, "f16", 1, 2, "IEEE half precision"),
     row(DType::BF16, "bf16", 1, 2, "the upper half of f32"),
@@ -342,131 +398,67 @@ pub static FORMATS: [Format; 20] = [
         split::q4_0,
         "4 bits, one f16 scale per 128",
     ),
+    quant(
+        DType::UINT4_G32,
+        "uint4_g32",
+        (32, 20),
+        (4, 32, Zero::Point),
+        &[(0, 0.13), (2, 8.0)],
+        split::q4_1,
+        "4 bits, f16 scale and zero point per 32",
+    ),
+    quant(
+        DType::UINT4_G64,
+        "uint4_g64",
+        (64, 36),
+        (4, 64, Zero::Point),
+        &[(0, 0.13), (2, 8.0)],
+        split::q4_1,
+        "4 bits, f16 scale and zero point per 64",
+    ),
+    quant(
+        DType::UINT4_G128,
+        "uint4_g128",
+        (128, 68),
+        (4, 128, Zero::Point),
+        &[(0, 0.13), (2, 8.0)],
+        split::q4_1,
+        "4 bits, f16 scale and zero point per 128",
+    ),
+    quant(
+        DType::INT8_G64,
+        "int8_g64",
+        (64, 66),
+        (8, 64, Zero::Fixed(128)),
+        &[(0, 8e-3)],
+        split::q8_0,
+        "8 bits, one f16 scale per 64",
+    ),
+    quant(
+        DType::INT8_G128,
+        "int8_g128",
+        (128, 130),
+        (8, 128, Zero::Fixed(128)),
+        &[(0, 8e-3)],
+        split::q8_0,
+        "8 bits, one f16 scale per 128",
+    ),
+    quant(
+        DType::MXFP4,
+        "mxfp4",
+        (32, 18),
+        (4, 32, Zero::E2M1),
+        &[(0, 0.06)],
+        split::q4_0,
+        "4-bit floats (e2m1), a power of two per 32",
+    ),
+    quant(
+        DType::NVFP4,
+        "nvfp4",
+        (32, 20),
+        (4, 16, Zero::E2M1),
+        &[(0, 0.06), (2, 0.06)],
+        split::two_scales,
+        "4-bit floats (e2m1), one scale per 16",
+    ),
 ];
-
-/// How each format's block comes apart.
-mod split {
-    use super::Split;
-
-    fn f16(b: &[u8]) -> f32 {
-        half::f16::from_le_bytes([b[0], b[1]]).to_f32()
-    }
-
-    /// Low nibbles are the first half of the elements, high nibbles the second.
-    fn nibbles(bytes: &[u8], codes: &mut [u8]) {
-        let (first, second) = codes.split_at_mut(codes.len() / 2);
-        for ((b, low), high) in bytes.iter().zip(first).zip(second) {
-            *low = b & 15;
-            *high = b >> 4;
-        }
-    }
-
-    /// Bit `i` of the 32-bit word is the fifth bit of element `i`.
-    fn fifth_bits(bytes: &[u8], codes: &mut [u8]) {
-        let word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-        for (i, code) in codes.iter_mut().enumerate() {
-            *code |= ((word >> i & 1) as u8) << 4;
-        }
-    }
-
-    pub fn q4_0(b: &[u8], s: Split<'_>) {
-        s.scales[0] = f16(b);
-        nibbles(&b[2..], s.codes);
-    }
-
-    pub fn q4_1(b: &[u8], s: Split<'_>) {
-        s.scales[0] = f16(b);
-        s.mins[0] = f16(&b[2..]);
-        nibbles(&b[4..], s.codes);
-    }
-
-    pub fn q5_0(b: &[u8], s: Split<'_>) {
-        s.scales[0] = f16(b);
-        nibbles(&b[6..], s.codes);
-        fifth_bits(&b[2..], s.codes);
-    }
-
-    pub fn q5_1(b: &[u8], s: Split<'_>) {
-        s.scales[0] = f16(b);
-        s.mins[0] = f16(&b[2..]);
-        nibbles(&b[8..], s.codes);
-        fifth_bits(&b[4..], s.codes);
-    }
-
-    pub fn q8_0(b: &[u8], s: Split<'_>) {
-        s.scales[0] = f16(b);
-        for (code, b) in s.codes.iter_mut().zip(&b[2..]) {
-            *code = b ^ 0x80; // signed byte + 128
-        }
-    }
-
-    pub fn q2_k(b: &[u8], s: Split<'_>) {
-        let (d, dmin) = (f16(&b[80..]), f16(&b[82..]));
-        for (g, packed) in b[..16].iter().enumerate() {
-            s.scales[g] = d * (packed & 15) as f32;
-            s.mins[g] = -dmin * (packed >> 4) as f32;
-        }
-        for (i, code) in s.codes.iter_mut().enumerate() {
-            let (half, within) = (i / 128, i % 128);
-            *code = b[16 + half * 32 + within % 32] >> (2 * (within / 32)) & 3;
-        }
-    }
-
-    pub fn q3_k(b: &[u8], s: Split<'_>) {
-        let d = f16(&b[108..]);
-        for g in 0..16 {
-            // Twelve bytes hold sixteen 6-bit scales: low nibbles in the first eight, high pairs in the last four.
-            let low = if g < 8 { b[96 + g] & 15 } else { b[96 + g - 8] >> 4 };
-            let high = b[104 + g % 4] >> (2 * (g / 4)) & 3;
-            s.scales[g] = d * ((low | high << 4) as f32 - 32.0);
-        }
-        for (i, code) in s.codes.iter_mut().enumerate() {
-            let (half, within) = (i / 128, i % 128);
-            let low = b[32 + half * 32 + within % 32] >> (2 * (within / 32)) & 3;
-            let high = b[within % 32] >> (half * 4 + within / 32) & 1;
-            *code = low | high << 2;
-        }
-    }
-
-    /// Eight 6-bit scales and eight 6-bit minima in twelve bytes, shared by Q4_K and Q5_K.
-    fn scales_and_mins(b: &[u8], s: &mut Split<'_>) {
-        let (d, dmin, q) = (f16(b), f16(&b[2..]), &b[4..16]);
-        for g in 0..8 {
-            let (scale, min) = if g < 4 {
-                (q[g] & 63, q[g + 4] & 63)
-            } else {
-                (q[g + 4] & 15 | q[g - 4] >> 6 << 4, q[g + 4] >> 4 | q[g] >> 6 << 4)
-            };
-            s.scales[g] = d * scale as f32;
-            s.mins[g] = -dmin * min as f32;
-        }
-    }
-
-    pub fn q4_k(b: &[u8], mut s: Split<'_>) {
-        scales_and_mins(b, &mut s);
-        for (i, code) in s.codes.iter_mut().enumerate() {
-            *code = b[16 + i / 64 * 32 + i % 32] >> (4 * (i / 32 % 2)) & 15;
-        }
-    }
-
-    pub fn q5_k(b: &[u8], mut s: Split<'_>) {
-        scales_and_mins(b, &mut s);
-        for (i, code) in s.codes.iter_mut().enumerate() {
-            let low = b[48 + i / 64 * 32 + i % 32] >> (4 * (i / 32 % 2)) & 15;
-            *code = low | (b[16 + i % 32] >> (i / 32) & 1) << 4;
-        }
-    }
-
-    pub fn q6_k(b: &[u8], s: Split<'_>) {
-        let d = f16(&b[208..]);
-        for g in 0..16 {
-            s.scales[g] = d * b[192 + g] as i8 as f32;
-        }
-        for (i, code) in s.codes.iter_mut().enumerate() {
-            let (half, within) = (i / 128, i % 128);
-            let low = b[half * 64 + within % 64] >> (4 * (within / 64)) & 15;
-            let high = b[128 + half * 32 + within % 32] >> (2 * (within / 32)) & 3;
-            *code = low | high << 4;
-        }
-    }
-}

@@ -6,7 +6,7 @@
 //! Float strips are `k` lines of 16 values; of bf16 `k / 2` lines of 16 pairs (`[row][2]`, the last one half empty where `k` is
 //! odd), since dot products of pairs leave one sum per lane.
 
-use crate::formats::{DType, IntFormat, Zero};
+use crate::formats::{DType, IntFormat};
 use crate::planes::PlanesLayout;
 use crate::types::{CacheRole, Type};
 
@@ -33,7 +33,7 @@ pub struct StripLayout {
     pub chunk_bytes: usize,
     /// `f16[groups][16]`.
     pub scales: usize,
-    /// `f16[groups][16]`, present where the format has a minimum.
+    /// `f16[groups][16]`: minima or zero points, present where the format has them.
     pub mins: usize,
     /// Fifth bits (one 64-bit word a quad, bit `row * 4 + i`) or bits 4-5 (byte `row * 4 + i` holds quad
     /// `4 * line + c` of the unit at bit `2 c`).
@@ -54,7 +54,7 @@ impl StripLayout {
         };
         let chunk = (2 * int.group).max(64);
         let figures = aligned(chunk / int.group * STRIP * 2);
-        let high = if int.zero == Zero::Min { 2 * figures } else { figures };
+        let high = if int.zero.has_mins() { 2 * figures } else { figures };
         let codes = high + aligned(chunk / int.unit() * high_bytes(int));
         let through = |columns: usize| codes + columns / int.unit() * code_bytes(int);
         let last = if k.is_multiple_of(chunk) { 0 } else { through(k % chunk) };

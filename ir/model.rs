@@ -9,6 +9,7 @@
 use crate::file::MappedFile;
 use crate::formats::{DType, dequantize};
 use crate::graph::Graph;
+use crate::grid::Grid;
 use crate::quantize::quantize;
 use crate::types::{Dim, Type};
 use crate::{Error, Kind, Place, Result, bail};
@@ -127,6 +128,8 @@ pub struct Part {
     pub transposed: bool,
     /// Rows of the logical matrix that this part contributes.
     pub rows: Range<usize>,
+    /// Where scales and zero points are in tensors of their own: what `file` and `offset` do not tell.
+    pub grid: Option<Arc<Grid>>,
 }
 
 impl WeightTable {
@@ -179,7 +182,7 @@ impl Weight {
         (shape.iter().product::<usize>() / columns.max(1), columns)
     }
 
-    /// All rows have been stored in `dtype` contiguously, so [`Weight::raw_row`] gives them.
+    /// All rows have been stored in `dtype`, so [`Weight::quantized_row`] gives them as they are.
     pub fn stored_as(&self, dtype: DType) -> bool {
         match &self.source {
             Source::Parts(parts) => parts.iter().all(|p| p.dtype == dtype && !p.transposed),
@@ -192,7 +195,7 @@ impl Weight {
     ///
     /// # Errors
     /// Where the file is too short or the row is not stored.
-    pub fn raw_row(&self, row: usize) -> Result<&[u8]> {
+    fn raw_row(&self, row: usize) -> Result<&[u8]> {
         if let Source::Bytes { dtype, bytes } = &self.source {
             let (rows, columns) = self.rows_columns();
             let range = dtype.bytes(columns).filter(|_| row < rows).map(|len| row * len..(row + 1) * len);
@@ -216,6 +219,12 @@ impl Weight {
     pub fn quantized_row(&self, row: usize) -> Result<Cow<'_, [u8]>> {
         let (dtype, (_, columns)) = (self.dtype_shape().0.in_file(), self.rows_columns());
         if self.stored_as(dtype) {
+            if let Source::Parts(_) = self.source
+                && let (part, row) = self.part(row)?
+                && let Some(grid) = &part.grid
+            {
+                return Ok(Cow::Owned(grid.blocks(row, columns, dtype)?));
+            }
             return Ok(Cow::Borrowed(self.raw_row(row)?));
         }
         let Some(bytes) = dtype.bytes(columns) else {
@@ -254,6 +263,9 @@ impl Weight {
             Source::Synthetic { seed } => synthetic_row(*seed, row, out),
             Source::Parts(_) => {
                 let (part, row) = self.part(row)?;
+                if let Some(grid) = &part.grid {
+                    return grid.reals(row, out);
+                }
                 if !part.transposed {
                     if part.stored.1 != out.len() {
                         bail!(Input, "expected rows of {}, the file has {}", out.len(), part.stored.1);

@@ -6,17 +6,21 @@
 //!
 //! A group's largest value need not be met: a few scales around that one are tried, up to some that clip it, each is replaced
 //! by the least-squares scale for the codes it gives, and the best of them, rounded to f16, decides the codes. No calibration,
-//! no randomness: the same reals give the same bytes everywhere (sums are taken in 16 lanes, in one order).
+//! no randomness: the same reals give the same bytes everywhere (sums are taken in 16 lanes, in one order). 4-bit floats have
+//! scales of fewer bits, see [`float4`].
+
+mod float4;
 
 use crate::formats::{DType, IntFormat, Zero};
 use crate::{Result, bail};
 use half::f16;
 
-/// Puts a block's codes, scale and minimum (0 where the zero point is fixed) in file order.
-type Join = fn(codes: &[u8], scale: f16, min: f16, out: &mut [u8]);
+/// Puts a block's codes and its two figures in file order: scale and minimum (0 where the zero point is fixed), or, of 4-bit
+/// floats, the scales of its first and last group.
+type Join = fn(codes: &[u8], first: f16, second: f16, out: &mut [u8]);
 
-/// What reals can be quantized to: formats whose quant block is one group.
-const QUANTIZERS: [(DType, Join); 7] = [
+/// What reals can be quantized to: formats whose quant block is one group, and 4-bit floats.
+const QUANTIZERS: [(DType, Join); 14] = [
     (DType::Q4_0, join::q4_0),
     (DType::Q4_1, join::q4_1),
     (DType::Q5_0, join::q5_0),
@@ -24,6 +28,13 @@ const QUANTIZERS: [(DType, Join); 7] = [
     (DType::Q8_0, join::q8_0),
     (DType::INT4_G64, join::q4_0),
     (DType::INT4_G128, join::q4_0),
+    (DType::UINT4_G32, join::q4_1),
+    (DType::UINT4_G64, join::q4_1),
+    (DType::UINT4_G128, join::q4_1),
+    (DType::INT8_G64, join::q8_0),
+    (DType::INT8_G128, join::q8_0),
+    (DType::MXFP4, join::q4_0),
+    (DType::NVFP4, join::two_scales),
 ];
 
 /// Lanes that sums are taken in.
@@ -52,6 +63,7 @@ pub fn quantize(dtype: DType, reals: &[f32], out: &mut [u8]) -> Result<()> {
     }
     let mut codes = [0; MOST];
     let codes = &mut codes[..format.block];
+    let tensor = float4::outer_scale(reals);
     for (reals, out) in reals.chunks_exact(format.block).zip(out.chunks_exact_mut(format.block_bytes)) {
         if let Some(x) = reals.iter().find(|x| !x.is_finite()) {
             bail!(Input, "{x} cannot be quantized");
@@ -59,12 +71,18 @@ pub fn quantize(dtype: DType, reals: &[f32], out: &mut [u8]) -> Result<()> {
         let (scale, min) = match int.zero {
             Zero::Fixed(zero) => (symmetric(reals, int, zero), 0.0),
             Zero::Min => with_minimum(reals, int),
+            Zero::E2M1 => float4::scales(reals, int, tensor),
+            Zero::Point => with_zero_point(reals, int),
         };
         let (scale, min) = (f16::from_f32(scale), f16::from_f32(min));
         if !scale.is_finite() || !min.is_finite() {
             bail!(Input, "the scale of a group with values like {} does not fit f16", reals[0]);
         }
-        encode(reals, int, (scale.to_f32(), min.to_f32()), codes);
+        match int.zero {
+            Zero::E2M1 => float4::encode(reals, int, [scale.to_f32(), min.to_f32()], codes),
+            Zero::Point => encode(reals, int, (scale.to_f32(), -scale.to_f32() * min.to_f32()), codes),
+            _ => encode(reals, int, (scale.to_f32(), min.to_f32()), codes),
+        }
         join(codes, scale, min, out);
     }
     Ok(())
@@ -72,10 +90,7 @@ pub fn quantize(dtype: DType, reals: &[f32], out: &mut [u8]) -> Result<()> {
 
 /// The nearest codes under a given scale and minimum.
 fn encode(reals: &[f32], int: IntFormat, (scale, min): (f32, f32), codes: &mut [u8]) {
-    let (zero, high) = match int.zero {
-        Zero::Fixed(zero) => (zero as f32, top(int)),
-        Zero::Min => (0.0, top(int)),
-    };
+    let (zero, high) = (f32::from(int.zero.fixed().unwrap_or(0)), top(int));
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
     for (code, x) in codes.iter_mut().zip(reals) {
         *code = round(((x - min) * inverse + zero).clamp(0.0, high)) as u8;
@@ -164,6 +179,29 @@ fn with_minimum(reals: &[f32], int: IntFormat) -> (f32, f32) {
     best.1
 }
 
+/// `real = scale * (q - zero)`, an integer `zero` in `0 ..= top`: near [`with_minimum`] where that lies near zero.
+fn with_zero_point(reals: &[f32], int: IntFormat) -> (f32, f32) {
+    let (scale, min) = with_minimum(reals, int);
+    if (-scale * top(int)..=0.0).contains(&min) && scale > 0.0 {
+        return (scale, round(-min / scale));
+    }
+    let (low, high) = reals.iter().fold((0f32, 0f32), |(low, high), x| (low.min(*x), high.max(*x)));
+    let scale = (high - low) / top(int);
+    (scale, if scale > 0.0 { round(-low / scale) } else { 0.0 })
+}
+
+/// Puts a block of `dtype` together: its codes, and scale and minimum (or zero point), or the scales of both groups.
+///
+/// # Errors
+/// Where blocks of `dtype` are not made here.
+pub(crate) fn join(dtype: DType, codes: &[u8], (first, second): (f16, f16), out: &mut [u8]) -> Result<()> {
+    let Some((_, join)) = QUANTIZERS.iter().find(|q| q.0 == dtype) else {
+        bail!(Internal, "no blocks of {dtype} are made");
+    };
+    join(codes, first, second, out);
+    Ok(())
+}
+
 /// By halves: the same order everywhere.
 fn sum(lanes: [f32; LANES]) -> f32 {
     let mut lanes = lanes;
@@ -196,6 +234,10 @@ mod join {
     pub fn q4_0(codes: &[u8], scale: f16, _: f16, out: &mut [u8]) {
         out[..2].copy_from_slice(&scale.to_le_bytes());
         nibbles(codes, &mut out[2..]);
+    }
+
+    pub fn two_scales(codes: &[u8], first: f16, last: f16, out: &mut [u8]) {
+        q4_1(codes, first, last, out);
     }
 
     pub fn q4_1(codes: &[u8], scale: f16, min: f16, out: &mut [u8]) {
@@ -276,6 +318,13 @@ mod tests {
             (DType::Q8_0, 6e-3),
             (DType::INT4_G64, 0.095),
             (DType::INT4_G128, 0.105),
+            (DType::UINT4_G32, 0.083),
+            (DType::UINT4_G64, 0.092),
+            (DType::UINT4_G128, 0.098),
+            (DType::INT8_G64, 5.8e-3),
+            (DType::INT8_G128, 6.3e-3),
+            (DType::MXFP4, 0.115),
+            (DType::NVFP4, 0.09),
         ];
         for (dtype, most) in most {
             let found = error(dtype, &reals);
@@ -288,7 +337,7 @@ mod tests {
         for (dtype, _) in QUANTIZERS {
             let block = dtype.format().block;
             let mut spike = vec![0.0; block];
-            spike[3] = -5.0;
+            spike[3] = -6.0; // a value that 4-bit floats have, under a power of two
             for reals in [vec![0.0; block], vec![0.25; block], spike] {
                 let mut bytes = vec![0; dtype.bytes(block).unwrap()];
                 quantize(dtype, &reals, &mut bytes).unwrap();

@@ -8,7 +8,7 @@
 //! and quantized weights, and stays in a range where f32 and f64 agree: it is meant for comparing two evaluations of it.
 
 use crate::eval::{Cache, Routing, Step, Tensor, Value};
-use crate::formats::{CACHED, DType};
+use crate::formats::{CACHED, DType, Zero};
 use crate::graph::{Attrs, Graph, ValueId};
 use crate::model::{Call, Model, ModelInfo, Source, Weight, WeightTable};
 use crate::ops::sample::{WIDTHS, WINDOWS, attention_attrs, kept, weight_dtypes};
@@ -185,10 +185,12 @@ fn bytes(dtype: DType, rows: usize, columns: usize, random: &mut Random) -> Resu
             _ if format.int.is_none() => bail!(Input, "no weight is stored as {dtype}"),
             _ => {
                 out.extend((0..format.block_bytes).map(|_| random.bits() as u8));
-                for (offset, unit) in format.scales {
+                let points = format.int.is_some_and(|int| int.zero == Zero::Point);
+                for (i, (offset, unit)) in format.scales.iter().enumerate() {
                     let scale = amplitude * unit * (0.5 + random.unit() as f32 / 2.0);
+                    let figure = if points && i == 1 { *unit } else { scale };
                     let at = start + offset;
-                    out[at..at + 2].copy_from_slice(&half::f16::from_f32(scale).to_le_bytes());
+                    out[at..at + 2].copy_from_slice(&half::f16::from_f32(figure).to_le_bytes());
                 }
             }
         }

@@ -62,6 +62,13 @@ pub enum Type {
     },
 }
 
+impl Dim {
+    /// A fixed extent.
+    pub fn fixed(self) -> Option<usize> {
+        if let Dim::N(n) = self { Some(n) } else { None }
+    }
+}
+
 impl Type {
     /// `f32[shape]`.
     pub fn f32(shape: impl Into<Vec<Dim>>) -> Type {

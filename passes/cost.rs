@@ -14,7 +14,7 @@ use ir::cost::Workload;
 use ir::kernel::{KernelKind, after_anchor};
 use ir::layout::cache_position_bytes;
 use ir::ops::Class;
-use ir::{DType, Dim, Machine, Type};
+use ir::{DType, Dim, Graph, Machine, Type, ValueId};
 
 /// Share of the f32 peak that work outside contractions reaches: few multiply-adds, horizontal sums, polynomials.
 const SCALAR_SHARE: f64 = 0.25;
@@ -109,6 +109,15 @@ impl Roofline {
         let memory = streamed / m.bandwidth + near / bandwidth;
         compute.max(memory) + compute.min(memory) * EXPOSED + m.barrier
     }
+}
+
+/// Predicted seconds of a kernel that is there already: the same roofline, over the operations and bytes of its `values`.
+pub fn kernel_seconds(graph: &Graph, values: &[ValueId], machine: &Machine, step: &Workload) -> f64 {
+    let work = step.work(graph, values);
+    let compute = work.computing(machine);
+    let near = if work.activation_bytes > machine.cache_bytes { machine.bandwidth } else { machine.cache_bandwidth };
+    let memory = (work.weight_bytes + work.cache_bytes) / machine.bandwidth + work.activation_bytes / near;
+    compute.max(memory) + compute.min(memory) * EXPOSED + machine.barrier
 }
 
 /// Bytes of weights and caches that a node reads or writes.

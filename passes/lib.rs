@@ -13,12 +13,15 @@
 
 extern crate mansard_ir as ir;
 
+pub mod assign;
+pub mod budget;
 pub mod canonicalize;
 mod constants;
 pub mod cost;
 pub mod egraph;
 pub mod extract;
 pub mod kernels;
+pub mod knapsack;
 pub mod manager;
 mod memory;
 pub mod plan;
@@ -30,8 +33,9 @@ pub mod saturate;
 pub mod weights;
 
 use ir::plan::Plan;
-use ir::{DType, Model, Result, Stage, Target};
+use ir::{DType, Model, Result, Stage, Target, Traffic};
 pub use manager::{Event, Hooks, PassReport, Report, State};
+use std::collections::BTreeMap;
 
 /// What a compilation is asked for.
 #[derive(Clone, Debug)]
@@ -43,12 +47,18 @@ pub struct Options {
     /// The format of matrices, which are rounded or quantized when packed; `None`: they stay as they are. What other format
     /// some of them have then is written in [`weights`].
     pub weights: Option<DType>,
+    /// Formats of single matrices, by their names in the weight table; goes with no `weights`.
+    pub formats: BTreeMap<String, DType>,
     /// Vocabulary projections stay in one plane: every logit of every step is exact.
     pub exact_head: bool,
     /// Bounds of one step, as requested.
     pub limits: LimitsRequest,
+    /// The steps that decisions are priced on; `None`: one of each kind, at a context of 512 positions.
+    pub traffic: Option<Traffic>,
     /// Bounds of the search. None of them is a time: the same inputs give the same plan on any machine.
     pub search: SearchLimits,
+    /// Rules of the search.
+    pub rules: rules::RuleSet,
 }
 
 /// Bounds of one step as a user asks for them; the plan holds what was granted.
@@ -94,8 +104,9 @@ impl Default for SearchLimits {
 impl Options {
     /// Default limits for `target`.
     pub fn new(target: Target) -> Options {
-        let (limits, search) = (LimitsRequest::default(), SearchLimits::default());
-        Options { target, kv: None, weights: None, exact_head: false, limits, search }
+        let (limits, search, rules) = Default::default();
+        let (kv, weights, formats, traffic) = (None, None, BTreeMap::new(), None);
+        Options { target, kv, weights, formats, exact_head: false, limits, traffic, search, rules }
     }
 }
 

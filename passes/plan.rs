@@ -29,6 +29,9 @@ use std::collections::BTreeSet;
 /// Where a call's input is bound by nothing, or a value has no layout.
 pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     let plan = plan(&state.model, &options.limits)?;
+    if let Some(traffic) = &options.traffic {
+        traffic.fits(plan.program.limits.sequences, plan.program.limits.context)?;
+    }
     let program = &plan.program;
     let launches: Vec<String> = program
         .variants

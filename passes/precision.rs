@@ -11,6 +11,7 @@
 //! These choices change values beyond rounding. Each is one line of `State::approximations`, which ends up in the
 //! artifact's provenance.
 
+use crate::assign::assign;
 use crate::rebuild::Builder;
 use crate::weights;
 use crate::{Options, State};
@@ -25,6 +26,7 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     if let Some(dtype) = options.weights {
         state.approximations.extend(weights::store(&mut state.model, dtype)?);
     }
+    state.approximations.extend(assign(&mut state.model, &options.formats)?);
     let kv = options.kv.unwrap_or(if narrow(&state.model) { DType::F16 } else { DType::F32 });
     if !kv.is_cached() {
         let error = Error::new(Kind::Usage, format!("caches cannot be stored as {kv}"));

@@ -27,6 +27,7 @@ pub enum Tolerance {
 }
 
 /// One row of the table.
+#[derive(Debug)]
 pub struct Rule {
     /// `name | left | right | conditions | tolerance`.
     pub text: &'static str,
@@ -35,6 +36,7 @@ pub struct Rule {
 }
 
 /// A set of rules that run together until nothing new appears or a limit stops them.
+#[derive(Debug)]
 pub struct Phase {
     /// Name in reports.
     pub name: &'static str,
@@ -46,6 +48,38 @@ pub struct Phase {
 
 const fn rule(text: &'static str, algebra: &'static str) -> Rule {
     Rule { text, algebra }
+}
+
+/// Which rules run: those of a table, or the first of them only, by which a rule that is wrong is found.
+#[derive(Clone, Copy, Debug)]
+pub struct RuleSet {
+    /// The table.
+    pub phases: &'static [Phase],
+    /// So many of its rules, counted through the phases.
+    pub first: usize,
+}
+
+impl Default for RuleSet {
+    fn default() -> RuleSet {
+        RuleSet { phases: PHASES, first: usize::MAX }
+    }
+}
+
+impl RuleSet {
+    /// The rules of each phase.
+    fn by_phase(&self) -> impl Iterator<Item = (&'static Phase, &'static [Rule])> {
+        let mut left = self.first;
+        self.phases.iter().map(move |phase| {
+            let count = phase.rules.len().min(left);
+            left -= count;
+            (phase, &phase.rules[..count])
+        })
+    }
+
+    /// Every rule of it, in order.
+    pub fn rules(&self) -> Vec<&'static Rule> {
+        self.by_phase().flat_map(|(_, rules)| rules).collect()
+    }
 }
 
 /// The table, in the order in which the phases run.
@@ -329,10 +363,10 @@ pub struct PhaseReport {
 ///
 /// # Errors
 /// Where the table itself is wrong.
-pub fn saturate(mut classes: Classes, limits: &SearchLimits) -> Result<(Classes, Vec<PhaseReport>)> {
+pub fn saturate(mut classes: Classes, set: &RuleSet, limits: &SearchLimits) -> Result<(Classes, Vec<PhaseReport>)> {
     let mut reports = vec![];
-    for phase in PHASES {
-        let rules = phase.rules.iter().map(compile).collect::<Result<Vec<_>>>()?.concat();
+    for (phase, rules) in set.by_phase() {
+        let rules = rules.iter().map(compile).collect::<Result<Vec<_>>>()?.concat();
         let runner = Runner::<ENode, Facts>::new(Facts::default())
             .with_egraph(classes)
             .with_scheduler(SimpleScheduler)

@@ -78,7 +78,7 @@ pub fn optimize(graph: &Graph, shared: BTreeSet<String>, options: &Options) -> R
     let mut kept = shared;
     loop {
         let (classes, ids) = seed(graph, kept.clone());
-        let (classes, phases) = rules::saturate(classes, &options.search)?;
+        let (classes, phases) = rules::saturate(classes, &options.rules, &options.search)?;
         let results: Vec<_> = graph.results.iter().map(|(_, v)| ids[v.0 as usize]).collect();
         let program = Program::read(&classes, &results);
         let (variants, mut notes) = variants(graph, &program, options)?;
@@ -110,14 +110,7 @@ fn variants(graph: &Graph, program: &Program, options: &Options) -> Result<(Vec<
     let (mut out, mut notes): (Vec<Graph>, Vec<String>) = (vec![], vec![]);
     for (min, max, priced) in RANGES.into_iter().filter(|(min, ..)| *min <= most) {
         let range = TokenRange { min, max: max.min(most) };
-        let tokens = priced.clamp(range.min, range.max) as f64;
-        let step = Workload {
-            tokens,
-            sequences: if range.max <= PROLOGUE_TOKENS { tokens } else { 1.0 },
-            rows: if range.max <= PROLOGUE_TOKENS { tokens } else { 1.0 },
-            context: PRICED_CONTEXT,
-            candidates: 1,
-        };
+        let step = priced_step(range, priced, options);
         let roofline = Roofline::new(program, options.target.machine, step);
         let selection = select(program, &roofline, range.max <= PROLOGUE_TOKENS, options)?;
         notes.push(selection_note(graph, range, &selection));
@@ -130,6 +123,20 @@ fn variants(graph: &Graph, program: &Program, options: &Options) -> Result<(Vec<
         }
     }
     Ok((out, notes))
+}
+
+/// The step that kernels for `range` are priced in: the workload's commonest in that range, else one of `tokens` tokens.
+fn priced_step(range: TokenRange, tokens: usize, options: &Options) -> Workload {
+    let steps = options.traffic.map_or(vec![], |traffic| traffic.steps(options.limits.tokens));
+    let here = |step: &Workload| (range.min as f64..=range.max as f64).contains(&step.tokens.ceil());
+    let commonest = steps.iter().filter(|s| here(&s.step)).max_by(|a, b| a.count.total_cmp(&b.count));
+    if let Some(steps) = commonest {
+        return steps.step;
+    }
+    let tokens = tokens.clamp(range.min, range.max) as f64;
+    let each = if range.max <= PROLOGUE_TOKENS { tokens } else { 1.0 };
+    let context = steps.last().map_or(PRICED_CONTEXT, |s| s.step.context);
+    Workload { tokens, sequences: each, rows: each, context, candidates: 1 }
 }
 
 fn selection_note(graph: &Graph, range: TokenRange, selection: &Selection) -> String {

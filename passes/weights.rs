@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 
 /// What a matrix is for; where one serves twice (tied embeddings), the later of these counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Role {
+pub(crate) enum Role {
     /// Rows of the step are multiplied with it.
     Product,
     /// Rows are taken from it by something else than tokens.
@@ -88,7 +88,7 @@ fn format(role: Role, to: DType) -> Option<DType> {
 }
 
 /// Every matrix by name: what it is for, and its type.
-fn roles(model: &Model) -> BTreeMap<String, (Role, Type)> {
+pub(crate) fn roles(model: &Model) -> BTreeMap<String, (Role, Type)> {
     let mut roles = BTreeMap::new();
     for graph in &model.graphs {
         for (index, node) in graph.nodes.iter().enumerate().filter(|(_, n)| n.op == Op::WEIGHT && is_matrix(&n.ty)) {
@@ -103,7 +103,7 @@ fn roles(model: &Model) -> BTreeMap<String, (Role, Type)> {
 }
 
 /// A weight's entries of the weight table: one for each call of its graph, or its plain name where nothing calls it.
-fn names(calls: &[Call], graph: &str, node: &Node) -> Vec<String> {
+pub(crate) fn names(calls: &[Call], graph: &str, node: &Node) -> Vec<String> {
     let name = node.attrs.str("name");
     let of_calls: Vec<String> =
         calls.iter().filter(|call| call.graph == graph).map(|call| format!("{}{name}", call.prefix)).collect();
@@ -147,7 +147,7 @@ fn routes(graph: &Graph, scores: ValueId) -> bool {
 }
 
 /// Rows of `columns` fill whole groups of `format`.
-fn fits(name: &str, columns: usize, format: DType) -> Result<()> {
+pub(crate) fn fits(name: &str, columns: usize, format: DType) -> Result<()> {
     let block = format.format().block;
     if columns.is_multiple_of(block) {
         return Ok(());
@@ -166,13 +166,13 @@ fn fits(name: &str, columns: usize, format: DType) -> Result<()> {
 }
 
 /// A weight's name without the number of its layer.
-fn short(name: &str) -> String {
+pub(crate) fn short(name: &str) -> String {
     let parts: Vec<&str> = name.split('.').map(|p| if p.parse::<usize>().is_ok() { "*" } else { p }).collect();
     parts.join(".")
 }
 
 /// Gives weights their new types, in the table and in every graph.
-fn retype(model: &mut Model, types: &BTreeMap<String, DType>) {
+pub(crate) fn retype(model: &mut Model, types: &BTreeMap<String, DType>) {
     for (name, dtype) in types {
         if let Some(weight) = model.weights.get_mut(name) {
             set(&mut weight.ty, *dtype);

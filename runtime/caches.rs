@@ -9,15 +9,12 @@
 //! later, takes them next. So a group with a window holds a sequence's last positions and no more memory than those took.
 //! The last step can always be taken back, and with it the 64 positions before.
 
+use crate::bind::make_pools;
 use crate::blocks::{BlockIndex, Blocks, blocks_for};
 use crate::memory::Arena;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{CacheGroup, CacheSpec, Program};
 use mansard_ir::{Error, Kind, Result, bail};
-
-/// So many bytes at the start of each cache pool are on small pages, what lies beyond on huge ones: a pool is one of many,
-/// and huge pages from its start would commit far more memory than a short prompt fills.
-const SMALL_POOL_BYTES: usize = 16 << 20;
 
 /// The most cache blocks: a slot, `cache block * 64 + position % 64`, is an i32.
 const MAX_BLOCKS: usize = i32::MAX as usize / CACHE_BLOCK;
@@ -95,6 +92,21 @@ impl Caches {
     /// Address of every cache's pool.
     pub fn pools(&self) -> Vec<*mut u8> {
         self.offsets.iter().map(|offset| self.pools.at(*offset)).collect()
+    }
+
+    /// The cache block of a cache that holds a sequence's position.
+    ///
+    /// # Errors
+    /// Where the sequence holds no such position any more.
+    pub fn block(&self, cache: usize, sequence: &Sequence, position: usize) -> Result<&[f32]> {
+        let (entry, spec) = (position / CACHE_BLOCK, &self.specs[cache]);
+        let table = sequence.tables.get(spec.group);
+        match table.and_then(|table| table.entries.get(entry).filter(|_| entry >= table.released)) {
+            Some(block) => {
+                Ok(self.pools.f32s(self.offsets[cache] + *block as usize * spec.block_bytes, spec.block_bytes / 4))
+            }
+            None => bail!(Usage, "cache `{}` holds position {position} no more", spec.name),
+        }
     }
 
     /// How full they are, group by group.
@@ -235,33 +247,6 @@ impl Caches {
 fn tail(sequence: &Sequence, table: &Table) -> Option<usize> {
     let entry = sequence.length / CACHE_BLOCK;
     (entry < table.entries.len()).then_some(entry)
-}
-
-/// One arena for the pools of all caches, and the offset of each.
-///
-/// # Errors
-/// Where the system refuses memory.
-fn make_pools(program: &Program, blocks: usize) -> Result<(Arena, Vec<usize>)> {
-    let mut offsets = vec![];
-    let mut bytes = 0usize;
-    for cache in &program.caches {
-        offsets.push(bytes);
-        let pool = cache.block_bytes.checked_mul(blocks).and_then(|pool| bytes.checked_add(pool));
-        let Some(end) = pool else {
-            bail!(
-                Usage,
-                "{blocks} cache blocks of {} bytes in {} caches: no such memory",
-                cache.block_bytes,
-                offsets.len()
-            );
-        };
-        bytes = end;
-    }
-    let arena = Arena::new("caches", bytes)?;
-    for (offset, end) in offsets.iter().zip(offsets.iter().skip(1).chain([&bytes])) {
-        arena.use_huge_pages(offset.saturating_add(SMALL_POOL_BYTES)..*end);
-    }
-    Ok((arena, offsets))
 }
 
 #[cfg(test)]

@@ -132,6 +132,8 @@ pub struct Job {
     pub variant: usize,
     /// The step; its arrays outlive the run.
     pub step: StepArgs,
+    /// A single launch of it, after those before it on the same step; all where `None`.
+    pub launch: Option<usize>,
 }
 
 // SAFETY: the arrays behind the pointers are the engine's, which neither moves nor writes them until every worker has
@@ -194,22 +196,23 @@ pub struct Running {
 
 impl Program<Job> for Running {
     fn phases(&self, job: &Job) -> usize {
-        self.executable.phases[job.variant].len()
+        if job.launch.is_some() { 1 } else { self.executable.phases[job.variant].len() }
     }
 
     fn run(&self, job: &Job, phase: usize, share: Share) {
         let executable = &self.executable;
         // Launches of one phase go together: a share may read what the same share of an earlier one wrote.
-        for index in executable.phases[job.variant][phase].clone() {
+        let launches = job.launch.map_or_else(|| executable.phases[job.variant][phase].clone(), |l| l..l + 1);
+        for index in launches {
             let launch = &executable.variants[job.variant].launches[index];
             if let Some(recorder) = &self.recorder {
                 recorder.started(share.worker);
             }
             let function = executable.image.functions[launch.kernel];
-            // SAFETY: a loop that `probe` times keeps to the buffer it is told the size of. A kernel of the checked artifact
-            // has as many arguments, and as long, as its manifest says, which `validate` has checked against arena, pools and
-            // sections; the step's arrays are within the manifest's limits and outlive the job. Kernels write only their own
-            // share, and dependent launches are in different phases.
+            // SAFETY: a loop of `probe` keeps to its buffer. A kernel's arguments are as many, and as long, as the manifest says,
+            // which `validate` has checked against arena, pools and sections; the step's arrays are within its limits and
+            // outlive the job. Kernels write only their own share; dependent launches are in different phases, or in jobs
+            // of their own, one after another.
             unsafe { function(launch.args.as_ptr(), &job.step, share.index as i64, share.count as i64) };
             if let Some(recorder) = &self.recorder {
                 recorder.ended(share.worker, index);

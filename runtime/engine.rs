@@ -17,6 +17,7 @@ use crate::memory::Arena;
 use crate::profile::{Recorder, StepProfile};
 use crate::spmd::Team;
 use crate::step::{Logits, Rows, Segment, StepArrays};
+use crate::watch::{Moment, Watch};
 use mansard_ir::artifact::Code;
 use mansard_ir::plan::{Limits, Program, RowCount};
 use mansard_ir::{Error, Kind, Result, bail};
@@ -74,10 +75,10 @@ pub struct Engine {
     team: Team<Job>,
     executable: Arc<Executable>,
     recorder: Option<Arc<Recorder>>,
-    arrays: StepArrays,
-    arena: Arena,
+    pub(crate) arrays: StepArrays,
+    pub(crate) arena: Arena,
     scratch: Arena,
-    caches: Caches,
+    pub(crate) caches: Caches,
     weights: Option<Arena>,
     artifact: Arc<Artifact>,
     slots: Vec<Slot>,
@@ -234,7 +235,40 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Engine::step`].
-    pub fn step_for<'a>(&mut self, work: &[Work<'a>], logits: Logits) -> Result<StepOutput<'_>> {
+    pub fn step_for(&mut self, work: &[Work<'_>], logits: Logits) -> Result<StepOutput<'_>> {
+        let job = self.begin(work, logits)?;
+        if let Some(recorder) = &self.recorder {
+            recorder.begin();
+        }
+        self.team.run(job);
+        self.end(work)?;
+        Ok(self.output())
+    }
+
+    /// [`Engine::step`] launch by launch, slowly, all logits exact: `watch` sees memory before and after each.
+    ///
+    /// # Errors
+    /// As [`Engine::step`]; and those of `watch`, after which the step has not been.
+    pub fn step_watched(
+        &mut self,
+        work: &[Work<'_>],
+        watch: &mut dyn FnMut(Moment, &Watch<'_>) -> Result<()>,
+    ) -> Result<StepOutput<'_>> {
+        let job = self.begin(work, Logits::All)?;
+        let sequences: Vec<Sequence> =
+            work.iter().map(|w| find(&self.slots, w.sequence).cloned()).collect::<Result<_>>()?;
+        for launch in 0..self.executable.launches(job.variant) {
+            let (variant, sequences) = (job.variant, sequences.as_slice());
+            watch(Moment::Before, &Watch { engine: self, sequences, variant, launch })?;
+            self.team.run(Job { launch: Some(launch), ..job });
+            watch(Moment::After, &Watch { engine: self, sequences, variant, launch })?;
+        }
+        self.end(work)?;
+        Ok(self.output())
+    }
+
+    /// Checks the work, takes cache blocks for it, and describes the step.
+    fn begin<'a>(&mut self, work: &[Work<'a>], logits: Logits) -> Result<Job> {
         self.check(work)?;
         for w in work {
             self.caches.grow(find_mut(&mut self.slots, w.sequence)?, w.tokens.len())?;
@@ -249,14 +283,15 @@ impl Engine {
         let Some(variant) = self.executable.variant_for(self.arrays.tokens.len()) else {
             bail!(Internal, "no variant for {} tokens", self.arrays.tokens.len());
         };
-        if let Some(recorder) = &self.recorder {
-            recorder.begin();
-        }
-        self.team.run(Job { variant, step });
+        Ok(Job { variant, step, launch: None })
+    }
+
+    /// The tokens of the work are positions of their sequences now.
+    fn end(&mut self, work: &[Work<'_>]) -> Result<()> {
         for w in work {
             find_mut(&mut self.slots, w.sequence)?.length += w.tokens.len();
         }
-        Ok(self.output())
+        Ok(())
     }
 
     /// Where the time of the last step went, for an engine made with [`EngineOptions::profile`].
@@ -381,7 +416,7 @@ impl Engine {
         StepOutput { engine: self, counts }
     }
 
-    fn program(&self) -> &Program {
+    pub(crate) fn program(&self) -> &Program {
         &self.artifact.manifest().program
     }
 

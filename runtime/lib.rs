@@ -46,6 +46,7 @@ mod step;
 mod template;
 mod tokens;
 mod validate;
+mod watch;
 
 pub use artifact::{Artifact, OpenOptions, Section};
 pub use caches::CacheUse;
@@ -60,6 +61,7 @@ pub use sample::{Sampler, SamplerOptions};
 pub use step::{Logits, Rows};
 pub use template::Message;
 pub use tokens::{Decoder, Tokens};
+pub use watch::{Moment, Watch};
 
 use mansard_ir::model::ModelInfo;
 use mansard_ir::{Error, Kind, Result};

@@ -80,7 +80,7 @@ impl Probe {
     fn run(&mut self, variant: usize, units: usize, rounds: usize) -> f64 {
         let step = StepArgs { t: units as i64, r: rounds as i64, ..StepArgs::NOTHING };
         let start = Instant::now();
-        self.team.run(Job { variant, step });
+        self.team.run(Job { variant, step, launch: None });
         start.elapsed().as_secs_f64()
     }
 }

@@ -82,6 +82,105 @@ fn every_command_on_a_tiny_model() {
     assert!(done(&["doctor"]).contains("LLVM"));
 }
 
+#[test]
+fn an_artifact_is_checked_against_its_model() {
+    let (folder, m) = tiny("llama");
+    let (model, ids) = (goldens("llama").display().to_string(), "--tokens=1,14,51,7,90");
+    let found = json(&format!("verify {m} --against {model} {ids} --json"));
+    assert!(found["holds"] == true && found["tokens"] == 5, "{found}");
+    assert!(found["layers"].as_array().unwrap().iter().all(|l| l["off"].as_f64().unwrap() < 1e-3), "{found}");
+    assert!(found["worst_kernel"]["kernel"].is_string() && found["worst_layer"]["layer"].is_string());
+    assert!(done(&["verify", &m, "--against", &model, ids]).contains("worst kernel: kernel `"));
+    assert!(done(&["bisect", &m, "--against", &model, ids]).contains("nothing leaves tolerance"));
+    refused(
+        &["verify", &m, "--against", &model, ids, "--tolerance", "1e-9"],
+        1,
+        &["layer", "expected at most 1.00e-9"],
+    );
+    refused(&["verify", &m, "--against", &model, ids, "--tolerance=-1"], 2, &["--tolerance", "above 0"]);
+    refused(&["verify", &m, "--against", &model, "--tokens=1"], 2, &["expected 2 to", "found 1"]);
+    // Another model of the same shape: its weights are not those of the artifact.
+    let other = folder.path().join("other");
+    fs::create_dir(&other).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(goldens("llama").join(name), other.join(name)).unwrap();
+    }
+    let mut bytes = fs::read(other.join("model.safetensors")).unwrap();
+    let half = bytes.len() / 2;
+    bytes[half..].iter_mut().skip(3).step_by(4).for_each(|sign| *sign ^= 0x80);
+    fs::write(other.join("model.safetensors"), bytes).unwrap();
+    let (other, case) = (other.display().to_string(), folder.path().join("case.mir").display().to_string());
+    refused(&["verify", &m, "--against", &other, ids], 1, &["off by"]);
+    refused(&["bisect", &m, "--against", &other, ids, "-o", &case], 1, &["the model was read otherwise", "case.mir"]);
+    done(&["opt", &case]);
+}
+
+#[test]
+fn a_quality_card_is_stored() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(goldens("llama").join(name), folder.path().join(name)).unwrap();
+    }
+    let words = ["zero", "one", "two", "three", "four", "five", "six", "seven"];
+    let vocab: serde_json::Map<String, serde_json::Value> =
+        words.iter().zip(0..).map(|(w, i)| (w.to_string(), i.into())).collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "zero"},
+    });
+    write(&folder, "tokenizer.json", tokenizer.to_string().as_bytes());
+    let text = write(&folder, "text.txt", "one two three five seven six four two one ".repeat(5).as_bytes());
+    let (model, evaluate) = (folder.path().display().to_string(), format!("--evaluate={text}"));
+    let [a, b, plain] = ["a", "b", "plain"].map(|name| folder.path().join(name).display().to_string());
+    let table = done(&["compile", &model, "--quant", "int8", "-o", &a, &evaluate]);
+    assert!(table.contains("perplexity: ") && table.contains("top-1 agreement: "), "{table}");
+    done(&["compile", &model, "--quant", "int8", "-o", &b, &evaluate]);
+    assert!(fs::read(&a).unwrap() == fs::read(&b).unwrap());
+    done(&["compile", &model, "--quant", "int8", "-o", &plain]);
+    assert!(
+        done(&["inspect", &a]).contains("quality: KL divergence, mean 0.")
+            && !done(&["inspect", &plain]).contains("quality")
+    );
+    // What is stored is what `eval` says.
+    let said = json(&format!("eval {a} --text {text} --against {model} --window 256 --json"));
+    let found = json(&format!("diff {plain} {a} --json"));
+    let lines = found["properties"].as_array().unwrap();
+    assert!(!lines.is_empty() && lines.iter().all(|l| l["section"] == "quality"), "{found}");
+    let card = json(&format!("inspect {a} --json"));
+    let card = &card["manifest"]["provenance"]["quality"];
+    assert_eq!(card["perplexity"], said["perplexity"], "{card} {said}");
+    assert!(
+        card["text"].as_str().unwrap().len() == 64 && card["window"] == 256 && card["positions"] == said["positions"]
+    );
+    assert!(card["kl_divergence_mean"].as_f64().unwrap() > 0.0);
+    refused(&["compile", &model, "--evaluate", "--emit", "graph"], 2, &["--evaluate"]);
+}
+
+#[test]
+fn two_artifacts_are_compared() {
+    let (folder, m) = tiny("llama");
+    assert_eq!(done(&["diff", &m, &m]), "no difference\n");
+    let (other, model) =
+        (folder.path().join("q8.mansard").display().to_string(), goldens("llama").display().to_string());
+    done(&["compile", &model, "--quant", "int8", "--kv", "int8", "-o", &other]);
+    let found = json(&format!("diff {m} {other} --json"));
+    assert_eq!(found["equal"], false);
+    let lines = found["properties"].as_array().unwrap();
+    let line = |section: &str, name: &str| {
+        lines
+            .iter()
+            .find(|l| l["section"] == section && l["name"] == name)
+            .unwrap_or_else(|| panic!("{section} {name}"))
+    };
+    assert!(
+        line("option", "quant")["b"] == "q8_0"
+            && line("bytes", "weights")["a"].as_u64() > line("bytes", "weights")["b"].as_u64()
+    );
+    assert!(lines.iter().all(|l| l["equal"] == false) && lines.iter().any(|l| l["section"] == "approximation"));
+    assert!(done(&["diff", &m, &other]).contains("q8_0["));
+}
+
 /// What `mansard` with these arguments prints, as JSON.
 fn json(arguments: &str) -> serde_json::Value {
     serde_json::from_str(&done(&arguments.split(' ').collect::<Vec<_>>())).unwrap()
@@ -180,6 +279,8 @@ fn a_machine_is_measured_and_priced_on() {
     assert!(fs::read(&plain).unwrap() == fs::read(folder.path().join("other")).unwrap());
     assert!(fs::read(&local).unwrap() == fs::read(&named).unwrap());
     assert!(own(&["inspect", &local]).contains("machine = ") && !own(&["inspect", &plain]).contains("machine = "));
+    let again = ["bisect", &local, "--against", &model, "--tokens=1,14,51"];
+    refused(&again, 4, &["compiled with machine = ", "not what was measured"]);
     let rows = own(&["bench", &plain, "-p", "16", "-n", "0", "-r", "1", "-o", "json"]);
     assert!(rows.contains(&measured), "{rows}");
     // Another processor's figures are not this one's.

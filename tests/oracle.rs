@@ -15,7 +15,7 @@
 use half::f16;
 use mansard::driver::{CompileOptions, pass_options};
 use mansard_ir::eval::{Interpreter, Tensor};
-use mansard_ir::formats::{Split, Zero};
+use mansard_ir::formats::Split;
 use mansard_ir::model::{Source, Weight};
 use mansard_ir::ops::Class;
 use mansard_ir::sample::Random;
@@ -233,10 +233,7 @@ fn as_packed(model: &Model) -> Result<Model> {
                 (format.split)(bytes, Split { codes: &mut codes, scales: &mut scales, mins: &mut mins });
                 for (i, code) in codes.iter().enumerate() {
                     let half = |x: &[f32]| f16::from_f32(x[i / int.group]).to_f32();
-                    values.push(match int.zero {
-                        Zero::Fixed(zero) => half(&scales) * (*code as f32 - zero as f32),
-                        Zero::Min => half(&scales) * *code as f32 + half(&mins),
-                    });
+                    values.push(int.zero.real(*code, half(&scales), half(&mins)));
                 }
             }
         }

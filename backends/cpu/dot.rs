@@ -15,7 +15,7 @@ pub(super) mod isa;
 pub use isa::dot4;
 
 use crate::emit::{Emitter, F32, PTR, Val};
-pub use integer::Weights;
+pub use integer::{Weights, zero_point};
 use mansard_ir::formats::DType;
 use mansard_ir::layout::{STRIP, StripLayout};
 use mansard_ir::target::Target;

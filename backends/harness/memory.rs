@@ -1,7 +1,8 @@
 //! Values <-> bytes as kernels see them.
 
 use super::samples::Random;
-use mansard_ir::eval::{Cache, Routing, Step, Tensor, Value};
+use mansard_ir::decode;
+use mansard_ir::eval::{Cache, Step, Tensor, Value};
 use mansard_ir::layout::{A8, CACHE_BLOCK, STRIP, cache_block_bytes, cache_offset, cache_scales, row_bytes};
 use mansard_ir::plan::{CacheGroup, StepArgs};
 use mansard_ir::{DType, Dim, Type};
@@ -100,33 +101,13 @@ impl Memory {
         assert!(intact(after), "{what}: written beyond its end");
     }
 
-    /// The value in a buffer of `rows` rows.
+    /// The value in a buffer of `rows` rows, after a look at what lines of codes say of their sums.
     pub fn read_rows(&self, ty: &Type, rows: usize) -> Value {
         let (bytes, stride) = (self.bytes(), row_bytes(ty).expect("rows"));
-        let lines = bytes.chunks_exact(stride).take(rows);
-        match ty {
-            Type::Routing { top, experts } => {
-                let (mut chosen, mut weights) = (vec![], vec![]);
-                for line in lines {
-                    chosen.extend(line[..4 * top].as_chunks().0.iter().map(|b| i32::from_le_bytes(*b) as usize));
-                    weights.extend(reals(&line[4 * top..8 * top]));
-                }
-                Value::Routing(Routing { top: *top, experts: *experts, chosen, weights })
-            }
-            Type::Tensor { dtype, shape } => {
-                let width = ty.row_width().expect("fixed width");
-                let row = |line: &[u8]| match dtype {
-                    DType::A8 | DType::A16 => code_reals(&line[..stride], dtype.planes().unwrap_or(1)),
-                    DType::F32 => reals(&line[..4 * width]),
-                    DType::BF16 => bf16_reals(&line[..2 * width]),
-                    other => panic!("results are not {other}"),
-                };
-                let data = lines.flat_map(row).collect();
-                let rest = shape[1..].iter().map(|d| if let Dim::N(n) = d { *n } else { panic!("{ty}") });
-                Value::Tensor(Tensor::new(std::iter::once(rows).chain(rest).collect::<Vec<_>>(), data))
-            }
-            _ => panic!("{ty} has no rows"),
+        if ty.as_tensor().is_some_and(|(dtype, _)| dtype.planes().is_some()) {
+            bytes.chunks_exact(stride).take(rows).for_each(check_sums);
         }
+        decode::rows(ty, &bytes, rows).unwrap_or_else(|e| panic!("{e}"))
     }
 
     /// The first `lengths[s]` positions of each sequence.
@@ -158,10 +139,6 @@ fn f32_bytes(reals: &[f32]) -> Vec<u8> {
 
 fn bf16_bytes(reals: &[f32]) -> Vec<u8> {
     reals.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect()
-}
-
-fn bf16_reals(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
 }
 
 fn reals(bytes: &[u8]) -> Vec<f32> {
@@ -196,10 +173,9 @@ fn a8_figures(scale: f32, codes: &[i32]) -> Vec<u8> {
         .collect()
 }
 
-/// The reals of a row that a kernel quantized into that many planes, after a look at what it says of their sums.
-fn code_reals(row: &[u8], planes: usize) -> Vec<f32> {
-    let mut out = vec![];
-    for (index, line) in row.chunks_exact(A8::LINE).enumerate() {
+/// The sums that a kernel stored beside a row's codes are theirs.
+fn check_sums(row: &[u8]) {
+    for line in row.chunks_exact(A8::LINE) {
         let codes: Vec<i32> = line[..A8::GROUP].iter().map(|b| *b as i8 as i32).collect();
         let scale = reals(&line[A8::SCALE..A8::SCALE + 4])[0];
         let (expected, found) = (a8_figures(scale, &codes), &line[A8::SCALE..]);
@@ -210,15 +186,7 @@ fn code_reals(row: &[u8], planes: usize) -> Vec<f32> {
             let (found, expected) = (reals(&found[at..at + 4])[0], reals(&expected[at..at + 4])[0]);
             assert!((found - expected).abs() <= 1e-5 * expected.abs(), "{found}, not {expected}, at byte {at}");
         }
-        let reals = codes.iter().map(|c| scale * *c as f32);
-        if index % planes == 0 {
-            out.extend(reals);
-        } else {
-            let coarse = out.len() - A8::GROUP;
-            out[coarse..].iter_mut().zip(reals).for_each(|(coarse, fine)| *coarse += fine);
-        }
     }
-    out
 }
 
 /// Cache blocks of every sequence in every cache group, in no order.

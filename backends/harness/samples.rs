@@ -53,6 +53,7 @@ pub fn quantized_weight(dtype: DType, shape: &[usize], seed: u64) -> Weight {
         stored: (elements / k, k),
         transposed: false,
         rows: 0..elements / k,
+        grid: None,
     };
     Weight { ty, source: Source::Parts(vec![part]) }
 }

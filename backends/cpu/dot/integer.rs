@@ -9,11 +9,14 @@
 //! for quad:  for token:  sum[token] += codes[quad] . x[token][quad]
 //! acc[token]  += float(sum) * (scale_w * scale_x)   and, with a minimum, acc += min_w * (scale_x * sum(x))
 //! ```
+//!
+//! A zero point of a group is a minimum: `-scale_w * zero`, exact in f32. 4-bit floats are looked up in a table of integers
+//! when they are unpacked.
 
 use super::isa::{self, dot4};
 use super::{Rows, part_at};
 use crate::emit::{Emitter, F16, F32, I8, I32, Val};
-use mansard_ir::formats::{IntFormat, Zero};
+use mansard_ir::formats::{E2M1, E2M1_ZERO, IntFormat, Zero};
 use mansard_ir::layout::{A8, ALIGN, STRIP, StripLayout, code_bytes, high_bytes};
 use mansard_ir::target::Target;
 
@@ -75,8 +78,23 @@ impl Weights<'_> {
             half_reals(e, at)
         };
         let scale = real(e, self.layout.scales);
-        Figures { scale, min: (self.int.zero == Zero::Min).then(|| real(e, self.layout.mins)) }
+        let second = self.int.zero.has_mins().then(|| real(e, self.layout.mins));
+        Figures::new(e, self.int, scale, second)
     }
+}
+
+impl Figures {
+    /// Of a scale, and of a minimum or a zero point where the format has them.
+    fn new(e: &mut Emitter, int: IntFormat, scale: Val, second: Option<Val>) -> Figures {
+        let min = second.map(|second| if int.zero == Zero::Point { zero_point(e, scale, second) } else { second });
+        Figures { scale, min }
+    }
+}
+
+/// What a zero point adds to every real: `-scale * zero`.
+pub fn zero_point(e: &mut Emitter, scale: Val, zero: Val) -> Val {
+    let product = e.mul(scale, zero);
+    e.neg(product)
 }
 
 /// The codes of a line's 32 columns as signed bytes, less the format's zero point where that is fixed: each quad with 64.
@@ -89,12 +107,12 @@ pub fn signed_codes(e: &mut Emitter, weights: Weights<'_>, strip: Val, line: Val
         let unit = UnitAt { weights, strip, line, units, part };
         for packed in 0..packed {
             for (quad, codes) in unit.codes(e, packed) {
-                let codes = match int.zero {
-                    Zero::Fixed(zero) => {
+                let codes = match int.zero.fixed() {
+                    Some(zero) => {
                         let zero = e.int(codes.ty, i64::from(zero.cast_signed()));
                         e.sub(codes, zero)
                     }
-                    Zero::Min => codes,
+                    None => codes,
                 };
                 all.push((part * int.unit() / 4 + quad, codes));
             }
@@ -225,13 +243,14 @@ impl UnitAt<'_> {
             half_reals(e, at)
         };
         let scale = real(e, self.weights.layout.scales);
-        Figures { scale, min: (self.weights.int.zero == Zero::Min).then(|| real(e, self.weights.layout.mins)) }
+        let second = self.weights.int.zero.has_mins().then(|| real(e, self.weights.layout.mins));
+        Figures::new(e, self.weights.int, scale, second)
     }
 
     /// What a line's integer sum starts from.
     fn first_sum(&self, e: &mut Emitter, x: Val) -> Val {
-        match self.weights.int.zero {
-            Zero::Fixed(zero) if zero as i64 != isa::code_offset(self.weights.target, self.weights.int.bits) => {
+        match self.weights.int.zero.fixed() {
+            Some(zero) if zero as i64 != isa::code_offset(self.weights.target, self.weights.int.bits) => {
                 let neg = splat(e, x, if self.units == 1 { A8::NEG_SUM } else { A8::NEG_SUM_16 + 4 * self.part }, I32);
                 e.shl(neg, zero.trailing_zeros() as i64)
             }
@@ -251,7 +270,11 @@ impl UnitAt<'_> {
         let fifteen = e.int(bytes, 15);
         let low = e.and(line, fifteen);
         let high = e.shr(line, 4);
-        let codes = [(packed, low), (packed + self.weights.int.unit() / 8, high)];
+        let mut codes = [(packed, low), (packed + self.weights.int.unit() / 8, high)];
+        if self.weights.int.zero == Zero::E2M1 {
+            let table = E2M1.map(|twice| (twice + E2M1_ZERO.cast_signed()).cast_unsigned());
+            codes = codes.map(|(quad, index)| (quad, isa::look_up(e, self.weights.target, table, index)));
+        }
         codes.into_iter().map(|(quad, codes)| (quad, self.with_high_bits(e, quad, codes))).collect()
     }
 

@@ -30,6 +30,24 @@ pub fn operand(e: &mut Emitter, target: &Target, bits: u8, codes: Val) -> Val {
     e.xor(codes, flip)
 }
 
+/// The entry of `table` that each of 64 bytes names, all below 16.
+pub fn look_up(e: &mut Emitter, target: &Target, table: [u8; 16], index: Val) -> Val {
+    let (name, bytes) = match target.vector_bytes {
+        64 => ("llvm.x86.avx512.pshuf.b.512", 64),
+        32 => ("llvm.x86.avx2.pshuf.b", 32),
+        _ => ("llvm.aarch64.neon.tbl1.v16i8", 16),
+    };
+    let table = e.table(table, bytes);
+    let parts: Vec<Val> = (0..64 / bytes)
+        .map(|i| {
+            let lanes: Vec<usize> = (i * bytes..(i + 1) * bytes).collect();
+            let part = if bytes == 64 { index } else { e.shuffle(index, index, &lanes) };
+            e.intrinsic(name, &[table, part], part.ty)
+        })
+        .collect();
+    joined(e, parts)
+}
+
 /// A vector of 64 bytes: `value` where the 64-bit word at `at` has a bit, else 0.
 pub fn where_bits(e: &mut Emitter, target: &Target, at: Val, value: i64) -> Val {
     let bytes = I8.x(64);
@@ -87,12 +105,17 @@ fn by_parts(
         let lanes: Vec<usize> = (index * n..(index + 1) * n).collect();
         e.shuffle(v, v, &lanes)
     };
-    let mut parts: Vec<Val> = (0..count)
+    let parts: Vec<Val> = (0..count)
         .map(|i| {
             let (s, c, x) = (part(e, sum, i), part(e, codes, i), part(e, x, i));
             step(e, s, c, x)
         })
         .collect();
+    joined(e, parts)
+}
+
+/// Two, four or more vectors as one.
+fn joined(e: &mut Emitter, mut parts: Vec<Val>) -> Val {
     while parts.len() > 1 {
         let join = |pair: &[Val]| e.shuffle(pair[0], pair[1], &(0..2 * pair[0].ty.lanes).collect::<Vec<_>>());
         parts = parts.chunks_exact(2).map(join).collect();

@@ -5,8 +5,8 @@
 
 use super::Rows;
 use super::walk::{self, LANES};
-use crate::cpu::dot::part_at;
-use crate::emit::{Emitter, F16, F32, I8, I32, I64, Val};
+use crate::cpu::dot::{part_at, zero_point};
+use crate::emit::{Cmp, Emitter, F16, F32, I8, I32, I64, Val};
 use crate::math;
 use mansard_ir::formats::{IntFormat, Zero};
 use mansard_ir::layout::{STRIP, StripLayout, code_bytes, high_bytes, row_bytes};
@@ -136,10 +136,8 @@ fn unpack_row(e: &mut Emitter, int: IntFormat, k: usize, at: StripRow, to: Val) 
             e.broadcast(value, 4)
         };
         let scale = figure(e, at.layout.scales);
-        let min = match int.zero {
-            Zero::Min => Some(figure(e, at.layout.mins)),
-            Zero::Fixed(_) => None,
-        };
+        let second = int.zero.has_mins().then(|| figure(e, at.layout.mins));
+        let min = second.map(|second| if int.zero == Zero::Point { zero_point(e, scale, second) } else { second });
         let to = e.row(to, unit, int.unit() * 4);
         for (quad, codes) in codes(e, int, unit, at).into_iter().enumerate() {
             let codes = match int.zero {
@@ -147,7 +145,8 @@ fn unpack_row(e: &mut Emitter, int: IntFormat, k: usize, at: StripRow, to: Val) 
                     let zero = e.int(codes.ty, zero as i64);
                     e.sub(codes, zero)
                 }
-                Zero::Min => codes,
+                Zero::E2M1 => twice_e2m1(e, codes),
+                Zero::Min | Zero::Point => codes,
             };
             let reals = e.convert("sitofp", codes, F32);
             let mut reals = e.mul(reals, scale);
@@ -158,6 +157,21 @@ fn unpack_row(e: &mut Emitter, int: IntFormat, k: usize, at: StripRow, to: Val) 
             e.store(reals, to, 16);
         }
     });
+}
+
+/// Twice the 4-bit floats of some codes.
+fn twice_e2m1(e: &mut Emitter, codes: Val) -> Val {
+    // Magnitudes 0 1 2 3 4 6 8 12, a digit each.
+    let digits = e.int(codes.ty, 0xc864_3210_u32.cast_signed().into());
+    let (seven, fifteen, sign) = (e.int(codes.ty, 7), e.int(codes.ty, 15), e.int(codes.ty, 8));
+    let by = e.and(codes, seven);
+    let by = e.shl(by, 2);
+    let magnitude = e.op(codes.ty, format_args!("arith.shrui {digits}, {by} : {}", codes.ty));
+    let magnitude = e.and(magnitude, fifteen);
+    let (sign, zero) = (e.and(codes, sign), e.int(codes.ty, 0));
+    let negative = e.cmp(Cmp::Ne, sign, zero);
+    let negated = e.sub(zero, magnitude);
+    e.select(negative, negated, magnitude)
 }
 
 /// The codes of one unit of the row, a quad of k at a time, as `i32`.

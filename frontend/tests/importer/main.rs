@@ -3,6 +3,7 @@
 mod files;
 mod goldens;
 mod hostile;
+mod quantized;
 mod settings;
 mod tokenizers;
 

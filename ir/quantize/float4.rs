@@ -1,0 +1,106 @@
+//! Reals -> 4-bit floats (e2m1), whose scales have few bits themselves.
+//!
+//! ```text
+//! mxfp4   scale = 2^e, per 32                                      amax 5 --> 2^0: 5 -> 4 or 6;  2^1: 5 -> 2 * 2 or 2 * 3
+//! nvfp4   scale = e4m3 * outer, per 16; outer = amax / (6 * 448)    outer is one f32 for the reals given together: a row
+//! ```
+//!
+//! The two scales that put a group's largest value just below and just above the largest code are tried; the one of less
+//! squared error is taken. Scales are stored halved, since codes are read as twice their value ([`E2M1`]).
+//! Sources: OCP Microscaling Formats (MX) Specification 1.0, section 6.3; NVIDIA, "Pretraining Large Language Models with
+//! NVFP4", appendix B.
+
+use crate::formats::{E2M1, IntFormat};
+
+/// Largest value of e2m1.
+const TOP: f32 = 6.0;
+
+/// Largest value of e4m3.
+const E4M3_TOP: f32 = 448.0;
+
+/// What e4m3 scales are multiples of, such that the largest is right for the largest of `reals`.
+pub fn outer_scale(reals: &[f32]) -> f32 {
+    largest(reals) / (TOP * E4M3_TOP)
+}
+
+/// Halved scales of the first and last group of a block (the same, where it has one group).
+pub fn scales(block: &[f32], int: IntFormat, outer: f32) -> (f32, f32) {
+    let of = |reals: &[f32]| 0.5 * if int.group == 32 { power_of_two(reals) } else { multiple_of(reals, outer) };
+    let groups = block.chunks_exact(int.group);
+    let mut scales = groups.map(of);
+    let first = scales.next().unwrap_or(0.0);
+    (first, scales.next_back().unwrap_or(first))
+}
+
+/// The nearest codes, under the halved scale of either group.
+pub fn encode(block: &[f32], int: IntFormat, scales: [f32; 2], codes: &mut [u8]) {
+    let groups = block.chunks_exact(int.group).zip(codes.chunks_exact_mut(int.group));
+    for ((reals, codes), scale) in groups.zip(scales) {
+        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        for (code, x) in codes.iter_mut().zip(reals) {
+            *code = nearest(x * inverse);
+        }
+    }
+}
+
+/// The code of twice a value: ties go to the code with an even mantissa.
+fn nearest(twice: f32) -> u8 {
+    let magnitude = twice.abs();
+    // Midway between neighbours; odd codes lose a tie on either side.
+    let upto = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
+    let above = |(code, bound): (usize, &f32)| if code % 2 == 0 { magnitude > *bound } else { magnitude >= *bound };
+    let code = upto.iter().enumerate().filter(|at| above(*at)).count() as u8;
+    if twice < 0.0 && code > 0 { code | 8 } else { code }
+}
+
+fn power_of_two(reals: &[f32]) -> f32 {
+    let most = largest(reals);
+    if most == 0.0 {
+        return 0.0;
+    }
+    let scale = (most.log2().floor() - 2.0).exp2();
+    better(reals, scale, 2.0 * scale)
+}
+
+fn multiple_of(reals: &[f32], outer: f32) -> f32 {
+    let most = largest(reals);
+    if most == 0.0 || outer == 0.0 {
+        return 0.0;
+    }
+    let near = |top: f32| e4m3(most / top / outer) * outer;
+    better(reals, near(TOP), near(4.0))
+}
+
+/// The nearest value of e4m3, of a positive one.
+fn e4m3(x: f32) -> f32 {
+    let step = (x.log2().floor().max(-6.0) - 3.0).exp2();
+    ((x / step).round_ties_even() * step).min(E4M3_TOP)
+}
+
+fn largest(reals: &[f32]) -> f32 {
+    reals.iter().fold(0.0, |most, x| most.max(x.abs()))
+}
+
+/// Of two scales the one of less squared error.
+fn better(reals: &[f32], a: f32, b: f32) -> f32 {
+    let error = |scale: f32| -> f32 {
+        let half = 0.5 * scale;
+        reals.iter().map(|x| (x - half * f32::from(E2M1[usize::from(nearest(x / half))])).powi(2)).sum()
+    };
+    if a > 0.0 && error(a) <= error(b) { a } else { b }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nearest_values() {
+        for (code, twice) in E2M1.iter().enumerate().filter(|(code, _)| *code != 8) {
+            assert_eq!(usize::from(nearest(f32::from(*twice))), code);
+        }
+        // Beyond the largest; ties: 5 / 2 lies between codes 4 (2.0) and 5 (3.0).
+        assert_eq!([nearest(99.0), nearest(-99.0), nearest(5.0), nearest(-0.4), nearest(0.5)], [7, 15, 4, 0, 0]);
+        assert_eq!([e4m3(449.0), e4m3(1.0), e4m3(17.0), e4m3(19.0), e4m3(0.003)], [448.0, 1.0, 16.0, 20.0, 0.00390625]);
+    }
+}
