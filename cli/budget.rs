@@ -15,7 +15,7 @@ mod divergence;
 use crate::driver::{self, CompileOptions, Progress, Summary};
 use calibrate::{Calibration, Subjects, reference_options};
 use divergence::Reference;
-pub use divergence::{CHUNK, WINDOW};
+pub use divergence::{CHUNK, WINDOW, divergence_term, log_sum};
 use mansard_backends as backends;
 use mansard_ir::{DType, Error, Kind, Model, Result, Target, bail};
 use mansard_passes as passes;

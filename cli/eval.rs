@@ -11,7 +11,7 @@
 //! the mean.
 
 use crate::report::{self, EngineArguments, OpenArguments};
-use mansard::budget::{CHUNK, WINDOW};
+use mansard::budget::{CHUNK, WINDOW, divergence_term, log_sum};
 use mansard::driver::{self, CompileOptions, Quiet};
 use mansard_ir::artifact::Quality;
 use mansard_ir::{DType, Error, Result, bail};
@@ -248,9 +248,8 @@ impl Reader {
 }
 
 fn log_softmax(row: &[f32]) -> Vec<f64> {
-    let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
-    let sum: f64 = row.iter().map(|x| (*x as f64 - most).exp()).sum();
-    row.iter().map(|x| *x as f64 - most - sum.ln()).collect()
+    let all = log_sum(row);
+    row.iter().map(|x| *x as f64 - all).collect()
 }
 
 #[derive(Default)]
@@ -270,8 +269,7 @@ impl Sums {
             bail!(Usage, "--against: expected a vocabulary of {} tokens, found {}", q.len(), p.len());
         }
         self.reference_losses.extend(next.map(|next| -p[next]));
-        let terms = p.iter().zip(q).map(|(p, q)| if *p > -700.0 { p.exp() * (p - q) } else { 0.0 });
-        self.divergences.push(terms.sum());
+        self.divergences.push(p.iter().zip(q).map(|(p, q)| divergence_term(*p, *q)).sum());
         self.agreeing += usize::from(likeliest(p) == likeliest(q));
         Ok(())
     }

@@ -10,6 +10,7 @@ use mansard_ir::{DType, Model, Op, Tuning};
 use mansard_passes::rules::{PHASES, Phase, Rule, RuleSet};
 use mansard_passes::{Event, Hooks, Options};
 use mansard_runtime::{Artifact, OpenOptions};
+use mansard_tests::oracle::write;
 use mansard_tests::{compiled, here, published};
 use std::sync::Arc;
 
@@ -33,16 +34,9 @@ fn artifact(model: Model, options: &Options, change: impl Fn(&mut Kernel)) -> (t
     kernels.iter_mut().for_each(change);
     let target = mansard_backends::target("native").unwrap();
     let image = mansard_backends::compile_kernels(&kernels, &target, &Tuning::default(), 2, &mut |_, _| {}).unwrap();
-    let contents = mansard_backends::artifact::Contents {
-        plan: &plan,
-        info: &optimized.info,
-        weights: &optimized.weights,
-        images: &[(target, image)],
-        provenance: &Default::default(),
-    };
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.mansard");
-    mansard_backends::artifact::write(&path, &contents, 2, &mut |_, _| {}).unwrap();
+    write(&plan, &optimized, (target, image), &path).unwrap();
     (folder, Arc::new(Artifact::open(&path, &OpenOptions::default()).unwrap()))
 }
 

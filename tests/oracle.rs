@@ -14,10 +14,12 @@
 
 use half::f16;
 use mansard::driver::{CompileOptions, pass_options};
+use mansard_backends::Image;
 use mansard_ir::eval::{Interpreter, Tensor};
 use mansard_ir::formats::Split;
 use mansard_ir::model::{Source, Weight};
 use mansard_ir::ops::Class;
+use mansard_ir::plan::Plan;
 use mansard_ir::sample::Random;
 use mansard_ir::{
     Attrs, DType, Dim, Error, Graph, Input, Kind, Model, Node, Op, Result, Target, Tuning, Type, ValueId,
@@ -120,6 +122,22 @@ fn steps(model: &Model) -> Vec<[Vec<u32>; 2]> {
     steps
 }
 
+/// Writes an artifact of a plan and the model it is of.
+///
+/// # Errors
+/// Where the file cannot be written.
+pub fn write(plan: &Plan, optimized: &Model, image: (Target, Image), path: &Path) -> Result<()> {
+    let contents = mansard_backends::artifact::Contents {
+        plan,
+        info: &optimized.info,
+        weights: &optimized.weights,
+        images: &[image],
+        provenance: &Default::default(),
+    };
+    mansard_backends::artifact::write(path, &contents, 2, &mut |_, _| {})?;
+    Ok(())
+}
+
 /// Compiles a model in memory into an artifact; returns the model as the search left it.
 ///
 /// # Errors
@@ -129,14 +147,7 @@ pub fn assemble(model: Model, target: Target, options: &CompileOptions, path: &P
     let options = pass_options(target.clone(), options);
     let (plan, optimized, _) = mansard_passes::compile(model, &options, &mut Hooks::new(&mut sink))?;
     let image = mansard_backends::compile(&plan, &target, &Tuning::default(), 2, &mut |_, _| {})?;
-    let contents = mansard_backends::artifact::Contents {
-        plan: &plan,
-        info: &optimized.info,
-        weights: &optimized.weights,
-        images: &[(target, image)],
-        provenance: &Default::default(),
-    };
-    mansard_backends::artifact::write(path, &contents, 2, &mut |_, _| {})?;
+    write(&plan, &optimized, (target, image), path)?;
     Ok(optimized)
 }
 

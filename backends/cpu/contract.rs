@@ -244,25 +244,12 @@ impl Contraction<'_> {
         result
     }
 
-    /// All strips of a cache tile for one token tile: several at a time, then the odd ones.
+    /// All strips of a cache tile for one token tile.
     fn strips(&self, e: &mut Emitter, shape: Shape, first: Val, strips: Strips) -> Result<()> {
         let Strips { from, to, ahead } = strips;
-        if shape.strips == 1 {
-            let mut result = Ok(());
-            e.repeat(from, to, 1, |e, strip| result = self.register_tile(e, shape, first, (strip, ahead)));
-            return result;
-        }
-        let many = e.i64(shape.strips as i64);
-        let count = e.sub(to, from);
-        let odd = e.rem(count, many);
-        let middle = e.sub(to, odd);
-        let (mut result, mut tail) = (Ok(()), Ok(()));
-        e.repeat(from, middle, shape.strips as i64, |e, strip| {
-            result = self.register_tile(e, shape, first, (strip, ahead))
-        });
-        let single = Shape { strips: 1, ..shape };
-        e.repeat(middle, to, 1, |e, strip| tail = self.register_tile(e, single, first, (strip, ahead)));
-        result.and(tail)
+        by_strips(e, shape.strips, (from, to), |e, strip, strips| {
+            self.register_tile(e, Shape { strips, ..shape }, first, (strip, ahead))
+        })
     }
 
     /// Products of one register tile, epilogue, stores.
@@ -384,6 +371,27 @@ impl Contraction<'_> {
         let offset = if narrow { e.shr(place.offset, 1) } else { place.offset };
         Ok(e.gep(row, offset))
     }
+}
+
+/// Strips `count` at a time, then the odd ones one by one.
+fn by_strips(
+    e: &mut Emitter,
+    count: usize,
+    (from, to): (Val, Val),
+    mut body: impl FnMut(&mut Emitter, Val, usize) -> Result<()>,
+) -> Result<()> {
+    let mut result = Ok(());
+    if count == 1 {
+        e.repeat(from, to, 1, |e, strip| result = body(e, strip, 1));
+        return result;
+    }
+    let (many, all) = (e.i64(count as i64), e.sub(to, from));
+    let odd = e.rem(all, many);
+    let middle = e.sub(to, odd);
+    let mut tail = Ok(());
+    e.repeat(from, middle, count as i64, |e, strip| result = body(e, strip, count));
+    e.repeat(middle, to, 1, |e, strip| tail = body(e, strip, 1));
+    result.and(tail)
 }
 
 /// Strips of a cache tile.

@@ -103,7 +103,7 @@ fn log_probabilities(engine: &mut Engine, tokens: &[u32]) -> Result<Vec<f32>> {
 }
 
 /// Logarithm of the sum of exponentials.
-fn log_sum(logits: &[f32]) -> f64 {
+pub fn log_sum(logits: &[f32]) -> f64 {
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
     most + logits.iter().map(|x| (*x as f64 - most).exp()).sum::<f64>().ln()
 }
@@ -111,11 +111,12 @@ fn log_sum(logits: &[f32]) -> f64 {
 /// Of the distribution of `logits` from the one of these log-probabilities.
 fn divergence(reference: &[f32], logits: &[f32]) -> f64 {
     let all = log_sum(logits);
-    let terms = reference.iter().zip(logits).map(|(p, x)| {
-        let (p, q) = (*p as f64, *x as f64 - all);
-        p.exp() * (p - q)
-    });
-    terms.sum()
+    reference.iter().zip(logits).map(|(p, x)| divergence_term(*p as f64, *x as f64 - all)).sum()
+}
+
+/// What a token of log-probability `p`, and `q` of the other distribution, adds to a divergence; one that never comes, nothing.
+pub fn divergence_term(p: f64, q: f64) -> f64 {
+    if p > -700.0 { p.exp() * (p - q) } else { 0.0 }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@
 //!
 //! A token tile may reach past the step's last row, as in [`super`]. Codes are unpacked once for all tokens of a step.
 
-use super::{Contraction, Dot, Place, internal};
+use super::{Contraction, Dot, Place, by_strips, internal};
 use crate::cpu::dot::amx::{self, Operands, TOKENS};
 use crate::cpu::dot::{self, Rows, Weights};
 use crate::emit::{Cmp, Emitter, F32, I8, Val};
@@ -99,7 +99,7 @@ impl Contraction<'_> {
             let to = e.min(to, high);
             result = self.unpack(e, memory, tile, (from, to)).and_then(|()| {
                 self.token_tiles_of(e, rows, tokens, |e, first, tokens| {
-                    self.strips_of(e, strips, (from, to), |e, strip, strips| {
+                    by_strips(e, strips, (from, to), |e, strip, strips| {
                         self.tile(e, memory, (tile, rows), Tile { first, tokens, strip, strips, from })
                     })
                 })
@@ -195,25 +195,6 @@ impl Contraction<'_> {
         let narrow = e.cmp(Cmp::Lt, end, rows);
         e.when(narrow, |e| last = body(e, full, TOKENS));
         result.and(last)
-    }
-
-    /// Strips `count` at a time, then the odd one.
-    fn strips_of(
-        &self,
-        e: &mut Emitter,
-        count: usize,
-        (from, to): (Val, Val),
-        mut body: impl FnMut(&mut Emitter, Val, usize) -> Result<()>,
-    ) -> Result<()> {
-        let (many, all) = (e.i64(count as i64), e.sub(to, from));
-        let odd = e.rem(all, many);
-        let middle = e.sub(to, odd);
-        let (mut result, mut tail) = (Ok(()), Ok(()));
-        e.repeat(from, middle, count as i64, |e, strip| result = body(e, strip, count));
-        if count > 1 {
-            e.repeat(middle, to, 1, |e, strip| tail = body(e, strip, 1));
-        }
-        result.and(tail)
     }
 
     /// Products of one tile, epilogue, stores.
