@@ -63,6 +63,15 @@ pub fn check(kernel: &Kernel, inputs: &[Given], step: &Step, tolerance: f64) {
     check_tuned(kernel, inputs, step, tolerance, |_| vec![None]);
 }
 
+/// [`check`] on the levels for which the kernel is made; the others refuse it.
+pub fn check_on(kernel: &Kernel, inputs: &[Given], step: &Step, tolerance: f64, suits: fn(&Target) -> bool) {
+    check_tuned(kernel, inputs, step, tolerance, |target| if suits(target) { vec![None] } else { vec![] });
+    for (target, _) in machines().iter().filter(|(target, _)| !suits(target)) {
+        let refused = compile_kernels(std::slice::from_ref(kernel), target, &Tuning::default(), 1, &mut |_, _| {});
+        assert!(refused.is_err(), "{} takes `{}`", target.name, kernel.name);
+    }
+}
+
 /// [`check`] with each of the choices that `choices` names for a target; `None` is the formulas'.
 pub fn check_tuned(
     kernel: &Kernel,

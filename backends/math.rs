@@ -65,7 +65,7 @@ fn polynomial(e: &mut Emitter, x: Val, coefficients: &[f32]) -> Val {
 }
 
 /// f32 -> bf16, ties to even, NaNs quiet. The one instruction for it takes numbers below 2^-126 for zero.
-fn round_bf16(e: &mut Emitter, x: Val) -> Val {
+pub fn round_bf16(e: &mut Emitter, x: Val) -> Val {
     if e.converts_bf16 && x.ty.lanes == 16 {
         return e.intrinsic("llvm.x86.avx512bf16.cvtneps2bf16.512", &[x], x.ty.of(BF16));
     }

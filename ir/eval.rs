@@ -12,9 +12,10 @@
 pub use crate::planes::Planes;
 pub use crate::value::{Cache, Extents, Ints, Routing, Sequence, Step, Tensor, Value};
 
-use crate::graph::Graph;
+use crate::formats::DType;
+use crate::graph::{Graph, Node};
 use crate::model::{Call, Model};
-use crate::ops::Op;
+use crate::ops::{Class, Op};
 use crate::types::Type;
 use crate::{Error, Kind, Place, Result, bail};
 use std::collections::{BTreeMap, HashMap};
@@ -44,12 +45,29 @@ pub fn graph(graph: &Graph, inputs: &[Value], weights: &mut Weights<'_>) -> Resu
             value.check(&node.ty, &mut extents).at(here).at(place)?;
             value
         } else {
-            let operands: Vec<&Value> = node.operands.iter().map(|v| find(inputs, &values, v.0 as usize)).collect();
+            let mut operands: Vec<&Value> = node.operands.iter().map(|v| find(inputs, &values, v.0 as usize)).collect();
+            let rounded = rounded_weight(graph, node, &operands);
+            if let Some(weight) = &rounded {
+                operands[1] = weight;
+            }
             (node.op.row().eval)(&operands, &node.attrs).at(here).at(place)?
         };
         values.push(value);
     }
     Ok(graph.results.iter().map(|(_, v)| find(inputs, &values, v.0 as usize).clone()).collect())
+}
+
+/// The integer weight of a product with bf16 activations: as bf16 too.
+fn rounded_weight(graph: &Graph, node: &Node, operands: &[&Value]) -> Option<Value> {
+    let dtype = |operand: usize| graph.ty(*node.operands.get(operand)?).as_tensor().map(|(dtype, _)| dtype);
+    let widened = node.op.class() == Class::Contract && dtype(0)? == DType::BF16 && dtype(1)?.int().is_some();
+    match operands.get(1).filter(|_| widened)? {
+        Value::Tensor(w) => {
+            let data = w.data.iter().map(|x| half::bf16::from_f32(*x).to_f32());
+            Some(Value::Tensor(Tensor::new(w.shape.clone(), data.collect())))
+        }
+        _ => None,
+    }
 }
 
 fn find<'a>(inputs: &'a [Value], values: &'a [Value], value: usize) -> &'a Value {

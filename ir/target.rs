@@ -57,6 +57,11 @@ impl Target {
         self.has("avx512bf16") && self.vector_bytes == 64
     }
 
+    /// Matrix units multiply bf16: for many tokens, unpacking integer weights to that pays.
+    pub fn widens_codes(&self) -> bool {
+        self.has("amx-bf16")
+    }
+
     /// 64-byte vectors that the registers hold together: what register tiles are cut to.
     pub fn wide_registers(&self) -> usize {
         self.registers * self.vector_bytes / 64

@@ -11,6 +11,7 @@
 use crate::cost::Roofline;
 use crate::egraph::{Classes, seed};
 use crate::extract::{Program, Selection, rebuild, select};
+use crate::precision::MANY;
 use crate::rules;
 use crate::{Options, State};
 use ir::cost::Workload;
@@ -22,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Ranges that kernels are chosen for: one token, few (an operand prologue is allowed), some, many; and the number of
 /// tokens at which each is priced.
 const RANGES: [(usize, usize, usize); 4] =
-    [(1, 1, 1), (2, PROLOGUE_TOKENS, 4), (PROLOGUE_TOKENS + 1, 64, 32), (65, usize::MAX, 256)];
+    [(1, 1, 1), (2, PROLOGUE_TOKENS, 4), (PROLOGUE_TOKENS + 1, MANY - 1, 32), (MANY, usize::MAX, 256)];
 
 /// Positions attended in the step that variants are priced for.
 const PRICED_CONTEXT: f64 = 512.0;
@@ -34,9 +35,9 @@ const PRICED_CONTEXT: f64 = 512.0;
 pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     let shared = shared_weights(&state.model);
     let (mut graphs, mut notes) = (vec![], vec![]);
-    for graph in &state.model.graphs {
-        let shared = shared.get(&graph.name).cloned().unwrap_or_default();
-        let (variants, mut lines) = optimize(graph, shared, options).at(|| format!("graph @{}", graph.name))?;
+    for alike in state.model.graphs.chunk_by(|a, b| a.name == b.name) {
+        let shared = shared.get(&alike[0].name).cloned().unwrap_or_default();
+        let (variants, mut lines) = optimize(alike, shared, options).at(|| format!("graph @{}", alike[0].name))?;
         graphs.extend(variants);
         notes.append(&mut lines);
     }
@@ -70,22 +71,27 @@ fn shared_weights(model: &Model) -> BTreeMap<String, BTreeSet<String>> {
     shared
 }
 
-/// The variants of one graph, and notes on how the search went.
+/// The variants of one graph - given as one, or as several for different steps - and notes on how the search went.
 ///
 /// # Errors
 /// Where some value fits no kernel.
-pub fn optimize(graph: &Graph, shared: BTreeSet<String>, options: &Options) -> Result<(Vec<Graph>, Vec<String>)> {
+pub fn optimize(alike: &[Graph], shared: BTreeSet<String>, options: &Options) -> Result<(Vec<Graph>, Vec<String>)> {
     let mut kept = shared;
     loop {
-        let (classes, ids) = seed(graph, kept.clone());
-        let (classes, phases) = rules::saturate(classes, &options.rules, &options.search)?;
-        let results: Vec<_> = graph.results.iter().map(|(_, v)| ids[v.0 as usize]).collect();
-        let program = Program::read(&classes, &results);
-        let (variants, mut notes) = variants(graph, &program, options)?;
-        let conflict = packed_twice(&variants);
+        let (mut all, mut notes) = (vec![], vec![]);
+        for graph in alike {
+            let (classes, ids) = seed(graph, kept.clone());
+            let (classes, phases) = rules::saturate(classes, &options.rules, &options.search)?;
+            let results: Vec<_> = graph.results.iter().map(|(_, v)| ids[v.0 as usize]).collect();
+            let program = Program::read(&classes, &results);
+            let (mut variants, mut lines) = variants(graph, &program, options)?;
+            notes.push(saturation_note(graph, &classes, &phases));
+            notes.append(&mut lines);
+            all.append(&mut variants);
+        }
+        let conflict = packed_twice(&all);
         if conflict.is_empty() || conflict.is_subset(&kept) {
-            notes.insert(0, saturation_note(graph, &classes, &phases));
-            return Ok((variants, notes));
+            return Ok((all, notes));
         }
         kept.extend(conflict);
     }
@@ -106,10 +112,13 @@ fn saturation_note(graph: &Graph, classes: &Classes, phases: &[rules::PhaseRepor
 
 /// The optimized graph of every range, equal neighbours merged.
 fn variants(graph: &Graph, program: &Program, options: &Options) -> Result<(Vec<Graph>, Vec<String>)> {
-    let most = options.limits.tokens;
+    let steps = graph.range.unwrap_or(TokenRange { min: 1, max: options.limits.tokens });
     let (mut out, mut notes): (Vec<Graph>, Vec<String>) = (vec![], vec![]);
-    for (min, max, priced) in RANGES.into_iter().filter(|(min, ..)| *min <= most) {
-        let range = TokenRange { min, max: max.min(most) };
+    for (min, max, priced) in RANGES {
+        let range = TokenRange { min: min.max(steps.min), max: max.min(steps.max) };
+        if range.min > range.max {
+            continue;
+        }
         let step = priced_step(range, priced, options);
         let roofline = Roofline::new(program, options.target.machine, step);
         let selection = select(program, &roofline, range.max <= PROLOGUE_TOKENS, options)?;

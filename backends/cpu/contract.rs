@@ -73,6 +73,11 @@ impl Dot {
         Rows { first, stride, count, dtype: self.activations, planes: self.planes, prefetch: 0, ahead: None }
     }
 
+    /// Codes that meet bf16.
+    fn widens(&self) -> bool {
+        self.activations == DType::BF16 && self.dtype.int().is_some()
+    }
+
     /// One register tile can hold both.
     fn shares_tile(&self, other: &Dot) -> bool {
         self.dtype.int().is_none() && (self.x, self.dtype, self.k) == (other.x, other.dtype, other.k)
@@ -100,7 +105,7 @@ fn components(body: &Graph) -> Result<Vec<Component>> {
                 let (n, columns) = (extent(shape.len() - 2), extent(shape.len() - 1));
                 let routing = node.operands.get(2).copied();
                 let activations = body.ty(node.operands[0]).as_tensor().map_or(DType::F32, |(d, _)| d);
-                if activations.planes().is_some() != dtype.int().is_some() {
+                if activations.planes().is_some() != dtype.int().is_some() && activations != DType::BF16 {
                     let x = body.ty(node.operands[0]);
                     bail!(Unsupported, "no product of {x} and {dtype} weights: int8 meets integer formats only");
                 }
@@ -194,9 +199,9 @@ impl Contraction<'_> {
         let all = e.i64(strips as i64);
         let (low, high) = e.share(self.k, all);
         let rows = count_of(e, self.k, self.body.ty(component.dots[0].value))?;
-        match self.operands() {
+        match self.operands()? {
             Some(operands) => {
-                let few = tiled::fewest(operands);
+                let few = self.fewest(operands);
                 self.emit_tiled(e, operands, (low, high, rows), |e| self.emit_rows(e, (low, high, rows), few))
             }
             None => self.emit_rows(e, (low, high, rows), self.kernel.range.max),

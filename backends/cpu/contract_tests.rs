@@ -69,6 +69,45 @@ fn pairs_of_bf16() {
     }
 }
 
+/// Where there are matrix units: they take such products in steps of any length.
+#[test]
+fn codes_widened_to_bf16() {
+    for format in FORMATS.iter().filter(|f| f.int.is_some() && f.dtype != DType::Q8_PLANES) {
+        let body = format!(
+            "graph @k(%x: bf16[t, 512], %g: {name}[40, 512], %u: {name}[40, 512]) stage planned when t = 65..512 {{
+               %a = matmul %x, %g
+               %b = matmul %x, %u
+               %s = silu %a
+               %y = mul %s, %b
+               return y = %y
+             }}",
+            name = format.name
+        );
+        widened(&body, tolerance(format.name));
+    }
+    // Beside what the vector units multiply.
+    for (x, w) in [("f32", "f16"), ("a8", "q8_0"), ("f32", "q4_0"), ("bf16", "bf16")] {
+        let body = format!(
+            "graph @k(%x: {x}[t, 96], %z: bf16[t, 96], %g: {w}[40, 96], %u: q4_1[40, 96]) stage planned when t = 65..512 {{
+               %a = matmul %x, %g
+               %b = matmul %z, %u
+               %y = mul %a, %b
+               return y = %y
+             }}"
+        );
+        widened(&body, 2e-5);
+    }
+}
+
+fn widened(body: &str, tolerance: f64) {
+    let kernel = harness::kernel(body);
+    for step in [&[(0, 70)][..], &[(3, 97), (0, 33)]] {
+        let step = Step::new(step);
+        let inputs = harness::inputs(&kernel, &step, 1);
+        harness::check_on(&kernel, &inputs, &step, tolerance, Target::widens_codes);
+    }
+}
+
 #[test]
 fn results_rounded_to_bf16() {
     for n in [80, 36] {

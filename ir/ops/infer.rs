@@ -173,13 +173,13 @@ fn planes(o: &[&Type], dtype: DType) -> Rule {
     Ok(Type::tensor(dtype, with_dims(lead, rest)))
 }
 
-/// A contraction's activations are f32, or bf16 over bf16, or int8 planes over an integer format.
+/// A contraction's activations are f32, or bf16 over bf16 or an integer format, or int8 planes over an integer format.
 fn contraction(x: &Type, w: DType) -> Result<(Dim, Vec<usize>)> {
     let (dtype, _) = x.as_tensor().unwrap_or((DType::I32, &[]));
     match dtype {
         DType::F32 if w.is_float() || w.int().is_some() => rows(x),
         DType::A8 | DType::A16 if w.int().is_some() => rows(x),
-        DType::BF16 if w == DType::BF16 => rows(x),
+        DType::BF16 if w == DType::BF16 || w.int().is_some() => rows(x),
         _ => bail!(Input, "{dtype} activations do not go with {w} weights"),
     }
 }
@@ -207,6 +207,9 @@ pub fn matmul_experts(o: &[&Type], _: &Attrs) -> Rule {
     let Type::Routing { top, experts } = *o[2] else { bail!(Input, "expected a routing, found {}", o[2]) };
     let (dtype, w) = fixed(o[1])?;
     let (lead, x) = contraction(o[0], dtype)?;
+    if dtype.int().is_some() && matches!(o[0].as_tensor(), Some((DType::BF16, _))) {
+        bail!(Input, "bf16 activations do not go with experts in {dtype}");
+    }
     match (x.as_slice(), w.as_slice()) {
         ([k] | [_, k], [e, n, wk]) if k == wk && *e == experts && (x.len() == 1 || x[0] == top) => {
             Ok(Type::f32(with_dims(lead, [top, *n])))

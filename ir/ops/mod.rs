@@ -302,7 +302,8 @@ ops! {
     "quantize_fine" (x) {} Quantize: quantize_fine, reduce::quantize_fine, flops::each::<8>, quantize,
         "quantize, and quantize of the rounding error: two planes of int8 codes";
 
-    "matmul" (x, w) {} Contract: matmul, contract::matmul, flops::products, matmul, "x[t, k] w[n, k]^T";
+    "matmul" (x, w) {} Contract: matmul, contract::matmul, flops::products, matmul,
+        "x[t, k] w[n, k]^T; of x in bf16, w is rounded to bf16 too";
     "route" (x) {int("top", "experts chosen per token"), flag("normalize", "weights of the chosen sum to 1")}
         Route: route, reduce::route, flops::each::<5>, route,
         "softmax over experts, the top largest (ties: the lower index first)";

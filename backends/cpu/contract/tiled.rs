@@ -13,27 +13,22 @@ use super::{Contraction, Dot, Place, by_strips, internal};
 use crate::cpu::dot::amx::{self, Operands, TOKENS};
 use crate::cpu::dot::{self, Rows, Weights};
 use crate::emit::{Cmp, Emitter, F32, I8, Val};
-use mansard_ir::Result;
 use mansard_ir::kernel::PROLOGUE_TOKENS;
 use mansard_ir::layout::{A8, STRIP, StripLayout, row_bytes};
+use mansard_ir::{Result, bail};
 use std::collections::BTreeMap;
 
 /// Bytes of weights, as the units read them, that a cache tile of strips may hold: a quarter of the second-level cache of
 /// all processors with such units. Unpacked codes lie on a worker's stack.
 const CACHE_TILE_BYTES: usize = 512 << 10;
 
-/// As many tokens, or fewer, are multiplied one by one: a tile takes its time however many of its rows count, and codes must
-/// be unpacked first.
-pub(super) fn fewest(operands: Operands) -> usize {
-    match operands {
-        Operands::Pairs => PROLOGUE_TOKENS,
-        Operands::Codes(_) => 2 * TOKENS,
-    }
-}
+/// Token rows at a time of what vector units multiply in a tile.
+const VECTOR_ROWS: usize = 4;
 
 /// Memory of a worker's tiles.
 #[derive(Clone, Copy)]
 struct Memory {
+    operands: Operands,
     /// Unpacked strips of every dot, one dot after the other.
     panels: Option<Val>,
     /// Stored integer tiles on their way to sums.
@@ -54,12 +49,41 @@ struct Tile {
 }
 
 impl Contraction<'_> {
-    /// What the matrix units multiply, where they can multiply all of the component.
-    pub(super) fn operands(&self) -> Option<Operands> {
+    /// What the matrix units multiply: where they can multiply all of the component, or where only they can multiply some.
+    ///
+    /// # Errors
+    /// Where codes meet bf16 and there are no matrix units.
+    pub(super) fn operands(&self) -> Result<Option<Operands>> {
+        let dots = &self.component.dots;
         let of = |d: &Dot| Operands::of(self.target, d.activations, d.dtype, d.k);
-        let first = of(self.component.dots.first()?)?;
-        let many = self.kernel.range.max > fewest(first);
-        (many && self.component.dots.iter().all(|d| of(d) == Some(first))).then_some(first)
+        if let Some(dot) = dots.iter().find(|d| d.widens()) {
+            if of(dot).is_none() {
+                bail!(Unsupported, "no product of bf16 activations and {} weights on {}", dot.dtype, self.target.name);
+            }
+            return Ok(of(dot));
+        }
+        let Some(first) = dots.first().and_then(of) else { return Ok(None) };
+        let many = self.kernel.range.max > self.fewest(first);
+        Ok((many && dots.iter().all(|d| of(d) == Some(first))).then_some(first))
+    }
+
+    /// As many tokens, or fewer, are multiplied one by one: a tile takes its time however many of its rows count, and codes
+    /// must be unpacked first.
+    pub(super) fn fewest(&self, operands: Operands) -> usize {
+        match operands {
+            _ if self.component.dots.iter().any(Dot::widens) => 0,
+            Operands::Pairs => PROLOGUE_TOKENS,
+            Operands::Codes(_) => 2 * TOKENS,
+        }
+    }
+
+    /// Bytes of a strip's panel; 0 for what is read as it is packed.
+    fn panel_bytes(&self, operands: Operands, dot: &Dot) -> usize {
+        if self.is_tiled(operands, dot) && dot.dtype.int().is_some() { amx::panel_bytes(operands, dot.k) } else { 0 }
+    }
+
+    fn is_tiled(&self, operands: Operands, dot: &Dot) -> bool {
+        Operands::of(self.target, dot.activations, dot.dtype, dot.k) == Some(operands)
     }
 
     /// The worker's strips for all rows: where those are few, as `otherwise` computes them.
@@ -70,7 +94,7 @@ impl Contraction<'_> {
         (low, high, rows): (Val, Val, Val),
         otherwise: impl FnOnce(&mut Emitter) -> Result<()>,
     ) -> Result<()> {
-        let fewest = e.i64(fewest(operands) as i64);
+        let fewest = e.i64(self.fewest(operands) as i64);
         let many = e.cmp(Cmp::Gt, rows, fewest);
         let (mut tiled, mut few) = (Ok(()), Ok(()));
         e.either(many, |e| tiled = self.tiles(e, operands, (low, high, rows)), |e| few = otherwise(e));
@@ -79,12 +103,13 @@ impl Contraction<'_> {
 
     fn tiles(&self, e: &mut Emitter, operands: Operands, (low, high, rows): (Val, Val, Val)) -> Result<()> {
         let dots = &self.component.dots;
-        let (tokens, strips) = if operands == Operands::Pairs { (2 * TOKENS, 2) } else { (TOKENS, 1) };
+        let codes = matches!(operands, Operands::Codes(_));
+        let (tokens, strips) = if codes { (TOKENS, 1) } else { (2 * TOKENS, 2) };
         let tile = self.tiled_cache_tile(operands).next_multiple_of(strips);
-        let unpacked: usize = dots.iter().map(|d| tile * amx::panel_bytes(d.k)).sum();
-        let codes = operands != Operands::Pairs;
+        let panels: usize = dots.iter().map(|d| tile * self.panel_bytes(operands, d)).sum();
         let memory = Memory {
-            panels: codes.then(|| e.stack(unpacked)),
+            operands,
+            panels: (panels > 0).then(|| e.stack(panels)),
             sums: codes.then(|| e.stack(2 * TOKENS * STRIP * 4)),
             products: e.stack(dots.len() * strips * tokens * STRIP * 4),
         };
@@ -138,10 +163,7 @@ impl Contraction<'_> {
 
     /// Strips of a cache tile.
     fn tiled_cache_tile(&self, operands: Operands) -> usize {
-        let bytes = |d: &Dot| match operands {
-            Operands::Pairs => StripLayout::new(d.dtype, d.k).bytes,
-            Operands::Codes(_) => amx::panel_bytes(d.k),
-        };
+        let bytes = |d: &Dot| self.panel_bytes(operands, d).max(StripLayout::new(d.dtype, d.k).bytes);
         let all = self.component.n.div_ceil(STRIP).max(1);
         (CACHE_TILE_BYTES / self.component.dots.iter().map(bytes).sum::<usize>().max(1)).clamp(1, all)
     }
@@ -152,14 +174,16 @@ impl Contraction<'_> {
         let mut offset = 0;
         for dot in &self.component.dots {
             let weight = self.pointer(dot.weight)?;
+            let bytes = self.panel_bytes(memory.operands, dot);
+            let Some(weights) = self.weights(dot).filter(|_| bytes > 0) else { continue };
             let panel = e.gep_const(panels, offset);
-            offset += tile * amx::panel_bytes(dot.k);
-            let Some(weights) = self.weights(dot) else { return Err(internal(self.body)) };
+            offset += tile * bytes;
             e.repeat(from, to, 1, |e, strip| {
                 let index = e.sub(strip, from);
-                let to = e.row(panel, index, amx::panel_bytes(dot.k));
+                let to = e.row(panel, index, bytes);
                 let strip = dot::strip_at(e, weight, strip, dot.dtype, dot.k);
-                amx::unpack(e, weights, dot.k, strip, to);
+                let unpack = if memory.sums.is_some() { amx::unpack } else { amx::widen };
+                unpack(e, weights, dot.k, strip, to);
             });
         }
         Ok(())
@@ -209,15 +233,26 @@ impl Contraction<'_> {
             let rows = dot.rows(e.row(x, tile.first, stride), stride, tile.tokens);
             let out = e.gep_const(memory.products, index * bytes);
             let strip = dot::strip_at(e, weight, tile.strip, dot.dtype, dot.k);
-            match (memory.panels, memory.sums, self.weights(dot)) {
-                (Some(panels), Some(sums), Some(weights)) => {
-                    let panel = e.gep_const(panels, offset);
-                    offset += cache_tile * amx::panel_bytes(dot.k);
-                    let at = e.sub(tile.strip, tile.from);
-                    let panel = e.row(panel, at, amx::panel_bytes(dot.k));
+            let bytes = self.panel_bytes(memory.operands, dot);
+            let panel = memory.panels.filter(|_| bytes > 0).map(|panels| {
+                let (panel, at) = (e.gep_const(panels, offset), e.sub(tile.strip, tile.from));
+                offset += cache_tile * bytes;
+                e.row(panel, at, bytes)
+            });
+            match (panel, memory.sums, self.weights(dot)) {
+                (Some(panel), Some(sums), Some(weights)) => {
                     amx::codes(e, weights, dot.k, (strip, panel), rows, (sums, out));
                 }
-                _ => self.pairs(e, dot, strip, rows, (tile.strips, out)),
+                _ => {
+                    let packed = StripLayout::new(dot.dtype, dot.k).bytes;
+                    let (first, bytes) = panel.map_or((strip, packed), |panel| (panel, bytes));
+                    let strips: Vec<Val> = (0..tile.strips).map(|s| e.gep_const(first, s * bytes)).collect();
+                    if self.is_tiled(memory.operands, dot) {
+                        amx::pairs(e, dot.k, &strips, rows, out);
+                    } else {
+                        self.vectors(e, dot, &strips, rows, out);
+                    }
+                }
             }
         }
         // What lies past the step's last row goes no further.
@@ -242,9 +277,18 @@ impl Contraction<'_> {
         result
     }
 
-    fn pairs(&self, e: &mut Emitter, dot: &Dot, strip: Val, rows: Rows, (strips, out): (usize, Val)) {
-        let bytes = StripLayout::new(dot.dtype, dot.k).bytes;
-        let strips: Vec<Val> = (0..strips).map(|s| e.gep_const(strip, s * bytes)).collect();
-        amx::pairs(e, dot.k, &strips, rows, out);
+    /// Products of what matrix units do not multiply beside what only they do: `f32[strip][rows.count][16]`.
+    fn vectors(&self, e: &mut Emitter, dot: &Dot, strips: &[Val], rows: Rows, out: Val) {
+        let (zero, all) = (e.i64(0), e.i64(rows.count as i64));
+        e.repeat(zero, all, VECTOR_ROWS as i64, |e, row| {
+            let few = Rows { first: e.row(rows.first, row, rows.stride), count: VECTOR_ROWS, ..rows };
+            let products = dot::tile(e, self.target, dot.dtype, dot.k, strips, few);
+            let out = e.row(out, row, 4 * STRIP);
+            for (i, product) in products.into_iter().enumerate() {
+                let (strip, row) = (i / VECTOR_ROWS, i % VECTOR_ROWS);
+                let at = e.gep_const(out, (strip * rows.count + row) * 4 * STRIP);
+                e.store(product, at, 64);
+            }
+        });
     }
 }

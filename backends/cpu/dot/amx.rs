@@ -5,16 +5,18 @@
 //! codes   C[16][16]  = A[16][u] . B[u][16]; acc += C * scales      a unit of u = 32 or 16 columns has scales of its own
 //! ```
 //!
-//! A tile of B has a line of 64 bytes for each pair of columns (each quad, of int8): just what packed strips hold. Codes of
-//! fewer than 8 bits are unpacked first, once for all tokens of a step, into signed bytes, less their zero point.
+//! A tile of B has a line of 64 bytes for each pair of columns (each quad, of int8): just what packed strips hold. Codes are
+//! unpacked first, once for all tokens of a step: beside int8 activations into signed bytes, less their zero point; beside
+//! bf16 ones into reals, rounded to bf16.
 //!
 //! Registers are chosen here, not by LLVM: 0 to 3 hold C, 4 and 5 A, 6 and 7 B.
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, chapter "Programming with Intel AMX".
 
 use super::Rows;
-use super::integer::{self, Weights};
+use super::integer::{self, Figures, Weights};
 use crate::emit::{Emitter, F32, I8, I16, I32, Val};
-use mansard_ir::formats::{DType, IntFormat};
+use crate::math;
+use mansard_ir::formats::DType;
 use mansard_ir::layout::{A8, STRIP};
 use mansard_ir::target::Target;
 
@@ -45,10 +47,10 @@ impl Operands {
     pub fn of(target: &Target, activations: DType, weights: DType, k: usize) -> Option<Operands> {
         match (activations, weights.int()) {
             (DType::A8, Some(int)) if target.has("amx-int8") => Some(Operands::Codes(int.unit())),
-            (DType::BF16, None) => {
-                let fits = weights == DType::BF16 && k.is_multiple_of(COLUMNS);
-                (fits && target.has("amx-bf16")).then_some(Operands::Pairs)
-            }
+            (DType::BF16, int) if target.has("amx-bf16") && k.is_multiple_of(COLUMNS) => match int {
+                None if weights != DType::BF16 => None,
+                _ => Some(Operands::Pairs),
+            },
             _ => None,
         }
     }
@@ -90,9 +92,12 @@ pub fn release(e: &mut Emitter) {
     e.act("llvm.x86.tilerelease", &[]);
 }
 
-/// Bytes of a strip's unpacked codes.
-pub fn panel_bytes(k: usize) -> usize {
-    STRIP * k
+/// Bytes of a strip with its codes unpacked.
+pub fn panel_bytes(operands: Operands, k: usize) -> usize {
+    match operands {
+        Operands::Codes(_) => STRIP * k,
+        Operands::Pairs => STRIP * k * 2,
+    }
 }
 
 /// Products of 16 rows, or twice as many, with bf16 strips. `out` gets `f32[strip][rows.count][16]`.
@@ -129,6 +134,32 @@ pub fn unpack(e: &mut Emitter, weights: Weights<'_>, k: usize, strip: Val, panel
         for (quad, codes) in integer::signed_codes(e, weights, strip, line) {
             let at = e.gep_const(to, quad * 4 * STRIP);
             e.store(codes, at, 64);
+        }
+    });
+}
+
+/// Unpacks a strip's codes to `panel`: reals rounded to bf16, a line for each pair of columns.
+pub fn widen(e: &mut Emitter, weights: Weights<'_>, k: usize, strip: Val, panel: Val) {
+    let unit = weights.int.unit();
+    let (low, high) = (e.i64(0), e.i64((k / A8::GROUP) as i64));
+    e.repeat(low, high, 1, |e, line| {
+        let to = e.row(panel, line, 2 * A8::GROUP * STRIP);
+        let figures: Vec<Figures> =
+            (0..A8::GROUP / unit).map(|part| weights.unit_figures(e, strip, (line, part))).collect();
+        for (quad, codes) in integer::signed_codes(e, weights, strip, line) {
+            let columns = e.bitcast(codes, I32.x(STRIP));
+            for pair in 0..2 {
+                let [even, odd] = [2 * pair, 2 * pair + 1].map(|column| {
+                    let byte = e.shl(columns, 24 - 8 * column);
+                    let byte = e.sar(byte, 24);
+                    let real = weights.reals(e, figures[quad * 4 / unit], byte);
+                    math::round_bf16(e, real)
+                });
+                let lanes: Vec<usize> = (0..STRIP).flat_map(|row| [row, STRIP + row]).collect();
+                let pairs = e.shuffle(even, odd, &lanes);
+                let at = e.gep_const(to, (2 * quad + pair as usize) * 4 * STRIP);
+                e.store(pairs, at, 64);
+            }
         }
     });
 }
@@ -172,7 +203,6 @@ struct Codes<'a> {
 impl Codes<'_> {
     /// `count` lines of 32 columns, all their units.
     fn lines(&self, e: &mut Emitter, line: Val, count: usize, acc: &[Val]) -> Vec<Val> {
-        let IntFormat { group, .. } = self.weights.int;
         let unit = self.weights.int.unit();
         let parts = A8::GROUP / unit;
         let first = e.row(self.rows.first, line, A8::LINE);
@@ -189,10 +219,7 @@ impl Codes<'_> {
         }
         let mut acc = acc.to_vec();
         for (i, sum) in sums.iter().enumerate() {
-            let column = e.scaled(line, A8::GROUP, i * unit);
-            let wide = e.i64(group as i64);
-            let index = e.div(column, wide);
-            let figures = self.weights.figures(e, self.strip, index);
+            let figures = self.weights.unit_figures(e, self.strip, (line, i));
             let x = e.gep_const(first, i / parts * A8::LINE);
             for (r, acc) in acc.iter_mut().enumerate() {
                 let at = e.gep_const(*sum, r * 4 * STRIP);

@@ -71,6 +71,23 @@ struct Tile<'a> {
 }
 
 impl Weights<'_> {
+    /// Figures of unit `unit` from line `line` on.
+    pub fn unit_figures(&self, e: &mut Emitter, strip: Val, (line, unit): (Val, usize)) -> Figures {
+        let column = e.scaled(line, A8::GROUP, unit * self.int.unit());
+        let group = e.i64(self.int.group as i64);
+        let group = e.div(column, group);
+        self.figures(e, strip, group)
+    }
+
+    /// The reals of 16 rows whose codes are signed bytes, as [`signed_codes`] has them.
+    pub fn reals(&self, e: &mut Emitter, Figures { scale, min }: Figures, codes: Val) -> Val {
+        let codes = e.convert("sitofp", codes, F32);
+        match min {
+            Some(min) => e.fma(codes, scale, min),
+            None => e.mul(codes, scale),
+        }
+    }
+
     /// Figures of group `group` of a strip.
     pub fn figures(&self, e: &mut Emitter, strip: Val, group: Val) -> Figures {
         let real = |e: &mut Emitter, offset| {
