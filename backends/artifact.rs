@@ -169,12 +169,8 @@ impl Content<'_> {
                 let Some(recipe) = contents.plan.packs.get(*index) else {
                     bail!(Internal, "the plan has no recipe for it");
                 };
-                let scale = recipe
-                    .column_scale
-                    .as_ref()
-                    .map(|name| contents.weights.get(name)?.read_all().at(|| format!("weight `{name}`")));
-                let scale = scale.transpose()?;
-                pack::pack(contents.weights.get(&recipe.weight)?, scale.as_deref(), threads, sink)
+                let weight = contents.weights.make(&recipe.recipe).at(|| recipe.name())?;
+                pack::pack(&weight, threads, sink)
             }
         }
     }

@@ -2,10 +2,10 @@
 
 use super::*;
 use crate::harness::{float_weight, quantized_weight};
-use mansard_ir::DType;
 use mansard_ir::layout::packed_bytes;
 use mansard_ir::model::{TokenizerInfo, Weight};
 use mansard_ir::plan::{Pack, Program, WeightSpec};
+use mansard_ir::{Attrs, DType, Dim, Type, ValueId};
 
 struct Parts {
     plan: Plan,
@@ -30,16 +30,19 @@ impl Parts {
         parts.info.tokenizer = Some(TokenizerInfo { json: "{\"a\": \"é\"}".into(), ..TokenizerInfo::default() });
         parts.add("w", quantized_weight(DType::Q6_K, &[40, 512], 1));
         parts.add("g", float_weight(DType::F32, &[512], 2));
-        parts.add("f", float_weight(DType::F16, &[17, 512], 3));
-        parts.plan.packs[2].column_scale = Some("g".into());
+        parts.add("f", float_weight(DType::F32, &[17, 512], 3));
+        let recipe = &mut parts.plan.packs[2].recipe;
+        let g = recipe.weight("g", Type::f32([Dim::N(512)]));
+        let scaled = recipe.push("scale_columns", &[ValueId(0), g], Attrs::none()).unwrap();
+        recipe.results[0].1 = scaled;
         parts
     }
 
     fn add(&mut self, name: &str, weight: Weight) {
         let (dtype, shape) = weight.dtype_shape();
         let (ty, bytes) = (weight.ty.to_string(), packed_bytes(dtype, &shape));
-        self.plan.program.weights.push(WeightSpec { name: name.into(), ty, bytes });
-        self.plan.packs.push(Pack { weight: name.into(), column_scale: None });
+        self.plan.program.weights.push(WeightSpec { name: name.into(), ty, bytes, recipe: None });
+        self.plan.packs.push(Pack::entry(name, weight.ty.clone()));
         self.weights.insert(name, weight);
     }
 
@@ -98,9 +101,9 @@ fn a_failure_leaves_what_was_there() {
     let path = directory.path().join("m.mansard");
     std::fs::write(&path, "before").unwrap();
     let mut parts = Parts::new();
-    parts.plan.packs[1].weight = "gone".into();
+    parts.plan.packs[1] = Pack::entry("gone", Type::f32([Dim::N(512)]));
     let error = parts.write(&path, 2).unwrap_err().to_string();
-    assert!(error.contains("section `weights/g`: the model has no weight `gone`"), "{error}");
+    assert!(error.contains("section `weights/g`: gone: the model has no weight `gone`"), "{error}");
     parts = Parts::new();
     parts.plan.program.weights[0].bytes += 64;
     assert!(parts.write(&path, 2).unwrap_err().to_string().contains("expected"));

@@ -14,7 +14,7 @@ mod memory;
 mod qemu;
 mod samples;
 
-pub use samples::{Random, float_weight, inputs, quantized_weight};
+pub use samples::{float_weight, inputs, quantized_weight};
 
 use crate::{Image, compile_kernels, pack, target};
 use mansard_ir::eval::{self, Step, Value};
@@ -219,7 +219,7 @@ impl Given {
 
 fn packed(weight: &Weight) -> Vec<u8> {
     let mut bytes = vec![];
-    let packed = pack::pack(weight, None, 1, &mut |b| {
+    let packed = pack::pack(weight, 1, &mut |b| {
         bytes.extend_from_slice(b);
         Ok(())
     });

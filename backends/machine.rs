@@ -138,12 +138,18 @@ impl MachineTable {
     /// The roofline of so many workers.
     pub fn roofline(&self, threads: usize) -> Machine {
         let giga = |figure: Option<&f64>| 1e9 * figure.copied().unwrap_or(0.0);
-        let last = self.cache_kib.keys().next_back().copied().unwrap_or(Level::Memory);
+        let mut levels = self.cache_kib.iter().rev();
+        let last = levels.next().map_or(Level::Memory, |(level, _)| *level);
+        // The one before the last is every worker's own.
+        let own = levels.next().map(|(level, kib)| (*level, 1024.0 * *kib as f64 * threads as f64));
+        let (near, near_bytes) = own.unwrap_or((last, 0.0));
         let readers = threads.min(self.workers.last().map_or(1, |w| w.count));
         let peak = |peak| self.rate(threads, |w| giga(w.gop_per_s.get(&peak).or_else(|| w.gop_per_s.get(&Peak::F32))));
         Machine {
             threads,
             bandwidth: self.rate(readers, |w| giga(w.gb_per_s.get(&Level::Memory))),
+            near_bandwidth: self.rate(threads, |w| giga(w.gb_per_s.get(&near))),
+            near_bytes,
             cache_bandwidth: self.rate(threads, |w| giga(w.gb_per_s.get(&last))),
             cache_bytes: 1024.0 * self.cache_kib.get(&last).copied().unwrap_or(0) as f64,
             peak_f32: peak(Peak::F32),
@@ -151,6 +157,15 @@ impl MachineTable {
             peak_i8: peak(Peak::I8),
             barrier: 1e-6 * self.near(threads, |w| w.barrier_us),
         }
+    }
+
+    /// The roofline of so many workers that read so many bytes again and again, some of which the last cache keeps: all up to
+    /// half of its size, none from twice on.
+    pub fn reading(&self, threads: usize, bytes: f64) -> Machine {
+        let machine = self.roofline(threads);
+        let kept = (1.0 - (2.0 * bytes / machine.cache_bytes.max(1.0)).log(4.0)).clamp(0.0, 1.0);
+        let gained = (machine.cache_bandwidth - machine.bandwidth).max(0.0);
+        Machine { bandwidth: machine.bandwidth + kept * gained, ..machine }
     }
 
     /// A figure that grows with the workers, also beyond the counts that there are figures for.
@@ -252,6 +267,15 @@ gop_per_s = { f32 = 300, i8 = 1200 }
         assert_eq!([1, 2, 9].map(|n| table.roofline(n).barrier * 1e7), [1.0, 2.0, 3.0]);
         assert_eq!(table.whole(), table.roofline(3));
         assert_eq!((table.roofline(2).threads, table.roofline(2).cache_bytes), (2, 1048576.0));
+    }
+
+    #[test]
+    fn what_a_cache_keeps_is_read_from_there() {
+        let table = MachineTable::parse(TWO).unwrap();
+        let rate = |kib: f64| table.reading(1, kib * 1024.0).bandwidth / 1e9;
+        assert_eq!([512.0, 1024.0, 2048.0, 1e6].map(rate), [60.0, 45.0, 30.0, 30.0]);
+        let machine = table.roofline(3);
+        assert_eq!([1e3, 9e4, 2e5, 2e6].map(|bytes| machine.near(bytes) / 1e9), [600.0, 600.0, 120.0, 40.0]);
     }
 
     #[test]

@@ -43,6 +43,7 @@ pub fn elementwise(e: &mut Emitter, node: &Node, x: &[Val]) -> Result<Val> {
             let zero = e.float(x[0].ty, 0.0);
             e.max(x[0], zero)
         }
+        "sigmoid" => sigmoid(e, x[0]),
         "tanh" => tanh(e, x[0]),
         "round_bf16" => round_bf16(e, x[0]),
         other => {

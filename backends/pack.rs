@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Quantized rows keep their codes; scales and minima (or zero points) become f16. A weight may be stored otherwise than its type says: its
-//! reals are rounded or quantized on the way. Columns of a float weight may be scaled. Invariants: never more than a few
+//! reals are rounded or quantized on the way. Invariants: never more than a few
 //! megabytes of a weight are in memory, the bytes do not depend on the number of threads, and rows beyond the last are zero.
 
 mod planes;
@@ -25,17 +25,17 @@ const CHUNK: usize = 4 << 20;
 /// Takes packed bytes, in order.
 pub type Sink<'a> = dyn FnMut(&[u8]) -> Result<()> + 'a;
 
-/// Packs a weight. `column_scale` multiplies the columns of a float matrix.
+/// Packs a weight.
 ///
 /// # Errors
 /// Where rows cannot be read, hold what their packed form cannot, or the sink fails.
-pub fn pack(weight: &Weight, column_scale: Option<&[f32]>, threads: usize, sink: &mut Sink<'_>) -> Result<()> {
+pub fn pack(weight: &Weight, threads: usize, sink: &mut Sink<'_>) -> Result<()> {
     let (dtype, shape) = weight.dtype_shape();
     let [outer @ .., n, k] = shape.as_slice() else {
-        return pack_vector(weight, column_scale, sink);
+        return pack_vector(weight, sink);
     };
     let (matrices, n, k) = (outer.iter().product::<usize>(), *n, *k);
-    let packer = Packer::new(weight, column_scale, dtype, n, k)?;
+    let packer = Packer::new(weight, dtype, n, k)?;
     if dtype == DType::Q8_PLANES {
         return planes::pack(weight, n, threads, sink);
     }
@@ -82,10 +82,7 @@ fn resume(panic: Box<dyn std::any::Any + Send>) -> Result<()> {
 }
 
 /// `[n]`: f32, padded to 16.
-fn pack_vector(weight: &Weight, column_scale: Option<&[f32]>, sink: &mut Sink<'_>) -> Result<()> {
-    if column_scale.is_some() {
-        bail!(Internal, "the columns of {} cannot be scaled", weight.ty);
-    }
+fn pack_vector(weight: &Weight, sink: &mut Sink<'_>) -> Result<()> {
     let mut bytes: Vec<u8> = weight.read_all()?.iter().flat_map(|x| x.to_le_bytes()).collect();
     bytes.resize(aligned(bytes.len()), 0);
     sink(&bytes)
@@ -94,7 +91,6 @@ fn pack_vector(weight: &Weight, column_scale: Option<&[f32]>, sink: &mut Sink<'_
 /// Packs strips of one weight.
 struct Packer<'a> {
     weight: &'a Weight,
-    column_scale: Option<&'a [f32]>,
     dtype: DType,
     /// Rows of each matrix.
     n: usize,
@@ -103,28 +99,18 @@ struct Packer<'a> {
 }
 
 impl<'a> Packer<'a> {
-    fn new(
-        weight: &'a Weight,
-        column_scale: Option<&'a [f32]>,
-        dtype: DType,
-        n: usize,
-        k: usize,
-    ) -> Result<Packer<'a>> {
+    fn new(weight: &'a Weight, dtype: DType, n: usize, k: usize) -> Result<Packer<'a>> {
         if !k.is_multiple_of(dtype.format().block) {
             bail!(Input, "rows of {k} do not fill whole quant blocks of {dtype}");
         }
         match dtype.in_file().int() {
-            Some(_) if column_scale.is_some() => bail!(Internal, "the columns of {} cannot be scaled", weight.ty),
             Some(_) if !weight.stored_as(dtype.in_file()) && !can_quantize(dtype.in_file()) => {
                 bail!(Unsupported, "{} is not stored as {dtype}, and nothing is quantized to that", weight.ty)
             }
             None if !dtype.is_float() => bail!(Internal, "{dtype} is no format of weights"),
             _ => {}
         }
-        if let Some(scale) = column_scale.filter(|scale| scale.len() != k) {
-            bail!(Internal, "expected {k} column scales, found {}", scale.len());
-        }
-        Ok(Packer { weight, column_scale, dtype, n, k, layout: StripLayout::new(dtype, k) })
+        Ok(Packer { weight, dtype, n, k, layout: StripLayout::new(dtype, k) })
     }
 
     /// Fills `out`, whole strips, from strip `first` on.
@@ -160,9 +146,6 @@ impl<'a> Packer<'a> {
         reals[count * self.k..].fill(0.0);
         for (r, row) in reals.chunks_exact_mut(self.k).take(count).enumerate() {
             self.weight.read_row(first + r, row).at(|| format!("row {}", first + r))?;
-            for (x, scale) in row.iter_mut().zip(self.column_scale.unwrap_or(&[])) {
-                *x *= scale;
-            }
         }
         match self.dtype {
             DType::F16 => interleave(reals, self.k, out, |x| f16::from_f32(x).to_le_bytes()),

@@ -1,15 +1,15 @@
 //! Packed bytes against the format table's own dequantization.
 
 use super::*;
-use crate::harness::{Random, float_weight, quantized_weight};
+use crate::harness::{float_weight, quantized_weight};
 use mansard_ir::decode;
 use mansard_ir::eval::Value;
 use mansard_ir::formats::FORMATS;
 use mansard_ir::layout::packed_bytes;
 
-fn packed(weight: &Weight, column_scale: Option<&[f32]>, threads: usize) -> Vec<u8> {
+fn packed(weight: &Weight, threads: usize) -> Vec<u8> {
     let mut bytes = vec![];
-    pack(weight, column_scale, threads, &mut |b| {
+    pack(weight, threads, &mut |b| {
         bytes.extend_from_slice(b);
         Ok(())
     })
@@ -30,8 +30,8 @@ fn every_quantized_format_survives() {
     for format in FORMATS.iter().filter(|f| f.int.is_some()) {
         let (n, k) = (37, 3 * format.block);
         let weight = quantized_weight(format.dtype, &[n, k], 7);
-        let bytes = packed(&weight, None, 1);
-        assert_eq!(bytes, packed(&weight, None, 3), "{}: threads change bytes", format.name);
+        let bytes = packed(&weight, 1);
+        assert_eq!(bytes, packed(&weight, 3), "{}: threads change bytes", format.name);
         let (found, expected) = (unpack(format.dtype, k, &bytes), weight.read_all().unwrap());
         let most = expected.iter().fold(0f32, |m, x| m.max(x.abs()));
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
@@ -48,7 +48,7 @@ fn every_quantized_format_survives() {
 fn planes_survive() {
     let ty = mansard_ir::Type::tensor(DType::Q8_PLANES, [mansard_ir::Dim::N(21), mansard_ir::Dim::N(96)]);
     let weight = mansard_ir::sample::weight(&ty, &mut mansard_ir::sample::Random::new(7)).unwrap();
-    let bytes = packed(&weight, None, 2);
+    let bytes = packed(&weight, 2);
     let Value::Planes(expected) = Value::of_weight(&weight).unwrap() else { panic!("no planes") };
     let Value::Planes(found) = decode::operand(DType::Q8_PLANES, &[21, 96], &bytes).unwrap() else {
         panic!("no planes")
@@ -64,19 +64,11 @@ fn planes_survive() {
 }
 
 #[test]
-fn floats_survive_and_scale() {
-    let mut random = Random::new(3);
+fn floats_survive() {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let (n, k) = (21, 19);
         let weight = float_weight(dtype, &[n, k], 5);
-        let expected = weight.read_all().unwrap();
-        assert_eq!(unpack(dtype, k, &packed(&weight, None, 2))[..n * k], expected);
-        let scale = random.reals(k);
-        let scaled = unpack(dtype, k, &packed(&weight, Some(&scale), 2));
-        for (i, x) in expected.iter().enumerate() {
-            let y = x * scale[i % k];
-            assert!((scaled[i] - y).abs() <= y.abs() / 256.0);
-        }
+        assert_eq!(unpack(dtype, k, &packed(&weight, 2))[..n * k], weight.read_all().unwrap());
     }
 }
 
@@ -84,7 +76,7 @@ fn floats_survive_and_scale() {
 fn experts_follow_one_another() {
     let (n, k) = (20, 64);
     let weight = quantized_weight(DType::Q4_1, &[3, n, k], 11);
-    let (found, expected) = (unpack(DType::Q4_1, k, &packed(&weight, None, 2)), weight.read_all().unwrap());
+    let (found, expected) = (unpack(DType::Q4_1, k, &packed(&weight, 2)), weight.read_all().unwrap());
     for expert in 0..3 {
         assert_eq!(found[expert * 32 * k..][..n * k], expected[expert * n * k..][..n * k]);
     }
@@ -93,7 +85,7 @@ fn experts_follow_one_another() {
 #[test]
 fn vectors_are_f32() {
     let weight = float_weight(DType::F16, &[5], 1);
-    let bytes = packed(&weight, None, 2);
+    let bytes = packed(&weight, 2);
     let expected: Vec<u8> = weight.read_all().unwrap().iter().flat_map(|x| x.to_le_bytes()).collect();
     assert_eq!((&bytes[..20], &bytes[20..]), (&expected[..], &[0; 44][..]));
 }
@@ -102,9 +94,9 @@ fn vectors_are_f32() {
 fn what_cannot_be_packed_is_said() {
     let weight = float_weight(DType::F32, &[4, 256], 1);
     let as_k_quant = Weight {
-        ty: mansard_ir::Type::tensor(DType::Q6_K, [mansard_ir::Dim::N(4), mansard_ir::Dim::N(256)]),
+        ty: mansard_ir::Type::tensor(DType::Q3_K, [mansard_ir::Dim::N(4), mansard_ir::Dim::N(256)]),
         ..weight
     };
-    let error = pack(&as_k_quant, None, 1, &mut |_| Ok(())).unwrap_err();
-    assert!(error.to_string().contains("is not stored as q6_k"), "{error}");
+    let error = pack(&as_k_quant, 1, &mut |_| Ok(())).unwrap_err();
+    assert!(error.to_string().contains("is not stored as q3_k"), "{error}");
 }

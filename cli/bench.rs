@@ -6,10 +6,10 @@
 //!
 //! With `--kernels`, where the time goes, kernel by kernel. What does not fit is refused before anything is measured.
 
-mod kernels;
-mod roof;
+pub mod kernels;
+pub mod roof;
 mod rows;
-mod steps;
+pub mod steps;
 
 use crate::eval;
 use crate::report::{self, OpenArguments};

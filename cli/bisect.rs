@@ -8,7 +8,7 @@ use mansard::driver::{self, CompileOptions};
 use mansard_backends as backends;
 use mansard_ir::artifact::Manifest;
 use mansard_ir::{DType, Error, Kind, Result, Target};
-use mansard_passes::LimitsRequest;
+use mansard_passes::{LimitsRequest, Strategy};
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -99,6 +99,8 @@ fn repeated(manifest: &Manifest) -> Result<CompileOptions> {
         weights,
         kv: dtype("kv")?,
         exact_head: get("exact-head").is_some(),
+        strategy: if get("search").is_some() { Strategy::Fixed } else { Strategy::Joint },
+        copies: get("copies").is_some(),
         limits: LimitsRequest {
             tokens: limits.tokens,
             rows: limits.rows,
@@ -109,6 +111,7 @@ fn repeated(manifest: &Manifest) -> Result<CompileOptions> {
         synthetic_seed: get("synthetic-weights")
             .map(|s| s.parse().map_err(|_| unknown("synthetic-weights")))
             .transpose()?,
+        costs: manifest.provenance.costs.clone(),
         ..CompileOptions::default()
     })
 }

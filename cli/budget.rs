@@ -12,11 +12,14 @@
 mod calibrate;
 mod divergence;
 
+use crate::calibration;
 use crate::driver::{self, CompileOptions, Progress, Summary};
-use calibrate::{Calibration, Subjects, reference_options};
+pub(crate) use calibrate::reference_options;
+use calibrate::{Calibration, Subjects};
 use divergence::Reference;
 pub use divergence::{CHUNK, WINDOW, divergence_term, log_sum};
 use mansard_backends as backends;
+use mansard_ir::artifact::{Alternative, Decided, Decision, rounded};
 use mansard_ir::{DType, Error, Kind, Model, Result, Target, bail};
 use mansard_passes as passes;
 use mansard_passes::budget::{self, Decisions, Subject};
@@ -24,7 +27,7 @@ use mansard_passes::knapsack::Solution;
 use mansard_runtime as runtime;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Prose that nothing is calibrated on.
 const HELD_OUT: &str = include_str!("evaluation.txt");
@@ -35,6 +38,16 @@ const ROUNDS: usize = 5;
 /// Share of the accuracy budget that is used well enough to stop.
 const USED: f64 = 0.8;
 
+/// What formats are chosen for, within the bounds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Aim {
+    /// Least predicted time: formats and the kernels for them are priced together
+    #[default]
+    Joint,
+    /// Fewest bytes: formats are chosen without a look at kernels, after everything else
+    After,
+}
+
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Budget {
@@ -42,8 +55,8 @@ pub struct Budget {
     pub max_kld: f64,
     /// Most bytes of weights and caches.
     pub max_memory: Option<u64>,
-    /// A text to calibrate on.
-    pub calibration: Option<PathBuf>,
+    /// What formats are chosen for.
+    pub aim: Aim,
 }
 
 /// What was chosen, and how it came out.
@@ -98,15 +111,16 @@ pub fn compile(
         input,
         options,
         decisions: &decisions,
-        text: budget.calibration.as_deref(),
+        text: options.calibration.as_deref(),
         folder: folder.path(),
         reference: &reference,
     };
-    subjects.text()?; // before what takes long
+    // Before what takes long: the text may be none.
+    let calibration_hash = blake3::hash(calibration::text(subjects.text)?.as_bytes()).to_hex().to_string();
     progress.stage("reference", 0);
     driver::compile(input, &reference, &reference_options(options), &mut driver::Quiet, hooks)?;
     let calibration = subjects.calibrate(progress)?;
-    let search = Search { input, output, options, budget, model: &model, calibration: &calibration };
+    let search = Search { input, output, options, budget, model: &model, calibration: &calibration, calibration_hash };
     search.run(decisions, &reference, progress, hooks)
 }
 
@@ -118,6 +132,8 @@ struct Search<'a> {
     budget: &'a Budget,
     model: &'a Model,
     calibration: &'a Calibration,
+    /// BLAKE3 of its text.
+    calibration_hash: String,
 }
 
 impl Search<'_> {
@@ -139,7 +155,10 @@ impl Search<'_> {
         for round in 0..ROUNDS {
             self.calibration.fill(&mut decisions, self.model, scale)?;
             let last = round + 1 == ROUNDS && best.is_none();
-            let chosen = budget::choose(&decisions, self.budget.max_kld, bytes);
+            let chosen = match self.budget.aim {
+                Aim::Joint => budget::choose(&decisions, self.budget.max_kld, bytes),
+                Aim::After => budget::smallest(&decisions, self.budget.max_kld),
+            };
             // The last resort: what is most accurate, whatever its time.
             let chosen = if last { budget::most_accurate(&decisions, bytes) } else { chosen };
             let Some(solution) = chosen.or_else(|| budget::most_accurate(&decisions, bytes)) else {
@@ -156,9 +175,15 @@ impl Search<'_> {
             let predicted = errors(&decisions, &solution);
             rounds.push((predicted, measured));
             tried.push(solution.picked.clone());
+            let decided = self.decided(&decisions, &solution, (predicted, measured));
             let found = self.outcome(&decisions, &solution, (predicted, measured));
-            let faster = best.as_ref().is_none_or(|(_, _, b)| found.seconds < b.seconds);
-            if measured <= self.budget.max_kld && faster {
+            let worth = |outcome: &Outcome| match self.budget.aim {
+                Aim::Joint => outcome.seconds,
+                Aim::After => outcome.memory_bytes as f64,
+            };
+            let better = best.as_ref().is_none_or(|(_, _, b)| worth(&found) < worth(b));
+            if measured <= self.budget.max_kld && better {
+                backends::artifact::amend(&trial, |manifest| manifest.provenance.decided = Some(decided))?;
                 std::fs::rename(&trial, self.output).map_err(|e| Error::io(self.output, e))?;
                 best = Some((solution, summary, found));
                 if measured >= USED * self.budget.max_kld {
@@ -188,13 +213,15 @@ impl Search<'_> {
             }
         }
         let mut notes = BTreeMap::from([("max-kld".to_string(), self.budget.max_kld.to_string())]);
+        if self.budget.aim == Aim::After {
+            notes.insert("precision".to_string(), "after".to_string());
+        }
         notes.extend(self.budget.max_memory.map(|bytes| ("max-memory".to_string(), bytes.to_string())));
         CompileOptions { formats, kv, notes, ..self.options.clone() }
     }
 
     fn outcome(&self, decisions: &Decisions, solution: &Solution, (predicted, measured): (f64, f64)) -> Outcome {
         let picked = || decisions.all.iter().zip(&solution.picked).map(|(d, i)| (d, &d.alternatives[*i]));
-        let name = |format: Option<DType>| format.map_or_else(|| "file".into(), |f| f.to_string());
         Outcome {
             workload: self.options.traffic.unwrap_or_default().to_string(),
             kl_divergence: measured,
@@ -204,7 +231,31 @@ impl Search<'_> {
             seconds_at_least: solution.bound,
             seconds_of_file: decisions.all.iter().map(|d| d.alternatives[0].seconds).sum(),
             rounds: vec![],
-            formats: picked().map(|(d, a)| (d.name.clone(), name(a.format))).collect(),
+            formats: picked().map(|(d, a)| (d.name.clone(), named(a.format))).collect(),
+        }
+    }
+
+    /// For the artifact: everything that was weighed.
+    fn decided(&self, decisions: &Decisions, solution: &Solution, (predicted, measured): (f64, f64)) -> Decided {
+        let of = |a: &budget::Alternative| Alternative {
+            format: named(a.format),
+            seconds: rounded(a.seconds),
+            bytes: a.bytes,
+            error: rounded(a.error),
+        };
+        let decision = |(d, picked): (&budget::Decision, &usize)| Decision {
+            name: d.name.clone(),
+            picked: *picked,
+            alternatives: d.alternatives.iter().map(of).collect(),
+        };
+        Decided {
+            max_kld: self.budget.max_kld,
+            calibration: self.calibration_hash.clone(),
+            max_memory: self.budget.max_memory,
+            fixed_bytes: decisions.fixed_bytes,
+            measured: rounded(measured),
+            predicted: rounded(predicted),
+            decisions: decisions.all.iter().zip(&solution.picked).map(decision).collect(),
         }
     }
 
@@ -224,6 +275,11 @@ impl Search<'_> {
         );
         Error::new(Kind::Usage, message).help("allow a larger divergence, or more memory")
     }
+}
+
+/// A format, or that of the model file.
+fn named(format: Option<DType>) -> String {
+    format.map_or_else(|| "file".into(), |format| format.to_string())
 }
 
 fn errors(decisions: &Decisions, solution: &Solution) -> f64 {

@@ -16,7 +16,7 @@ mod distance;
 mod layers;
 mod trace;
 
-pub use distance::of_layers as tolerance;
+pub use distance::{expected, of_layers as tolerance};
 pub use trace::{Compared, KernelCheck};
 
 use layers::{Loaded, Values};
@@ -99,6 +99,17 @@ pub fn check(request: &Request<'_>) -> Result<Report> {
     other_ranges(request, &mut tracer)?;
     let layers = compare(request.model, &steps, tolerance, request.progress)?;
     Ok(Report { tokens: request.tokens.len(), tolerance, layers, kernels: tracer.checks })
+}
+
+/// Compares layers alone.
+///
+/// # Errors
+/// As [`check`].
+pub fn layers(request: &Request<'_>) -> Result<Vec<LayerCheck>> {
+    let program = &request.artifact.manifest().program;
+    let tolerance = request.tolerance.unwrap_or_else(|| distance::of_layers(program, request.model));
+    let steps = record(request, &mut Tracer::new(program, Compared::Nothing)?)?;
+    compare(request.model, &steps, tolerance, request.progress)
 }
 
 fn engine(artifact: &Arc<Artifact>, tokens: usize) -> Result<Engine> {

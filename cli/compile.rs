@@ -1,6 +1,6 @@
 //! `mansard compile`: a model file becomes an artifact, or any layer of it becomes text.
 
-use crate::{eval, report};
+use crate::{costs, eval, report};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use mansard::budget::{self, Budget, Outcome};
@@ -8,12 +8,12 @@ use mansard::driver::{self, CompileOptions, Progress, Summary};
 use mansard::machine::MachineFile;
 use mansard_backends::{self as backends, Layer};
 use mansard_ir::artifact::Quality;
+use mansard_ir::quantize::{QUANTIZERS, Quantizer};
 use mansard_ir::text::{print_model, print_plan};
 use mansard_ir::{DType, Error, Place, Result, Stage, Tuning, bail};
 use mansard_passes::{self as passes, Event, Hooks, State};
 use mansard_runtime::{Artifact, OpenOptions};
 use serde_json::json;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Compile a model file (GGUF, or safetensors with config.json) into an artifact
@@ -36,15 +36,21 @@ pub struct Arguments {
     /// With --max-kld: most memory of weights and of the workload's caches, like 120MB
     #[arg(long, value_name = "BYTES", requires = "max_kld")]
     max_memory: Option<String>,
-    /// With --max-kld: a text to calibrate on [default: some prose that ships with the compiler]
-    #[arg(long, value_name = "FILE", requires = "max_kld")]
-    calibration: Option<PathBuf>,
+    /// With --max-kld: formats that take the least predicted time, or, for comparison, the fewest bytes whatever the time
+    #[arg(long, value_name = "AIM", default_value = "joint", requires = "max_kld")]
+    precision: budget::Aim,
     /// Time tile shapes on this machine and choose by that
     #[arg(long, conflicts_with_all = ["emit", "stop_after", "tuning"])]
     tune: bool,
     /// Choose as --tune did for another artifact: that artifact, or what `mansard inspect --tuning` says of it
     #[arg(long, value_name = "FILE")]
     tuning: Option<PathBuf>,
+    /// Time kernels on this machine, and choose them again by that
+    #[arg(long, conflicts_with_all = ["emit", "stop_after", "costs"])]
+    calibrate_cost: bool,
+    /// Choose by what --calibrate-cost measured for another artifact: that artifact, or what `mansard inspect --costs` says of it
+    #[arg(long, value_name = "FILE")]
+    costs: Option<PathBuf>,
     /// Evaluate the artifact beside the model in exact floats, and store perplexity, KL divergence and top-1 agreement in it
     /// [default text: some prose that ships with the compiler]
     #[arg(long, value_name = "TEXT", num_args = 0..=1, require_equals = true, conflicts_with_all = ["emit", "stop_after"])]
@@ -69,6 +75,13 @@ pub struct Choices {
     /// Formats of matrices: the file's own, f32 (`none`), or what they are rounded or quantized to
     #[arg(long, value_name = "FORMATS", default_value = "file")]
     quant: Quant,
+    /// How weights become integers: to nearest, or chosen by what they are multiplied with on a calibration text; auto is gptq
+    /// for formats of less than 8 bits where the model has a tokenizer, else nearest
+    #[arg(long, value_name = "QUANTIZER", default_value = "auto")]
+    quantizer: String,
+    /// A text to calibrate on, for --quantizer and --max-kld [default: some prose that ships with the compiler]
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
     /// What the machine code is for: native, x86-64-v3, x86-64-v3+avxvnni, x86-64-v4, aarch64+dotprod or aarch64+i8mm;
     /// several make one artifact that runs the best one a machine can
     #[arg(long, value_name = "TARGET", default_value = "native", value_delimiter = ',')]
@@ -83,6 +96,12 @@ pub struct Choices {
     /// Read the whole vocabulary projection for every token, not 4 of its 8 bits where those decide
     #[arg(long)]
     exact_head: bool,
+    /// How programs and kernels are chosen: together, or one after the other, for comparison
+    #[arg(long, value_name = "HOW", default_value = "joint")]
+    search: Search,
+    /// Pack a matrix in several forms where steps of few and of many tokens want different ones: faster, more memory
+    #[arg(long)]
+    copies: bool,
     /// What decisions are priced on: tokens of a prompt, tokens generated after it, sequences side by side, and positions
     /// before the prompt, as in prompt=512,generate=128,batch=1,context=0
     #[arg(long, value_name = "WORKLOAD")]
@@ -132,6 +151,15 @@ enum Quant {
     /// 5 bits, scale and minimum per 32
     #[value(name = "q5_1")]
     Q5_1,
+    /// 4 bits, 6-bit scale and minimum per 32
+    #[value(name = "q4_k")]
+    Q4K,
+    /// 5 bits, 6-bit scale and minimum per 32
+    #[value(name = "q5_k")]
+    Q5K,
+    /// 6 bits, 8-bit scale per 16
+    #[value(name = "q6_k")]
+    Q6K,
     /// 4-bit floats, a power of two per 32
     Mxfp4,
     /// 4-bit floats, an 8-bit float per 16 and an f32 per row
@@ -152,6 +180,9 @@ impl Quant {
             Quant::Q4_1 => Some(DType::Q4_1),
             Quant::Q5_0 => Some(DType::Q5_0),
             Quant::Q5_1 => Some(DType::Q5_1),
+            Quant::Q4K => Some(DType::Q4_K),
+            Quant::Q5K => Some(DType::Q5_K),
+            Quant::Q6K => Some(DType::Q6_K),
             Quant::Mxfp4 => Some(DType::MXFP4),
             Quant::Nvfp4 => Some(DType::NVFP4),
         }
@@ -159,12 +190,24 @@ impl Quant {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum Search {
+    /// The cheapest kernels of any equal program
+    Joint,
+    /// The program that is cheapest node by node, then its largest legal kernels
+    Fixed,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum Kv {
     Auto,
     F16,
+    #[value(alias = "i8")]
     Int8,
     F32,
     Bf16,
+    Fp8,
+    #[value(alias = "i4")]
+    Int4,
 }
 
 /// Layers in the order they are made.
@@ -194,6 +237,13 @@ impl Choices {
             traffic: self.workload.as_deref().map(str::parse).transpose()?,
             synthetic_seed: self.synthetic_weights,
             exact_head: self.exact_head,
+            quantizer: quantizer(&self.quantizer)?,
+            calibration: self.calibration.clone(),
+            strategy: match self.search {
+                Search::Joint => passes::Strategy::Joint,
+                Search::Fixed => passes::Strategy::Fixed,
+            },
+            copies: self.copies,
             ..CompileOptions::default()
         };
         if let Some(machine) = &options.machine {
@@ -205,6 +255,8 @@ impl Choices {
             Kv::Int8 => Some(DType::I8),
             Kv::F32 => Some(DType::F32),
             Kv::Bf16 => Some(DType::BF16),
+            Kv::Fp8 => Some(DType::FP8),
+            Kv::Int4 => Some(DType::I4),
         };
         if let Some(threads) = self.threads {
             options.threads = threads;
@@ -222,6 +274,16 @@ impl Choices {
     }
 }
 
+/// The quantizer of that name; `None`: the best for the model.
+fn quantizer(name: &str) -> Result<Option<Quantizer>> {
+    let known = Quantizer::parse(name);
+    if known.is_none() && name != "auto" {
+        let names: Vec<&str> = QUANTIZERS.iter().map(|row| row.name).collect();
+        bail!(Usage, "--quantizer: expected auto or one of {}, found `{name}`", names.join(", "));
+    }
+    Ok(known)
+}
+
 /// Runs the command.
 ///
 /// # Errors
@@ -231,6 +293,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     options.tune = arguments.tune;
     if let Some(path) = &arguments.tuning {
         options.tuning = tuning(path)?;
+    }
+    if let Some(path) = &arguments.costs {
+        options.costs = costs::read(path)?;
     }
     let mut dumped = Ok(());
     let mut sink = |event: Event<'_>| {
@@ -252,6 +317,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         bail!(Usage, "expected where the artifact goes: -o model.mansard");
     };
     let mut progress = Bar::default();
+    if arguments.calibrate_cost {
+        options.costs = costs::measure(&arguments.model, output, &options, &mut progress)?;
+    }
     let summary = match arguments.budget()? {
         Some(budget) => budget::compile(&arguments.model, output, &options, &budget, &mut progress, &mut hooks)
             .map(|(summary, outcome)| (summary, Some(outcome))),
@@ -275,6 +343,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         }
         return report::print(report::json(&json)?);
     }
+    if arguments.calibrate_cost {
+        report::print(costs::table(&options.costs))?;
+    }
     report::print(closing_table(&summary) + &outcome.map_or(String::new(), |outcome| outcome_table(&outcome)))
 }
 
@@ -284,7 +355,7 @@ impl Arguments {
         Ok(Some(Budget {
             max_kld: budget::divergence_bound(bound)?,
             max_memory: self.max_memory.as_deref().map(budget::bytes).transpose()?,
-            calibration: self.calibration.clone(),
+            aim: self.precision,
         }))
     }
 }
@@ -306,10 +377,7 @@ fn outcome_table(outcome: &Outcome) -> String {
 /// The choices in an artifact, or in JSON.
 fn tuning(path: &Path) -> Result<Tuning> {
     let place = || path.display().to_string();
-    let mut first = [0];
-    let read = std::fs::File::open(path).and_then(|mut file| file.read(&mut first)).map_err(|e| Error::io(path, e))?;
-    // An artifact begins with the length of its header, which never has that low byte.
-    if read == 1 && first == *b"{" {
+    if report::starts_with(path, b'{')? {
         let json = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
         return Tuning::from_json(&json).at(place);
     }

@@ -143,8 +143,13 @@ fn provenance(manifest: &Manifest, put: &mut Put<'_>) {
     put("provenance", "passes", p.passes.join(", ").into());
     p.options.iter().for_each(|(name, value)| put("option", name, value.clone().into()));
     p.approximations.iter().for_each(|a| put("approximation", a, "yes".into()));
+    p.costs.factors.iter().for_each(|f| {
+        let name = format!("{} {} t {}..={}", f.kind, f.format, f.tokens.min, f.tokens.max);
+        put("cost", &name, f.factor.into());
+    });
     p.tuning.kernels.iter().for_each(|t| put("tuned", &t.kernel, format!("{:?}", t.choice).into()));
     if let Some(quality) = &p.quality {
         quality.figures().into_iter().for_each(|(name, value)| put("quality", name, value.into()));
+        quality.layers.iter().for_each(|l| put("layer error", &l.layer, l.off.into()));
     }
 }

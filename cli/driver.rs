@@ -1,10 +1,12 @@
 //! From a model file to an artifact, stage by stage.
 
 use crate::machine::MachineFile;
-use crate::tune;
+use crate::{quantize, tune};
 use mansard_backends as backends;
 use mansard_frontend as frontend;
 use mansard_ir::artifact::{Provenance, Quality};
+use mansard_ir::costs::Costs;
+use mansard_ir::quantize::Quantizer;
 use mansard_ir::{DType, Error, Model, Result, Target, Traffic, Tuning};
 use mansard_passes as passes;
 use std::collections::BTreeMap;
@@ -24,12 +26,22 @@ pub struct CompileOptions {
     pub weights: Option<DType>,
     /// Formats of single matrices, by their names in the weight table (`--max-kld`).
     pub formats: BTreeMap<String, DType>,
+    /// How weights are quantized that are not stored so; `None`: the best there is for the model.
+    pub quantizer: Option<Quantizer>,
+    /// A text to calibrate on; the default where there is none.
+    pub calibration: Option<PathBuf>,
     /// What else the provenance is to say of how they were chosen.
     pub notes: BTreeMap<String, String>,
     /// Stored type of caches; `None` lets the precision pass choose.
     pub kv: Option<DType>,
     /// Vocabulary projections stay in one plane (`--exact-head`).
     pub exact_head: bool,
+    /// No rule rewrites the program: its matrices are those of the file.
+    pub as_written: bool,
+    /// Programs and kernels are chosen together, or one after the other (`--search`).
+    pub strategy: passes::Strategy,
+    /// A matrix may be packed in several forms (`--copies`).
+    pub copies: bool,
     /// Bounds of a step.
     pub limits: passes::LimitsRequest,
     /// The workload that decisions are priced on.
@@ -38,6 +50,8 @@ pub struct CompileOptions {
     pub synthetic_seed: Option<u64>,
     /// Choices of an earlier measurement.
     pub tuning: Tuning,
+    /// What kernels were measured to take, as multiples of predictions.
+    pub costs: Costs,
     /// Time what may be chosen on this machine, and choose by that.
     pub tune: bool,
     /// Threads of the compilation.
@@ -52,13 +66,19 @@ impl Default for CompileOptions {
             float_weights: false,
             weights: None,
             formats: BTreeMap::new(),
+            quantizer: Some(Quantizer::Nearest),
+            calibration: None,
             notes: BTreeMap::new(),
             kv: None,
             exact_head: false,
+            as_written: false,
+            strategy: passes::Strategy::default(),
+            copies: false,
             limits: passes::LimitsRequest::default(),
             traffic: None,
             synthetic_seed: None,
             tuning: Tuning::default(),
+            costs: Costs::default(),
             tune: false,
             threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
         }
@@ -118,9 +138,13 @@ pub fn pass_options(mut target: Target, options: &CompileOptions) -> passes::Opt
     if let Some(file) = &options.machine {
         target.machine = file.table.whole();
     }
-    let CompileOptions { kv, weights, exact_head, limits, traffic, .. } = *options;
-    let formats = options.formats.clone();
-    passes::Options { kv, weights, formats, exact_head, limits, traffic, ..passes::Options::new(target) }
+    let CompileOptions { kv, weights, exact_head, strategy, copies, limits, traffic, quantizer, .. } = *options;
+    let quantizer = quantizer.unwrap_or_default();
+    let (formats, costs) = (options.formats.clone(), options.costs.clone());
+    let first = if options.as_written { 0 } else { usize::MAX };
+    let rules = passes::rules::RuleSet { first, ..Default::default() };
+    let fresh = passes::Options { rules, ..passes::Options::new(target) };
+    passes::Options { costs, kv, weights, formats, quantizer, exact_head, strategy, copies, limits, traffic, ..fresh }
 }
 
 /// Imports, plans and generates code for every target, and writes the artifact at `output`.
@@ -142,7 +166,11 @@ pub fn compile(
     let model = import(input, options)?;
     let sources = sources(input)?;
     stages.begin("optimize", 0);
-    let (plan, model, report) = passes::compile(model, &pass_options(common, options), hooks)?;
+    let quantizer = quantize::choose(&model, options)?;
+    let options = &CompileOptions { quantizer: Some(quantizer), ..options.clone() };
+    let calibrated_on = quantize::calibrated_on(quantizer, options)?;
+    let pass_options = passes::Options { calibrated_on, ..pass_options(common, options) };
+    let (plan, mut model, report) = passes::compile(model, &pass_options, hooks)?;
     let (mut tuning, unused) = options.tuning.clone().known(&plan.kernels, &targets);
     if options.tune {
         let subject = tune::Subject { plan: &plan, model: &model, threads: options.threads, output };
@@ -156,6 +184,8 @@ pub fn compile(
         let mut advance = |done, _| stages.progress.advance(before + done);
         images.push((target.clone(), backends::compile(&plan, target, &tuning, options.threads, &mut advance)?));
     }
+    stages.begin("quantize", 0);
+    let _quantized = quantize::quantize(&mut model, input, options, quantizer, output, stages.progress)?;
     let provenance = Provenance {
         version: env!("CARGO_PKG_VERSION").into(),
         sources,
@@ -163,6 +193,9 @@ pub fn compile(
         options: options.recorded(&targets),
         approximations: report.approximations.clone(),
         tuning,
+        costs: options.costs.clone(),
+        decided: None,
+        derivations: report.derivations.clone(),
         quality: None,
     };
     let contents = backends::artifact::Contents {
@@ -199,6 +232,9 @@ impl CompileOptions {
             ("quant".to_string(), quant),
             ("target".to_string(), targets.iter().map(|t| t.name.as_str()).collect::<Vec<_>>().join(",")),
         ]);
+        if let Some(quantizer) = self.quantizer.filter(|q| *q != Quantizer::Nearest) {
+            options.insert("quantizer".into(), quantizer.to_string());
+        }
         options.extend(self.notes.clone());
         if let Some(file) = &self.machine {
             options.insert("machine".into(), file.provenance());
@@ -208,6 +244,12 @@ impl CompileOptions {
         }
         if self.exact_head {
             options.insert("exact-head".into(), "true".into());
+        }
+        if self.strategy == passes::Strategy::Fixed {
+            options.insert("search".into(), "fixed".into());
+        }
+        if self.copies {
+            options.insert("copies".into(), "true".into());
         }
         if let Some(context) = self.limits.context {
             options.insert("context".into(), context.to_string());

@@ -12,8 +12,9 @@
 
 use crate::report::{self, EngineArguments, OpenArguments};
 use mansard::budget::{CHUNK, WINDOW, divergence_term, log_sum};
+use mansard::check;
 use mansard::driver::{self, CompileOptions, Quiet};
-use mansard_ir::artifact::Quality;
+use mansard_ir::artifact::{LayerError, Quality, rounded};
 use mansard_ir::{DType, Error, Result, bail};
 use mansard_runtime::{Engine, Model, Rows, SequenceId, Work};
 use serde::Serialize;
@@ -125,6 +126,8 @@ pub fn card(path: &Path, text: Option<&Path>, against: &Path) -> Result<Quality>
     tokens(&model, &request)?.iter().for_each(|token| _ = hash.update(&token.to_le_bytes()));
     let Evaluation { positions, perplexity, perplexity_error, divergence } = measure(&model, &engine, &request)?;
     let Some(divergence) = divergence else { bail!(Internal, "nothing was compared") };
+    let (layer_error_predicted, layers) = layers(&model, against, &tokens(&model, &request)?)?;
+    let decided = model.artifact().manifest().provenance.decided.as_ref();
     Ok(Quality {
         text: hash.finalize().to_hex().to_string(),
         window,
@@ -136,7 +139,36 @@ pub fn card(path: &Path, text: Option<&Path>, against: &Path) -> Result<Quality>
         kl_divergence_error: divergence.kl_divergence_error,
         kl_divergence_p999: divergence.kl_divergence_p999,
         top1_agreement: divergence.top1_agreement,
+        kl_divergence_predicted: decided.map(|d| d.predicted),
+        calibration: decided.map(|d| d.calibration.clone()),
+        layer_error_predicted,
+        layers,
     })
+}
+
+/// Tokens that layers are compared on: the interpreter is slow.
+pub const COMPARED: usize = 12;
+
+/// The error of each layer of an artifact that it is expected to have, and what it is on the first tokens of a text.
+fn layers(model: &Model, against: &Path, tokens: &[u32]) -> Result<(f64, Vec<LayerError>)> {
+    let artifact = model.artifact();
+    let options = CompileOptions { float_weights: true, ..CompileOptions::default() };
+    let exact = driver::import(against, &options)?;
+    let bar = report::bar("layers", exact.calls.len());
+    let found = check::layers(&check::Request {
+        artifact,
+        model: &exact,
+        tokens: &tokens[..tokens.len().min(COMPARED)],
+        tolerance: None,
+        progress: &|done, _| bar.set_position(done as u64),
+    });
+    bar.finish_and_clear();
+    // What is no number has no place in a manifest.
+    let figure = |x: f64| rounded(x.min(f64::MAX));
+    let error =
+        |l: check::LayerCheck| LayerError { off: figure(l.off), accumulated: figure(l.accumulated), layer: l.layer };
+    let expected = rounded(check::expected(&artifact.manifest().program, &exact));
+    Ok((expected, found?.into_iter().map(error).collect()))
 }
 
 /// Evaluates `model`.

@@ -1,6 +1,6 @@
 //! `mansard inspect`: what an artifact holds.
 
-use crate::report;
+use crate::report::{self, indented};
 use mansard_ir::artifact::Manifest;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{CacheSpec, KernelId, KernelSpec, Program};
@@ -25,6 +25,9 @@ pub struct Arguments {
     /// The choices of a measurement, as JSON that `compile --tuning` reads
     #[arg(long, conflicts_with_all = ["json", "kernel", "all"])]
     tuning: bool,
+    /// The costs that were measured, as JSON that `compile --costs` reads
+    #[arg(long, conflicts_with_all = ["json", "kernel", "all", "tuning"])]
+    costs: bool,
     /// The manifest and the sections, in JSON
     #[arg(long)]
     json: bool,
@@ -42,6 +45,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     if arguments.tuning {
         return report::print(artifact.manifest().provenance.tuning.to_json()?);
+    }
+    if arguments.costs {
+        return report::print(artifact.manifest().provenance.costs.to_json()?);
     }
     if let Some(name) = &arguments.kernel {
         let Some(kernel) = program.kernels.iter().find(|k| k.name == *name) else {
@@ -167,6 +173,11 @@ fn provenance(manifest: &Manifest) -> String {
         out += &format!("  quality: {name} {value}\n");
     }
     p.approximations.iter().for_each(|a| out += &format!("  approximation: {a}\n"));
+    for f in &p.costs.factors {
+        let range = format!("{} to {}", f.tokens.min, f.tokens.max);
+        out +=
+            &format!("  measured {} {}: {:.2} times the roofline's price at t = {range}\n", f.kind, f.format, f.factor);
+    }
     for Tuned { kernel, target, choice, measured, .. } in &p.tuning.kernels {
         let Choice { tokens, strips, cache_bytes, ahead } = choice;
         out += &format!("  tuned {kernel} for {target}: {tokens}x{strips}, cache {cache_bytes}, ahead {ahead};");
@@ -177,10 +188,6 @@ fn provenance(manifest: &Manifest) -> String {
         out += "\n";
     }
     out
-}
-
-fn indented(text: &str) -> String {
-    text.lines().map(|line| format!("  {line}\n")).collect()
 }
 
 fn json_of(artifact: &Artifact) -> serde_json::Value {

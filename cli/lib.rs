@@ -6,7 +6,9 @@
 #![forbid(unsafe_code)]
 
 pub mod budget;
+mod calibration;
 pub mod check;
 pub mod driver;
 pub mod machine;
+mod quantize;
 mod tune;

@@ -1,5 +1,5 @@
-//! The command line: `mansard compile | run | chat | logits | embed | eval | verify | bisect | bench | inspect | diff | probe |
-//! opt | doctor`.
+//! The command line: `mansard compile | run | chat | logits | embed | eval | verify | bisect | bench | explain | inspect | diff |
+//! probe | opt | doctor`.
 //!
 //! Results go to standard output, progress and remarks to standard error. Exit codes are those of
 //! [`mansard_ir::Error::exit_code`]; every failure is one `error:` with its place and, where something is known, one `help:`.
@@ -9,10 +9,12 @@ mod bench;
 mod bisect;
 mod chat;
 mod compile;
+mod costs;
 mod diff;
 mod doctor;
 mod embed;
 mod eval;
+mod explain;
 mod inspect;
 mod logits;
 mod opt;
@@ -53,6 +55,7 @@ enum Command {
     Verify(verify::Arguments),
     Bisect(bisect::Arguments),
     Bench(bench::Arguments),
+    Explain(explain::Arguments),
     Inspect(inspect::Arguments),
     Diff(diff::Arguments),
     Probe(probe::Arguments),
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Command::Verify(arguments) => verify::run(&arguments),
         Command::Bisect(arguments) => bisect::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Explain(arguments) => explain::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Diff(arguments) => diff::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),

@@ -3,7 +3,7 @@
 use mansard_ir::{Error, Kind, Place, Result, bail};
 use mansard_runtime::{EngineOptions, Model};
 use std::fs::File;
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::{BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// Writes to standard output, at once.
@@ -103,6 +103,22 @@ pub fn table(rows: &[Vec<String>]) -> String {
         out.push('\n');
     }
     out
+}
+
+/// The file begins with that byte: JSON does with a bracket, but an artifact with the length of its header, whose low byte is
+/// none.
+///
+/// # Errors
+/// Where it cannot be read.
+pub fn starts_with(path: &Path, byte: u8) -> Result<bool> {
+    let mut first = [0];
+    let read = File::open(path).and_then(|mut file| file.read(&mut first)).map_err(|e| Error::io(path, e))?;
+    Ok(read == 1 && first == [byte])
+}
+
+/// Every line two spaces to the right.
+pub fn indented(text: &str) -> String {
+    text.lines().map(|line| format!("  {line}\n")).collect()
 }
 
 /// A bar on standard error; invisible where that is no terminal.

@@ -27,7 +27,7 @@ pub struct Subject {
     #[arg(long, value_name = "MODEL")]
     pub against: PathBuf,
     /// Tokens that layers are compared on; the interpreter takes some tenths of a second for each
-    #[arg(short = 'n', long, value_name = "TOKENS", default_value_t = 12)]
+    #[arg(short = 'n', long, value_name = "TOKENS", default_value_t = eval::COMPARED)]
     pub count: usize,
     /// How far a layer may be off, as a share of what it adds [default: what the artifact's approximations come to]
     #[arg(long, value_name = "SHARE")]

@@ -5,6 +5,8 @@
 //! `weights/<name>`.
 //! The file's `__metadata__` holds `mansard`: this manifest as JSON.
 
+use crate::costs::Costs;
+use crate::graph::TokenRange;
 use crate::model::ModelInfo;
 use crate::plan::Program;
 use crate::tuning::Tuning;
@@ -84,9 +86,97 @@ pub struct Provenance {
     /// Choices that were measured, or taken from an earlier measurement.
     #[serde(default, skip_serializing_if = "Tuning::is_empty")]
     pub tuning: Tuning,
+    /// Costs that were measured, or taken from an earlier measurement.
+    #[serde(default, skip_serializing_if = "Costs::is_empty")]
+    pub costs: Costs,
+    /// Why each kernel is what it is. Nothing before the first version that kept it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub derivations: Vec<Derivation>,
+    /// Formats that were chosen within a budget, and what else there was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decided: Option<Decided>,
     /// How well the artifact does, where it was evaluated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quality: Option<Quality>,
+}
+
+/// How the search came to a kernel: what it weighed in its place, in one graph and range of tokens.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Derivation {
+    /// The kernel; filled in once kernels have names.
+    pub kernel: String,
+    /// The graph it was chosen for.
+    pub graph: String,
+    /// The steps it was chosen for.
+    pub tokens: TokenRange,
+    /// Predicted seconds of one launch in the step that the range is priced on.
+    pub seconds: f64,
+    /// Kernels that could have stood in its place.
+    pub considered: usize,
+    /// The cheapest of them, the cheapest first.
+    pub others: Vec<Other>,
+    /// Rewrite rules that brought some of its nodes.
+    pub rules: Vec<String>,
+}
+
+/// A kernel that was not chosen.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Other {
+    /// Its ops, in order of the program.
+    pub ops: String,
+    /// Predicted seconds by which the graph would take longer, its other kernels chosen anew.
+    pub more: f64,
+    /// It was given up at that figure: what it really costs may be more.
+    pub at_least: bool,
+}
+
+/// What a search for formats within a budget decided, as it saw it last.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Decided {
+    /// Most KL divergence, in nats.
+    pub max_kld: f64,
+    /// BLAKE3 of the text that alternatives were calibrated on.
+    pub calibration: String,
+    /// Most bytes of weights and caches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_memory: Option<u64>,
+    /// Bytes of weights that nothing was decided about.
+    pub fixed_bytes: usize,
+    /// KL divergence as measured on held-out text.
+    pub measured: f64,
+    /// As predicted for the choice before that.
+    pub predicted: f64,
+    /// In order of first use.
+    pub decisions: Vec<Decision>,
+}
+
+/// One format that was chosen.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Decision {
+    /// `model.layers.*.mlp.up_proj.weight 0..7`, `keys and values`.
+    pub name: String,
+    /// Index of the alternative taken.
+    pub picked: usize,
+    /// What there was.
+    pub alternatives: Vec<Alternative>,
+}
+
+/// A format that could be chosen.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Alternative {
+    /// `file`: as the model file has it.
+    pub format: String,
+    /// Predicted, of the whole workload.
+    pub seconds: f64,
+    /// In memory.
+    pub bytes: usize,
+    /// Predicted KL divergence in nats.
+    pub error: f64,
+}
+
+/// To four digits: predictions are not worth more, and manifests stay small.
+pub fn rounded(x: f64) -> f64 {
+    format!("{x:.3e}").parse().unwrap_or(x)
 }
 
 /// The quality card: what an artifact was measured to do on a text, beside its model in exact floats. Every choice that is
@@ -113,12 +203,35 @@ pub struct Quality {
     pub kl_divergence_p999: f64,
     /// Share of positions where the likeliest token is the same.
     pub top1_agreement: f64,
+    /// Mean KL divergence as predicted where formats were chosen within a budget, in nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_divergence_predicted: Option<f64>,
+    /// BLAKE3 of the text that this was calibrated on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<String>,
+    /// What the artifact's approximations are expected to come to in a layer, as a share of what it adds.
+    #[serde(default)]
+    pub layer_error_predicted: f64,
+    /// Each layer beside the interpreter, in order. Nothing before the first version that compared them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<LayerError>,
+}
+
+/// How far a layer is from the model in exact floats.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LayerError {
+    /// `model.layers.3`, or the graph of a call without a prefix.
+    pub layer: String,
+    /// Of its results, given the artifact's own inputs, as a share of what the layer adds.
+    pub off: f64,
+    /// With the errors of all layers before, as a share of the whole.
+    pub accumulated: f64,
 }
 
 impl Quality {
-    /// Names and values for people.
+    /// Names and values for people, the single layers left out.
     pub fn figures(&self) -> Vec<(&'static str, String)> {
-        vec![
+        let mut figures = vec![
             ("perplexity", format!("{:.3} ± {:.3}", self.perplexity, self.perplexity_error)),
             ("reference perplexity", format!("{:.3}", self.reference_perplexity)),
             ("KL divergence, mean", format!("{:.6} ± {:.6}", self.kl_divergence_mean, self.kl_divergence_error)),
@@ -126,7 +239,16 @@ impl Quality {
             ("top-1 agreement", format!("{:.2}%", 100.0 * self.top1_agreement)),
             ("positions", format!("{}, in windows of {} tokens", self.positions, self.window)),
             ("text, BLAKE3", self.text.clone()),
-        ]
+        ];
+        figures.extend(self.kl_divergence_predicted.map(|kl| ("KL divergence, predicted", format!("{kl:.6}"))));
+        figures.extend(self.calibration.clone().map(|hash| ("calibration text, BLAKE3", hash)));
+        if let Some(worst) = self.layers.iter().max_by(|a, b| a.off.total_cmp(&b.off)) {
+            let mean = self.layers.iter().map(|l| l.off).sum::<f64>() / self.layers.len() as f64;
+            figures.push(("layer error, mean", format!("{mean:.2e}")));
+            figures.push(("layer error, worst", format!("{:.2e} in {}", worst.off, worst.layer)));
+            figures.push(("layer error, predicted", format!("{:.2e}", self.layer_error_predicted)));
+        }
+        figures
     }
 }
 

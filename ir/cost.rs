@@ -9,7 +9,7 @@
 
 use crate::formats::DType;
 use crate::graph::{Attrs, Graph, Node, ValueId};
-use crate::layout;
+use crate::layout::{self, A8};
 use crate::ops::Class;
 use crate::planes::PlanesLayout;
 use crate::target::Machine;
@@ -35,6 +35,10 @@ pub struct Workload {
 pub struct Work {
     /// f32 operations.
     pub f32_ops: f64,
+    /// Those among them outside products and attention: norms, activations, quantizing.
+    pub scalar_ops: f64,
+    /// What giving integer sums their groups' scales takes, in f32 operations; not counted among the operations.
+    pub scaling: f64,
     /// Operations of products of bf16 pairs.
     pub bf16_ops: f64,
     /// int8 operations.
@@ -79,7 +83,9 @@ impl Workload {
     /// Bytes that an attention of `attrs` reads of a cache: with a window, only the positions any of the step's tokens sees.
     pub fn attended_bytes(&self, ty: &Type, attrs: &Attrs) -> f64 {
         let (window, new) = (attrs.int("window") as f64, self.tokens / self.sequences);
-        let context = if window > 0.0 { self.context.min(window + new - 1.0) } else { self.context };
+        let kept = |window: f64| if window > 0.0 { self.context.min(window + new - 1.0) } else { self.context };
+        let cached = if let Type::Cache { window, .. } = ty { *window as f64 } else { 0.0 };
+        let context = kept(window).min(kept(cached));
         Workload { context, ..*self }.bytes(ty)
     }
 
@@ -113,14 +119,7 @@ impl Workload {
         let types: Vec<&Type> = node.operands.iter().map(|o| graph.ty(*o)).collect();
         let rows = types.iter().find_map(|ty| ty.rows()).map_or(0.0, |dim| self.extent(dim));
         let ops = (node.op.row().flops)(&types, &node.attrs, &node.ty, rows, self.context) * self.made(node.op.class());
-        let of_type = |ty: &&Type| Some(ty.as_tensor()?.0);
-        let codes = types.iter().find_map(|ty| of_type(ty).filter(|dtype| dtype.planes().is_some()));
-        let activations = codes.or(types.first().and_then(of_type));
-        match activations.map(|dtype| (dtype, dtype.planes())) {
-            Some((_, Some(planes))) => work.i8_ops += ops * planes as f64,
-            Some((DType::BF16, _)) => work.bf16_ops += ops,
-            _ => work.f32_ops += ops,
-        }
+        *work += Work::of(node.op.class(), &types, ops);
         if let (Class::Append, [_, x, ..]) = (node.op.class(), types.as_slice()) {
             let row = layout::cache_position_bytes(&node.ty).unwrap_or(0);
             work.cache_bytes += self.extent(x.rows().unwrap_or(Dim::T)) * row as f64;
@@ -174,10 +173,35 @@ impl Workload {
     }
 }
 
+/// What scales cost where `ops` operations multiply codes: for every group of 32 at most, token and row the sum becomes a
+/// real, the scales of both sides are multiplied, and a multiply-add; a minimum takes one more. Each costs as much as the
+/// multiply-add that counts two.
+fn scaling(ops: f64, group: usize, mins: bool) -> f64 {
+    let groups = ops / 2.0 / group.min(A8::GROUP) as f64;
+    groups * 2.0 * if mins { 5.0 } else { 3.0 }
+}
+
 /// Share of a vocabulary's rows that is assumed to be rescored.
 const RESCORED: f64 = 0.02;
 
 impl Work {
+    /// What `ops` operations on operands of these types come to.
+    pub fn of(class: Class, types: &[&Type], ops: f64) -> Work {
+        let dtype = |ty: &&Type| Some(ty.as_tensor()?.0);
+        let codes = types.iter().find_map(|ty| dtype(ty)?.planes());
+        if let Some(planes) = codes {
+            let ops = ops * planes as f64;
+            let int = types.iter().find_map(|ty| dtype(ty)?.int());
+            let scaling = int.map_or(0.0, |int| scaling(ops, int.group, int.zero.has_mins()));
+            return Work { i8_ops: ops, scaling, ..Work::default() };
+        }
+        if types.first().and_then(dtype) == Some(DType::BF16) {
+            return Work { bf16_ops: ops, ..Work::default() };
+        }
+        let products = matches!(class, Class::Contract | Class::ContractExperts | Class::Attend);
+        Work { f32_ops: ops, scalar_ops: if products { 0.0 } else { ops }, ..Work::default() }
+    }
+
     /// Every byte, from wherever it comes.
     pub fn bytes(&self) -> f64 {
         self.weight_bytes + self.cache_bytes + self.activation_bytes
@@ -193,18 +217,57 @@ impl Work {
         self.f32_ops / machine.peak_f32 + self.bf16_ops / machine.peak_bf16 + self.i8_ops / machine.peak_i8
     }
 
+    /// Seconds of moving on that machine, with nothing to compute.
+    pub fn moving(&self, machine: &Machine) -> f64 {
+        let near = machine.near(self.activation_bytes);
+        (self.weight_bytes + self.cache_bytes) / machine.bandwidth + self.activation_bytes / near
+    }
+
     /// Seconds on that machine: the longer of computing and moving.
     pub fn seconds(&self, machine: &Machine) -> f64 {
-        let near =
-            if self.activation_bytes > machine.cache_bytes { machine.bandwidth } else { machine.cache_bandwidth };
-        let memory = (self.weight_bytes + self.cache_bytes) / machine.bandwidth + self.activation_bytes / near;
-        self.computing(machine).max(memory)
+        self.computing(machine).max(self.moving(machine))
+    }
+
+    /// Seconds of computing as kernels do: scales and what is outside products take their part.
+    pub fn busy(&self, machine: &Machine) -> f64 {
+        let beside = self.scaling + self.scalar_ops * (1.0 / SCALAR_SHARE - 1.0);
+        self.computing(machine) + beside / machine.peak_f32
+    }
+}
+
+/// Share of the f32 peak that work outside products reaches: few multiply-adds, horizontal sums, polynomials.
+const SCALAR_SHARE: f64 = 0.25;
+
+/// Share of the smaller side of the roofline that the larger one does not hide.
+const EXPOSED: f64 = 0.2;
+
+/// Predicted seconds of a launch that computes and moves for so many seconds.
+pub fn priced(computing: f64, moving: f64, machine: &Machine) -> f64 {
+    computing.max(moving) + computing.min(moving) * EXPOSED + machine.barrier
+}
+
+impl std::ops::Mul<f64> for Work {
+    type Output = Work;
+
+    fn mul(self, by: f64) -> Work {
+        Work {
+            f32_ops: self.f32_ops * by,
+            scalar_ops: self.scalar_ops * by,
+            scaling: self.scaling * by,
+            bf16_ops: self.bf16_ops * by,
+            i8_ops: self.i8_ops * by,
+            weight_bytes: self.weight_bytes * by,
+            cache_bytes: self.cache_bytes * by,
+            activation_bytes: self.activation_bytes * by,
+        }
     }
 }
 
 impl std::ops::AddAssign for Work {
     fn add_assign(&mut self, other: Work) {
         self.f32_ops += other.f32_ops;
+        self.scalar_ops += other.scalar_ops;
+        self.scaling += other.scaling;
         self.bf16_ops += other.bf16_ops;
         self.i8_ops += other.i8_ops;
         self.weight_bytes += other.weight_bytes;
@@ -268,6 +331,8 @@ mod tests {
         let machine = Machine {
             threads: 1,
             bandwidth: 10.0,
+            near_bandwidth: 0.0,
+            near_bytes: 0.0,
             cache_bandwidth: 100.0,
             cache_bytes: 1e9,
             peak_f32: 1000.0,
@@ -279,5 +344,8 @@ mod tests {
         assert_eq!(roofline(1000.0, 50.0, &machine), 5.0);
         let work = Work { f32_ops: 500.0, i8_ops: 2000.0, weight_bytes: 1.0, ..Work::default() };
         assert_eq!(work.seconds(&machine), 1.0);
+        // What is outside products is slower, and scales are added.
+        let work = Work { f32_ops: 500.0, scalar_ops: 500.0, scaling: 1000.0, ..Work::default() };
+        assert_eq!((work.computing(&machine), work.busy(&machine)), (0.5, 3.0));
     }
 }

@@ -8,12 +8,12 @@
 //!
 //! The layouts are those of [`crate::layout`]; sizes are checked, so any bytes may be given.
 
-use crate::formats::{DType, IntFormat};
-use crate::layout::{A8, STRIP, StripLayout, cache_offset, cache_scales, packed_bytes, row_bytes};
+use crate::formats::{DType, IntFormat, e4m3};
+use crate::layout::{A8, STRIP, StripLayout, cache_offset, cache_scale_bytes, cache_scales, packed_bytes, row_bytes};
 use crate::planes::{CENTRE, GROUP, Planes, PlanesLayout};
 use crate::types::Type;
 use crate::value::{Ints, Routing, Tensor, Value};
-use crate::{Result, bail};
+use crate::{Error, Kind, Result, bail};
 use half::{bf16, f16};
 
 /// The value in a buffer of `rows` rows.
@@ -83,19 +83,24 @@ fn planes_of_codes(row: &[u8], planes: usize) -> Vec<f32> {
 ///
 /// # Errors
 /// Where the type is no cache, or the block too short.
-pub fn cached(ty: &Type, block: &[u8], (head, slot, d): (usize, usize, usize)) -> Result<f32> {
-    let Type::Cache { role, heads, dim, dtype, .. } = *ty else { bail!(Internal, "{ty} is no cache") };
-    let (size, scale) = (dtype.format().block_bytes, cache_scales(heads, dim, head) + 4 * slot);
-    let at = size * cache_offset(role, dim, head, slot, d);
-    let need = if dtype == DType::I8 { scale + 4 } else { at + size };
-    let (Some(bytes), true) = (block.get(at..at + size), need <= block.len()) else {
-        bail!(Internal, "expected a cache block of at least {need} bytes, found {}", block.len());
+pub fn cached(ty: &Type, block: &[u8], place: (usize, usize, usize)) -> Result<f32> {
+    let (Type::Cache { heads, dim, dtype, .. }, Some((at, bit))) = (ty, cache_offset(ty, place)) else {
+        bail!(Internal, "{ty} is no cache")
     };
-    Ok(match *bytes {
-        [a, b] if dtype == DType::F16 => f16::from_le_bytes([a, b]).to_f32(),
-        [a, b] => bf16::from_le_bytes([a, b]).to_f32(),
-        [code] => floats(&block[scale..scale + 4])[0] * f32::from(code as i8),
-        _ => floats(bytes).first().copied().unwrap_or(0.0),
+    let scale = cache_scales(*dtype, *heads, *dim, place.0) + cache_scale_bytes(*dtype) * place.1;
+    let of = |at: usize, size: usize| {
+        let found = block.get(at..at + size);
+        found.ok_or_else(|| Error::new(Kind::Internal, format!("a cache block of {} bytes is too short", block.len())))
+    };
+    let half = |at: usize| of(at, 2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32());
+    Ok(match dtype {
+        DType::F16 => half(at)?,
+        DType::BF16 => halves(of(at, 2)?)[0],
+        DType::FP8 => e4m3(of(at, 1)?[0]),
+        DType::I8 => floats(of(scale, 4)?)[0] * f32::from(of(at, 1)?[0] as i8),
+        // The upper four bits are sign and value.
+        DType::I4 => half(scale)? * f32::from((of(at, 1)?[0] << (4 - bit)) as i8 >> 4),
+        _ => floats(of(at, 4)?)[0],
     })
 }
 

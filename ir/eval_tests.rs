@@ -86,6 +86,30 @@ fn products() {
 }
 
 #[test]
+fn weights_of_weights() {
+    let w = tensor(&[2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    let vector = |values: &[f32]| tensor(&[values.len()], values);
+    check(
+        &["f32[2, 3]", "f32[2]"],
+        "scale_rows",
+        &[w.clone(), vector(&[2.0, -1.0])],
+        &[2.0, 4.0, 6.0, -4.0, -5.0, -6.0],
+    );
+    let b = tensor(&[3, 2], &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0]);
+    check(&["f32[2, 3]", "f32[3, 2]"], "multiply_weights", &[w.clone(), b], &[4.0, 5.0, 10.0, 11.0]);
+    check(&["f32[2, 3]", "f32[3]"], "times_vector", &[w.clone(), vector(&[1.0, 0.0, -1.0])], &[-2.0, -2.0]);
+    check(&["f32[2, 3]"], "slice_rows {from = 1, count = 1}", std::slice::from_ref(&w), &[4.0, 5.0, 6.0]);
+    let row = tensor(&[1, 3], &[7.0, 8.0, 9.0]);
+    let all = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0];
+    check(&["f32[2, 3]", "f32[1, 3]"], "concat_rows", &[w, row], &all);
+    check(&[], "hadamard_matrix {size = 2}", &[], &[0.5f32.sqrt(), 0.5f32.sqrt(), 0.5f32.sqrt(), -0.5f32.sqrt()]);
+    let x = tensor(&[2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    check(&["f32[t, 3]"], "slice {from = 1, count = 2}", std::slice::from_ref(&x), &[2.0, 3.0, 5.0, 6.0]);
+    let y = tensor(&[2, 1], &[9.0, 8.0]);
+    check(&["f32[t, 3]", "f32[t, 1]"], "concat", &[x, y], &[1.0, 2.0, 3.0, 9.0, 4.0, 5.0, 6.0, 8.0]);
+}
+
+#[test]
 fn experts() {
     let scores = tensor(&[2, 3], &[0.0, 2f32.ln(), 2f32.ln(), 3f32.ln(), 0.0, 0.0]);
     let routing = |normalize| {
@@ -106,6 +130,15 @@ fn experts() {
     check(&types, "matmul_experts", &[x, w, routed.clone()], &[5.0, 2.0, 3.0, 8.0]);
     let x = tensor(&[2, 2, 1], &[5.0, 2.0, 3.0, 8.0]);
     check(&["f32[t, 2, 1]", "routing[t, 2, 3]"], "combine", &[x, routed], &[3.5, 4.25]);
+}
+
+#[test]
+fn turned_heads() {
+    let x = tensor(&[1, 1, 4], &[1.0, 2.0, 3.0, 4.0]);
+    check(&["f32[t, 1, 4]"], "hadamard", &[x], &[5.0, -1.0, -2.0, 0.0]);
+    let x = tensor(&[1, 1, 6], &[3.0, 1.0, 0.0, 2.0, 5.0, 5.0]);
+    let half = 0.5f32.sqrt();
+    check(&["f32[t, 1, 6]"], "hadamard", &[x], &[4.0, 2.0, 2.0, -2.0, 10.0, 0.0].map(|x| x * half));
 }
 
 #[test]

@@ -21,6 +21,10 @@ pub enum DType {
     I32,
     /// Cached keys and values: int8 codes with one scale for each head of a position.
     I8,
+    /// Cached keys and values: 8-bit floats, see [`e4m3`].
+    FP8,
+    /// Cached keys and values: int4 codes with one scale for each head of a position.
+    I4,
     /// Activations: int8 per group of 32 along the row, see [`crate::layout::A8`].
     A8,
     /// Activations in two int8 planes: A8 lines, and A8 lines of what those leave.
@@ -78,6 +82,15 @@ pub fn e4m3(byte: u8) -> f32 {
         _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
     };
     if byte < 128 { magnitude } else { -magnitude }
+}
+
+/// The 8-bit float nearest to a real, ties to even, the largest for what is beyond: the inverse of [`e4m3`].
+pub fn to_e4m3(x: f32) -> u8 {
+    let magnitude = x.abs().min(448.0);
+    let exponent = ((magnitude.to_bits() >> 23) as i32 - 127).max(-6);
+    // At least 8 of them unless the exponent is the least; the sixteenth carries into the exponent.
+    let steps = (magnitude / 2f32.powi(exponent - 3)).round_ties_even() as u8;
+    ((((exponent + 6) as u8) << 3) + steps) | if x < 0.0 { 128 } else { 0 }
 }
 
 impl Zero {
@@ -185,9 +198,9 @@ impl DType {
         }
     }
 
-    /// Caches can be stored in it.
-    pub fn is_cached(self) -> bool {
-        CACHED.contains(&self)
+    /// Caches with heads of that width can be stored in it: the width is whole blocks.
+    pub fn caches(self, dim: usize) -> bool {
+        CACHED.contains(&self) && dim.is_multiple_of(self.format().block)
     }
 
     /// f32, f16 or bf16.
@@ -271,16 +284,18 @@ const fn quant(
     Format { dtype, name, block, block_bytes, int: Some(IntFormat { bits, group, zero }), scales, split, meaning }
 }
 
-/// What caches can be stored in.
-pub const CACHED: [DType; 4] = [DType::F16, DType::I8, DType::F32, DType::BF16];
+/// What caches can be stored in, the most accurate first.
+pub const CACHED: [DType; 6] = [DType::F32, DType::F16, DType::BF16, DType::I8, DType::FP8, DType::I4];
 
 /// The table, in the order of [`DType`].
-pub static FORMATS: [Format; 27] = [
+pub static FORMATS: [Format; 29] = [
     row(DType::F32, "f32", 1, 4, "IEEE single precision"),
     row(DType::F16, "f16", 1, 2, "IEEE half precision"),
     row(DType::BF16, "bf16", 1, 2, "the upper half of f32"),
     row(DType::I32, "i32", 1, 4, "token ids, positions"),
     row(DType::I8, "i8", 1, 1, "cached keys and values: int8 codes with one scale for each head of a position"),
+    row(DType::FP8, "fp8", 1, 1, "cached keys and values: 8-bit floats (e4m3)"),
+    row(DType::I4, "i4", 32, 16, "cached keys and values: int4 codes with one f16 scale for each head of a position"),
     row(DType::A8, "a8", 32, 64, "activations: int8 codes with one scale per 32"),
     row(DType::A16, "a16", 32, 128, "activations: a8, and a8 of the rounding error"),
     quant(
@@ -462,3 +477,17 @@ pub static FORMATS: [Format; 27] = [
         "4-bit floats (e2m1), one scale per 16",
     ),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eight_bit_floats_are_their_own_nearest() {
+        for byte in (0..=255).filter(|byte| byte & 127 != 127 && *byte != 128) {
+            assert_eq!(to_e4m3(e4m3(byte)), byte);
+        }
+        let rounded = [17.0, 19.0, -1000.0, 0.001, 0.0009, 1e-9, 1.96875].map(|x| e4m3(to_e4m3(x)));
+        assert_eq!(rounded, [16.0, 20.0, -448.0, 1.0 / 512.0, 0.0, 0.0, 2.0]);
+    }
+}

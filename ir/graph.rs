@@ -22,6 +22,18 @@ pub enum Attr {
     Str(String),
 }
 
+/// As names of constants and reports have it.
+impl fmt::Display for Attr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Attr::Int(i) => write!(f, "{i}"),
+            Attr::Float(x) => write!(f, "{x}"),
+            Attr::Bool(b) => write!(f, "{b}"),
+            Attr::Str(s) => f.write_str(s),
+        }
+    }
+}
+
 /// A node's attributes, sorted by name.
 #[derive(Clone, Debug, Default, PartialEq, PartialOrd)]
 pub struct Attrs(Vec<(String, Attr)>);
@@ -62,7 +74,7 @@ pub enum Stage {
 }
 
 /// Steps a variant of a graph is meant for, by their number of tokens, both ends included.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 pub struct TokenRange {
     /// Fewest tokens.
     pub min: usize,

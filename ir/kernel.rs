@@ -82,8 +82,8 @@ impl fmt::Display for KernelKind {
 pub fn is_row_class(class: Class) -> bool {
     use Class::*;
     match class {
-        Gather | Angles | Elementwise | RowBroadcast | RowReduce | Rope | View | Quantize | Append | Route
-        | Combine => true,
+        Gather | Angles | Elementwise | RowBroadcast | RowReduce | Rope | Turn | View | Columns | Quantize | Append
+        | Route | Combine => true,
         Weight | WeightFold | Contract | ContractExperts | Attend | Pool | Estimate | Rescore => false,
     }
 }

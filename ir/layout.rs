@@ -146,8 +146,8 @@ pub fn row_bytes(ty: &Type) -> Option<usize> {
     }
 }
 
-/// Bytes of one cache block (64 positions, all heads): keys `[heads][dim][64]`, values `[heads][64][dim]`; for int8 codes
-/// then scales `f32[heads][64]`.
+/// Bytes of one cache block (64 positions, all heads): keys `[heads][dim][64]`, values `[heads][64][dim]`; of codes then
+/// scales `[heads][64]`. Of 32 neighbouring dims in int4 the last 16 share their bytes with the first.
 pub fn cache_block_bytes(ty: &Type) -> Option<usize> {
     Some(cache_position_bytes(ty)? * CACHE_BLOCK)
 }
@@ -155,17 +155,23 @@ pub fn cache_block_bytes(ty: &Type) -> Option<usize> {
 /// Bytes that a position takes in a cache.
 pub fn cache_position_bytes(ty: &Type) -> Option<usize> {
     match ty {
-        Type::Cache { heads, dim, dtype, .. } => {
-            let scale = if *dtype == DType::I8 { 4 } else { 0 };
-            Some(heads * (dim * dtype.format().block_bytes + scale))
-        }
+        Type::Cache { heads, dim, dtype, .. } => Some(heads * (dtype.bytes(*dim)? + cache_scale_bytes(*dtype))),
         _ => None,
     }
 }
 
-/// Byte offset of a head's scales inside a cache block of int8 codes.
-pub fn cache_scales(heads: usize, dim: usize, head: usize) -> usize {
-    (heads * dim + head * 4) * CACHE_BLOCK
+/// Bytes of a scale of cached codes: f32 for int8, f16 for int4; others have none.
+pub const fn cache_scale_bytes(dtype: DType) -> usize {
+    match dtype {
+        DType::I8 => 4,
+        DType::I4 => 2,
+        _ => 0,
+    }
+}
+
+/// Byte offset of a head's scales inside a cache block of codes.
+pub fn cache_scales(dtype: DType, heads: usize, dim: usize, head: usize) -> usize {
+    (heads * dtype.bytes(dim).unwrap_or(0) + head * cache_scale_bytes(dtype)) * CACHE_BLOCK
 }
 
 /// What attention computes at once, and the memory in which workers share what they have of it.
@@ -227,10 +233,17 @@ impl AttentionItem {
     }
 }
 
-/// Element offset of `(head, position in block, d)` inside a cache block.
-pub fn cache_offset(role: CacheRole, dim: usize, head: usize, slot: usize, d: usize) -> usize {
-    match role {
-        CacheRole::Keys => (head * dim + d) * CACHE_BLOCK + slot,
-        CacheRole::Values => (head * CACHE_BLOCK + slot) * dim + d,
-    }
+/// Byte offset of `(head, position in block, d)` inside a cache block, and of its first bit in that byte.
+pub fn cache_offset(ty: &Type, (head, slot, d): (usize, usize, usize)) -> Option<(usize, usize)> {
+    let Type::Cache { role, dim, dtype, .. } = *ty else { return None };
+    let (bytes, (d, bit)) = match dtype {
+        DType::I4 => (1, (d / 32 * 16 + d % 16, d % 32 / 16 * 4)),
+        _ => (dtype.format().block_bytes, (d, 0)),
+    };
+    let width = dtype.bytes(dim)? / bytes;
+    let at = match role {
+        CacheRole::Keys => (head * width + d) * CACHE_BLOCK + slot,
+        CacheRole::Values => (head * CACHE_BLOCK + slot) * width + d,
+    };
+    Some((at * bytes, bit))
 }

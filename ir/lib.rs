@@ -12,6 +12,7 @@
 
 pub mod artifact;
 pub mod cost;
+pub mod costs;
 pub mod decode;
 pub mod docs;
 pub mod error;
@@ -27,6 +28,7 @@ pub mod ops;
 pub mod plan;
 pub mod planes;
 pub mod quantize;
+pub mod recipe;
 pub mod sample;
 pub mod target;
 pub mod text;

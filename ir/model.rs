@@ -111,6 +111,8 @@ pub enum Source {
         /// Same seed, same values.
         seed: u64,
     },
+    /// Computed from other weights when read.
+    Made(Arc<crate::recipe::Made>),
 }
 
 /// Rows of one matrix stored in a file.
@@ -175,6 +177,15 @@ impl Weight {
         (dtype, shape.iter().map(fixed).collect())
     }
 
+    /// The same values, rounded or quantized to another dtype.
+    pub fn with_dtype(&self, to: DType) -> Weight {
+        let mut weight = self.clone();
+        if let Type::Tensor { dtype, .. } = &mut weight.ty {
+            *dtype = to;
+        }
+        weight
+    }
+
     /// Rows (all axes but the last) and columns.
     pub fn rows_columns(&self) -> (usize, usize) {
         let (_, shape) = self.dtype_shape();
@@ -187,6 +198,7 @@ impl Weight {
         match &self.source {
             Source::Parts(parts) => parts.iter().all(|p| p.dtype == dtype && !p.transposed),
             Source::Bytes { dtype: stored, .. } => *stored == dtype,
+            Source::Made(made) => made.stored_as(dtype),
             Source::Values(_) | Source::Synthetic { .. } => false,
         }
     }
@@ -218,6 +230,11 @@ impl Weight {
     /// Where the row cannot be read, or its reals cannot be quantized.
     pub fn quantized_row(&self, row: usize) -> Result<Cow<'_, [u8]>> {
         let (dtype, (_, columns)) = (self.dtype_shape().0.in_file(), self.rows_columns());
+        if let Source::Made(made) = &self.source
+            && let Some(moved) = made.moved_row(row)
+        {
+            return moved;
+        }
         if self.stored_as(dtype) {
             if let Source::Parts(_) = self.source
                 && let (part, row) = self.part(row)?
@@ -261,6 +278,7 @@ impl Weight {
             Source::Values(values) => out.copy_from_slice(&values[row * out.len()..][..out.len()]),
             Source::Bytes { dtype, .. } => dequantize(*dtype, self.raw_row(row)?, out),
             Source::Synthetic { seed } => synthetic_row(*seed, row, out),
+            Source::Made(made) => made.read_row(row, out)?,
             Source::Parts(_) => {
                 let (part, row) = self.part(row)?;
                 if let Some(grid) = &part.grid {

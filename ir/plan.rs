@@ -45,7 +45,7 @@ index!(CacheId, "c");
 /// | pool | one `Pool`, then `RowReduce` |
 /// | estimate | `Estimate` nodes of one matrix and the same rows |
 /// | rescore | one `Rescore` over inputs |
-/// | rows | anything else that works row by row with one leading dim: `Gather` (of inputs), `Angles`, `Elementwise`, `RowBroadcast`, `RowReduce`, `Rope`, `View`, `Quantize`, `Append`, `Route`, `Combine` |
+/// | rows | anything else that works row by row with one leading dim: `Gather` (of inputs), `Angles`, `Elementwise`, `RowBroadcast`, `RowReduce`, `Rope`, `Turn`, `View`, `Quantize`, `Append`, `Route`, `Combine` |
 ///
 /// In kernels for at most 8 tokens a contraction's activations may also be computed inside, by nodes of the *rows* kind
 /// (an operand prologue): every worker repeats them.
@@ -106,10 +106,28 @@ pub fn in_place(body: &Graph, value: ValueId) -> bool {
 /// How a packed weight is made from the weight table.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pack {
-    /// Entry of the weight table.
-    pub weight: String,
-    /// A vector whose entries multiply the columns (a norm's gain folded into the weight); float formats only.
-    pub column_scale: Option<String>,
+    /// A graph of weights alone: an entry of the weight table, or what is computed from some ([`crate::recipe`]).
+    pub recipe: Graph,
+}
+
+impl Pack {
+    /// An entry of the weight table as it is.
+    pub fn entry(name: &str, ty: Type) -> Pack {
+        let mut recipe = Graph::new("weight");
+        let weight = recipe.weight(name, ty);
+        recipe.result("weight", weight);
+        Pack { recipe }
+    }
+
+    /// In a line: an entry's name, or `scale_columns(w, norm)`.
+    pub fn name(&self) -> String {
+        crate::recipe::name(&self.recipe)
+    }
+
+    /// Nothing is computed.
+    pub fn is_entry(&self) -> bool {
+        self.recipe.nodes.len() == 1
+    }
 }
 
 /// The executable part of a plan.
@@ -205,12 +223,29 @@ impl RowCount {
 /// A packed weight.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WeightSpec {
-    /// Entry of the weight table; a section of the artifact has this name under `weights/`.
+    /// Entry of the weight table, or a name for what is computed; a section of the artifact has it under `weights/`.
     pub name: String,
     /// Its type, as text.
     pub ty: String,
     /// Packed size.
     pub bytes: usize,
+    /// What it is computed from, as text ([`crate::recipe`]); `None`: an entry as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<String>,
+}
+
+impl WeightSpec {
+    /// How it was made.
+    ///
+    /// # Errors
+    /// Where the text of its recipe, or of its type, is damaged.
+    pub fn pack(&self) -> crate::Result<Pack> {
+        let Some(text) = &self.recipe else { return Ok(Pack::entry(&self.name, crate::text::parse_type(&self.ty)?)) };
+        match crate::text::parse("recipe", text)?.graphs.pop() {
+            Some(recipe) => Ok(Pack { recipe }),
+            None => crate::bail!(Input, "weight `{}` has an empty recipe", self.name),
+        }
+    }
 }
 
 /// Keys or values of one layer.

@@ -4,96 +4,251 @@
 //! 0.9 -0.1 0.05 .. (32 reals)   --q4_0-->   scale -0.11, codes 0 9 8 ..   (real = scale * (code - 8))
 //! ```
 //!
-//! A group's largest value need not be met: a few scales around that one are tried, up to some that clip it, each is replaced
-//! by the least-squares scale for the codes it gives, and the best of them, rounded to f16, decides the codes. No calibration,
-//! no randomness: the same reals give the same bytes everywhere (sums are taken in 16 lanes, in one order). 4-bit floats have
-//! scales of fewer bits, see [`float4`].
+//! A block's figures (scales, minima) are put first, then read as any reader of the format would; codes are the nearest under
+//! what was read. Every real may have an importance, which its squared error is multiplied with. No randomness: the same reals
+//! give the same bytes everywhere. How one group's scale is found is in `scales`; formats whose scales have few bits themselves
+//! are in [`float4`] and `kquants`. [`gptq`] chooses the codes of whole rows by what a matrix is multiplied with.
 
+mod blocks;
 mod float4;
+pub mod gptq;
+mod kquants;
+mod linear;
+pub mod moments;
+mod scales;
+mod table;
 
-use crate::formats::{DType, IntFormat, Zero};
+pub use table::{Needs, Prepared, QUANTIZERS, Quantizer};
+
+use crate::formats::{DType, Format, IntFormat, Split, Zero};
 use crate::{Result, bail};
 use half::f16;
 
-/// Puts a block's codes and its two figures in file order: scale and minimum (0 where the zero point is fixed), or, of 4-bit
-/// floats, the scales of its first and last group.
-type Join = fn(codes: &[u8], first: f16, second: f16, out: &mut [u8]);
+/// How a format's blocks are made.
+struct Writer {
+    dtype: DType,
+    /// Puts the scales (and minima) of a block.
+    figures: fn(Reals<'_>, IntFormat, &mut [u8]),
+    /// Puts its codes.
+    codes: fn(&[u8], &mut [u8]),
+}
 
-/// What reals can be quantized to: formats whose quant block is one group, and 4-bit floats.
-const QUANTIZERS: [(DType, Join); 14] = [
-    (DType::Q4_0, join::q4_0),
-    (DType::Q4_1, join::q4_1),
-    (DType::Q5_0, join::q5_0),
-    (DType::Q5_1, join::q5_1),
-    (DType::Q8_0, join::q8_0),
-    (DType::INT4_G64, join::q4_0),
-    (DType::INT4_G128, join::q4_0),
-    (DType::UINT4_G32, join::q4_1),
-    (DType::UINT4_G64, join::q4_1),
-    (DType::UINT4_G128, join::q4_1),
-    (DType::INT8_G64, join::q8_0),
-    (DType::INT8_G128, join::q8_0),
-    (DType::MXFP4, join::q4_0),
-    (DType::NVFP4, join::two_scales),
+/// What reals can be quantized to.
+static WRITERS: [Writer; 17] = [
+    writer(DType::Q4_0, one_group, blocks::q4_0),
+    writer(DType::Q4_1, one_group, blocks::q4_1),
+    writer(DType::Q5_0, one_group, blocks::q5_0),
+    writer(DType::Q5_1, one_group, blocks::q5_1),
+    writer(DType::Q8_0, one_group, blocks::q8_0),
+    writer(DType::Q4_K, kquants::pairs, blocks::q4_k),
+    writer(DType::Q5_K, kquants::pairs, blocks::q5_k),
+    writer(DType::Q6_K, kquants::singles, blocks::q6_k),
+    writer(DType::INT4_G64, one_group, blocks::q4_0),
+    writer(DType::INT4_G128, one_group, blocks::q4_0),
+    writer(DType::UINT4_G32, one_group, blocks::q4_1),
+    writer(DType::UINT4_G64, one_group, blocks::q4_1),
+    writer(DType::UINT4_G128, one_group, blocks::q4_1),
+    writer(DType::INT8_G64, one_group, blocks::q8_0),
+    writer(DType::INT8_G128, one_group, blocks::q8_0),
+    writer(DType::MXFP4, float_groups, blocks::q4_0),
+    writer(DType::NVFP4, float_groups, blocks::q4_1),
 ];
 
-/// Lanes that sums are taken in.
-const LANES: usize = 16;
+const fn writer(dtype: DType, figures: fn(Reals<'_>, IntFormat, &mut [u8]), codes: fn(&[u8], &mut [u8])) -> Writer {
+    Writer { dtype, figures, codes }
+}
 
-/// Largest quant block of a format that reals are quantized to.
-const MOST: usize = 128;
+/// Largest quant block, and most groups of one.
+const MOST: (usize, usize) = (256, 16);
+
+/// Every real counts alike.
+const ALIKE: [f32; MOST.0] = [1.0; MOST.0];
+
+/// Neighbouring reals of a row, what each one's squared error is multiplied with, and what the row's scales are multiples of
+/// where the format has such a figure.
+#[derive(Clone, Copy)]
+struct Reals<'a> {
+    values: &'a [f32],
+    importance: &'a [f32],
+    outer: f32,
+}
+
+impl<'a> Reals<'a> {
+    fn groups(self, group: usize) -> impl Iterator<Item = Reals<'a>> {
+        let parts = self.values.chunks_exact(group).zip(self.importance.chunks_exact(group));
+        parts.map(move |(values, importance)| Reals { values, importance, outer: self.outer })
+    }
+}
 
 /// Reals can be quantized to `dtype`.
 pub fn can_quantize(dtype: DType) -> bool {
-    QUANTIZERS.iter().any(|q| q.0 == dtype)
+    WRITERS.iter().any(|w| w.dtype == dtype)
 }
 
-/// Quantizes whole blocks: `out` holds [`DType::bytes`] of `reals.len()` elements.
+/// Quantizes whole blocks of one row, to nearest: `out` holds [`DType::bytes`] of `reals.len()` elements.
 ///
 /// # Errors
 /// Where the format is not made from reals, the lengths disagree, a value is not finite or a scale does not fit f16.
 pub fn quantize(dtype: DType, reals: &[f32], out: &mut [u8]) -> Result<()> {
-    let (format, quantizer) = (dtype.format(), QUANTIZERS.iter().find(|q| q.0 == dtype));
-    let (Some(int), Some((_, join))) = (format.int, quantizer) else {
-        let names: Vec<String> = QUANTIZERS.iter().map(|q| q.0.to_string()).collect();
-        bail!(Unsupported, "reals cannot be quantized to {dtype}, only to {}", names.join(", "));
-    };
-    if dtype.bytes(reals.len()) != Some(out.len()) {
-        bail!(Internal, "{} bytes for {} elements of {dtype}", out.len(), reals.len());
-    }
-    let mut codes = [0; MOST];
-    let codes = &mut codes[..format.block];
-    let tensor = float4::outer_scale(reals);
-    for (reals, out) in reals.chunks_exact(format.block).zip(out.chunks_exact_mut(format.block_bytes)) {
-        if let Some(x) = reals.iter().find(|x| !x.is_finite()) {
-            bail!(Input, "{x} cannot be quantized");
+    quantize_by_importance(dtype, reals, None, out)
+}
+
+/// [`quantize`], in which the squared error of `reals[i]` counts `importance[i]` times (none may be negative).
+///
+/// # Errors
+/// As [`quantize`].
+pub fn quantize_by_importance(dtype: DType, reals: &[f32], importance: Option<&[f32]>, out: &mut [u8]) -> Result<()> {
+    let blocks = Blocks::of(dtype)?;
+    blocks.check(reals, out)?;
+    let mut codes = [0; MOST.0];
+    let size = blocks.format.block;
+    let outer = float4::outer_scale(reals);
+    for (index, out) in out.chunks_exact_mut(blocks.format.block_bytes).enumerate() {
+        let range = index * size..(index + 1) * size;
+        let importance = importance.map_or(&ALIKE[..size], |all| &all[range.clone()]);
+        let figures = blocks.fit(Reals { values: &reals[range.clone()], importance, outer }, out)?;
+        for (group, (values, codes)) in
+            reals[range].chunks_exact(blocks.int.group).zip(codes.chunks_exact_mut(blocks.int.group)).enumerate()
+        {
+            encode(values, blocks.int, figures.of(group), codes);
         }
-        let (scale, min) = match int.zero {
-            Zero::Fixed(zero) => (symmetric(reals, int, zero), 0.0),
-            Zero::Min => with_minimum(reals, int),
-            Zero::E2M1 => float4::scales(reals, int, tensor),
-            Zero::Point => with_zero_point(reals, int),
-        };
-        let (scale, min) = (f16::from_f32(scale), f16::from_f32(min));
-        if !scale.is_finite() || !min.is_finite() {
-            bail!(Input, "the scale of a group with values like {} does not fit f16", reals[0]);
-        }
-        match int.zero {
-            Zero::E2M1 => float4::encode(reals, int, [scale.to_f32(), min.to_f32()], codes),
-            Zero::Point => encode(reals, int, (scale.to_f32(), -scale.to_f32() * min.to_f32()), codes),
-            _ => encode(reals, int, (scale.to_f32(), min.to_f32()), codes),
-        }
-        join(codes, scale, min, out);
+        blocks.put(&codes[..size], out);
     }
     Ok(())
 }
 
-/// The nearest codes under a given scale and minimum.
-fn encode(reals: &[f32], int: IntFormat, (scale, min): (f32, f32), codes: &mut [u8]) {
-    let (zero, high) = (f32::from(int.zero.fixed().unwrap_or(0)), top(int));
-    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+/// Scales and minima of a block, as its readers see them.
+#[derive(Clone, Copy)]
+struct Figures {
+    scales: [f32; MOST.1],
+    mins: [f32; MOST.1],
+}
+
+impl Figures {
+    /// Scale and minimum (or zero point) of a group.
+    fn of(&self, group: usize) -> (f32, f32) {
+        (self.scales[group], self.mins[group])
+    }
+}
+
+/// The blocks of one format, and how they are made.
+#[derive(Clone, Copy)]
+struct Blocks {
+    format: &'static Format,
+    int: IntFormat,
+    writer: &'static Writer,
+}
+
+impl Blocks {
+    fn of(dtype: DType) -> Result<Blocks> {
+        let (format, writer) = (dtype.format(), WRITERS.iter().find(|w| w.dtype == dtype));
+        let (Some(int), Some(writer)) = (format.int, writer) else {
+            let names: Vec<String> = WRITERS.iter().map(|w| w.dtype.to_string()).collect();
+            bail!(Unsupported, "reals cannot be quantized to {dtype}, only to {}", names.join(", "));
+        };
+        Ok(Blocks { format, int, writer })
+    }
+
+    /// Whole blocks of finite reals, and room for what they become.
+    fn check(&self, reals: &[f32], out: &[u8]) -> Result<()> {
+        if self.format.dtype.bytes(reals.len()) != Some(out.len()) {
+            bail!(Internal, "{} bytes for {} elements of {}", out.len(), reals.len(), self.format.dtype);
+        }
+        if let Some(x) = reals.iter().find(|x| !x.is_finite()) {
+            bail!(Input, "{x} cannot be quantized");
+        }
+        Ok(())
+    }
+
+    /// Puts the figures that suit the reals of a block best, and reads them.
+    fn fit(&self, reals: Reals<'_>, out: &mut [u8]) -> Result<Figures> {
+        (self.writer.figures)(reals, self.int, out);
+        let figures = self.read(out);
+        let groups = self.format.block / self.int.group;
+        if !figures.scales[..groups].iter().chain(&figures.mins[..groups]).all(|x| x.is_finite()) {
+            bail!(Input, "the scale of a group with values like {} does not fit f16", reals.values[0]);
+        }
+        Ok(figures)
+    }
+
+    fn read(&self, block: &[u8]) -> Figures {
+        let (mut codes, mut figures) = ([0; MOST.0], Figures { scales: [0.0; MOST.1], mins: [0.0; MOST.1] });
+        let groups = self.format.block / self.int.group;
+        let Figures { scales, mins } = &mut figures;
+        let split =
+            Split { codes: &mut codes[..self.format.block], scales: &mut scales[..groups], mins: &mut mins[..groups] };
+        (self.format.split)(block, split);
+        figures
+    }
+
+    fn put(&self, codes: &[u8], out: &mut [u8]) {
+        (self.writer.codes)(codes, out);
+    }
+}
+
+/// Figures of a block that is one group: an f16 scale, and a minimum or zero point where the format has one.
+fn one_group(reals: Reals<'_>, int: IntFormat, out: &mut [u8]) {
+    let (scale, second) = scales::of_group(reals, int);
+    put_figures(int, (f16::from_f32(scale), f16::from_f32(second)), out);
+}
+
+/// Figures of 4-bit floats.
+fn float_groups(reals: Reals<'_>, int: IntFormat, out: &mut [u8]) {
+    let (first, last) = float4::scales(reals, int);
+    put_figures(int, (f16::from_f32(first), f16::from_f32(last)), out);
+}
+
+fn put_figures(int: IntFormat, (first, second): (f16, f16), out: &mut [u8]) {
+    out[..2].copy_from_slice(&first.to_le_bytes());
+    if int.zero.has_mins() || int.group < 32 {
+        out[2..4].copy_from_slice(&second.to_le_bytes());
+    }
+}
+
+/// The nearest codes of a group under a given scale and minimum.
+fn encode(reals: &[f32], int: IntFormat, figures: (f32, f32), codes: &mut [u8]) {
+    let line = Line::new(int, figures);
     for (code, x) in codes.iter_mut().zip(reals) {
-        *code = round(((x - min) * inverse + zero).clamp(0.0, high)) as u8;
+        *code = line.nearest(*x);
+    }
+}
+
+/// The reals that a group's codes stand for.
+#[derive(Clone, Copy)]
+struct Line {
+    int: IntFormat,
+    figures: (f32, f32),
+    inverse: f32,
+    /// What is added before rounding.
+    zero: f32,
+    high: f32,
+}
+
+impl Line {
+    fn new(int: IntFormat, (scale, min): (f32, f32)) -> Line {
+        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        let zero = match int.zero {
+            Zero::Fixed(zero) => f32::from(zero),
+            Zero::Point => min,
+            Zero::Min | Zero::E2M1 => 0.0,
+        };
+        Line { int, figures: (scale, min), inverse, zero, high: top(int) }
+    }
+
+    /// The code of the nearest.
+    #[inline]
+    fn nearest(&self, x: f32) -> u8 {
+        match self.int.zero {
+            Zero::E2M1 => float4::nearest(x * self.inverse),
+            Zero::Min => round(((x - self.figures.1) * self.inverse).clamp(0.0, self.high)) as u8,
+            _ => round((x * self.inverse + self.zero).clamp(0.0, self.high)) as u8,
+        }
+    }
+
+    /// What a code stands for.
+    #[inline]
+    fn real(&self, code: u8) -> f32 {
+        self.int.zero.real(code, self.figures.0, self.figures.1)
     }
 }
 
@@ -108,248 +263,19 @@ fn round(x: f32) -> f32 {
     (x + SHIFT) - SHIFT
 }
 
-/// How far beyond the codes the largest value may lie, in steps; smaller steps matter less where there are many codes.
-fn candidates(int: IntFormat) -> impl Iterator<Item = f32> {
-    let (first, step, count) = if int.bits <= 5 { (-1.0, 0.5, 9) } else { (-0.5, 0.5, 4) };
-    (0..count).map(move |i| first + step * i as f32)
-}
-
-/// `real = scale * q` with `q` in `-zero ..= top - zero`: the scale of least squared error.
-fn symmetric(reals: &[f32], int: IntFormat, zero: u8) -> f32 {
-    // The side with one code more takes the largest value: the scale's sign is free.
-    let largest = reals.iter().fold(0f32, |most, x| if x.abs() > most.abs() { *x } else { most });
-    if largest == 0.0 {
-        return 0.0;
-    }
-    let (low, high) = (-(zero as f32), top(int) - zero as f32);
-    let (mut best, mut scale) = (0.0, 0.0);
-    for beyond in candidates(int) {
-        let inverse = (low - beyond) / largest;
-        let (mut xq, mut qq) = ([0f32; LANES], [0f32; LANES]);
-        for x in reals.as_chunks::<LANES>().0 {
-            for i in 0..LANES {
-                let q = round((x[i] * inverse).clamp(low, high));
-                xq[i] += x[i] * q;
-                qq[i] += q * q;
-            }
-        }
-        let (xq, qq) = (sum(xq), sum(qq));
-        // Squared error: sum of x^2 - xq^2 / qq.
-        if xq * xq > best * qq {
-            (best, scale) = (xq * xq / qq, xq / qq);
-        }
-    }
-    scale
-}
-
-/// `real = scale * q + min` with `q` in `0 ..= top`: scale and minimum of least squared error.
-fn with_minimum(reals: &[f32], int: IntFormat) -> (f32, f32) {
-    let (low, high) = reals.iter().fold((f32::MAX, f32::MIN), |(low, high), x| (low.min(*x), high.max(*x)));
-    if low == high {
-        return (0.0, low);
-    }
-    let n = reals.len() as f32;
-    let mut best = (f32::MAX, ((high - low) / top(int), low));
-    for beyond in candidates(int) {
-        let steps = top(int) + beyond;
-        let inverse = steps / (high - low);
-        // What is clipped is clipped at both ends.
-        let from = low + beyond.max(0.0) / 2.0 / inverse;
-        let (mut sq, mut qq, mut sx, mut xq) = ([0f32; LANES], [0f32; LANES], [0f32; LANES], [0f32; LANES]);
-        let mut xx = [0f32; LANES];
-        for x in reals.as_chunks::<LANES>().0 {
-            for i in 0..LANES {
-                let q = round(((x[i] - from) * inverse).clamp(0.0, top(int)));
-                let x = x[i] - low; // differences of like figures below
-                (sq[i], qq[i], sx[i], xq[i], xx[i]) =
-                    (sq[i] + q, qq[i] + q * q, sx[i] + x, xq[i] + x * q, xx[i] + x * x);
-            }
-        }
-        let (sq, qq, sx, xq, xx) = (sum(sq), sum(qq), sum(sx), sum(xq), sum(xx));
-        let determinant = n * qq - sq * sq;
-        if determinant > 0.0 {
-            let scale = (n * xq - sx * sq) / determinant;
-            let min = (sx - scale * sq) / n;
-            let error = xx - scale * xq - min * sx;
-            if error < best.0 {
-                best = (error, (scale, min + low));
-            }
-        }
-    }
-    best.1
-}
-
-/// `real = scale * (q - zero)`, an integer `zero` in `0 ..= top`: near [`with_minimum`] where that lies near zero.
-fn with_zero_point(reals: &[f32], int: IntFormat) -> (f32, f32) {
-    let (scale, min) = with_minimum(reals, int);
-    if (-scale * top(int)..=0.0).contains(&min) && scale > 0.0 {
-        return (scale, round(-min / scale));
-    }
-    let (low, high) = reals.iter().fold((0f32, 0f32), |(low, high), x| (low.min(*x), high.max(*x)));
-    let scale = (high - low) / top(int);
-    (scale, if scale > 0.0 { round(-low / scale) } else { 0.0 })
-}
-
 /// Puts a block of `dtype` together: its codes, and scale and minimum (or zero point), or the scales of both groups.
 ///
 /// # Errors
-/// Where blocks of `dtype` are not made here.
-pub(crate) fn join(dtype: DType, codes: &[u8], (first, second): (f16, f16), out: &mut [u8]) -> Result<()> {
-    let Some((_, join)) = QUANTIZERS.iter().find(|q| q.0 == dtype) else {
-        bail!(Internal, "no blocks of {dtype} are made");
-    };
-    join(codes, first, second, out);
+/// Where blocks of `dtype` do not have these figures.
+pub(crate) fn join(dtype: DType, codes: &[u8], figures: (f16, f16), out: &mut [u8]) -> Result<()> {
+    let blocks = Blocks::of(dtype)?;
+    if blocks.format.block > 128 {
+        bail!(Internal, "blocks of {dtype} have more than two figures");
+    }
+    put_figures(blocks.int, figures, out);
+    blocks.put(codes, out);
     Ok(())
 }
 
-/// By halves: the same order everywhere.
-fn sum(lanes: [f32; LANES]) -> f32 {
-    let mut lanes = lanes;
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
-}
-
-/// How each format's block is put together; the inverse of [`crate::formats`]' splits.
-mod join {
-    use half::f16;
-
-    fn nibbles(codes: &[u8], out: &mut [u8]) {
-        let (first, second) = codes.split_at(codes.len() / 2);
-        for ((out, low), high) in out.iter_mut().zip(first).zip(second) {
-            *out = low & 15 | high << 4;
-        }
-    }
-
-    fn fifth_bits(codes: &[u8], out: &mut [u8]) {
-        let word = codes.iter().enumerate().fold(0u32, |word, (i, code)| word | u32::from(code >> 4 & 1) << i);
-        out[..4].copy_from_slice(&word.to_le_bytes());
-    }
-
-    pub fn q4_0(codes: &[u8], scale: f16, _: f16, out: &mut [u8]) {
-        out[..2].copy_from_slice(&scale.to_le_bytes());
-        nibbles(codes, &mut out[2..]);
-    }
-
-    pub fn two_scales(codes: &[u8], first: f16, last: f16, out: &mut [u8]) {
-        q4_1(codes, first, last, out);
-    }
-
-    pub fn q4_1(codes: &[u8], scale: f16, min: f16, out: &mut [u8]) {
-        out[..2].copy_from_slice(&scale.to_le_bytes());
-        out[2..4].copy_from_slice(&min.to_le_bytes());
-        nibbles(codes, &mut out[4..]);
-    }
-
-    pub fn q5_0(codes: &[u8], scale: f16, _: f16, out: &mut [u8]) {
-        out[..2].copy_from_slice(&scale.to_le_bytes());
-        fifth_bits(codes, &mut out[2..]);
-        nibbles(codes, &mut out[6..]);
-    }
-
-    pub fn q5_1(codes: &[u8], scale: f16, min: f16, out: &mut [u8]) {
-        out[..2].copy_from_slice(&scale.to_le_bytes());
-        out[2..4].copy_from_slice(&min.to_le_bytes());
-        fifth_bits(codes, &mut out[4..]);
-        nibbles(codes, &mut out[8..]);
-    }
-
-    pub fn q8_0(codes: &[u8], scale: f16, _: f16, out: &mut [u8]) {
-        out[..2].copy_from_slice(&scale.to_le_bytes());
-        for (out, code) in out[2..].iter_mut().zip(codes) {
-            *out = code ^ 0x80; // code - 128 as a signed byte
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::formats::dequantize;
-    use crate::sample::Random;
-
-    /// Root mean square of the error, as a share of that of the reals.
-    fn error(dtype: DType, reals: &[f32]) -> f64 {
-        let mut bytes = vec![0; dtype.bytes(reals.len()).unwrap()];
-        quantize(dtype, reals, &mut bytes).unwrap();
-        let mut back = vec![0.0; reals.len()];
-        dequantize(dtype, &bytes, &mut back);
-        let off: f64 = reals.iter().zip(&back).map(|(x, y)| ((x - y) as f64).powi(2)).sum();
-        (off / reals.iter().map(|x| (*x as f64).powi(2)).sum::<f64>()).sqrt()
-    }
-
-    /// About normal: a sum of uniform variables.
-    fn normal(count: usize) -> Vec<f32> {
-        let mut random = Random::new(7);
-        (0..count).map(|_| (0..12).map(|_| random.real()).sum::<f32>() / 2.0).collect()
-    }
-
-    #[test]
-    fn codes_come_back() {
-        // Quantizing again what a format holds changes next to nothing.
-        for (dtype, _) in QUANTIZERS {
-            let reals = normal(16 * dtype.format().block);
-            let (size, mut once) = (dtype.bytes(reals.len()).unwrap(), vec![0.0; reals.len()]);
-            let (mut first, mut second) = (vec![0; size], vec![0; size]);
-            quantize(dtype, &reals, &mut first).unwrap();
-            dequantize(dtype, &first, &mut once);
-            quantize(dtype, &once, &mut second).unwrap();
-            let mut twice = vec![0.0; reals.len()];
-            dequantize(dtype, &second, &mut twice);
-            let most = once.iter().zip(&twice).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(most < 5e-3, "{dtype}: {most}");
-        }
-    }
-
-    #[test]
-    fn errors_are_near_the_least_possible() {
-        // Measured on normal values; the plain scale (largest value met, no search) gives 0.0857 for q4_0.
-        let reals = normal(64 * 128);
-        let most = [
-            (DType::Q4_0, 0.083),
-            (DType::Q4_1, 0.076),
-            (DType::Q5_0, 0.043),
-            (DType::Q5_1, 0.038),
-            (DType::Q8_0, 6e-3),
-            (DType::INT4_G64, 0.095),
-            (DType::INT4_G128, 0.105),
-            (DType::UINT4_G32, 0.083),
-            (DType::UINT4_G64, 0.092),
-            (DType::UINT4_G128, 0.098),
-            (DType::INT8_G64, 5.8e-3),
-            (DType::INT8_G128, 6.3e-3),
-            (DType::MXFP4, 0.115),
-            (DType::NVFP4, 0.09),
-        ];
-        for (dtype, most) in most {
-            let found = error(dtype, &reals);
-            assert!(found < most, "{dtype}: {found}");
-        }
-    }
-
-    #[test]
-    fn odd_groups() {
-        for (dtype, _) in QUANTIZERS {
-            let block = dtype.format().block;
-            let mut spike = vec![0.0; block];
-            spike[3] = -6.0; // a value that 4-bit floats have, under a power of two
-            for reals in [vec![0.0; block], vec![0.25; block], spike] {
-                let mut bytes = vec![0; dtype.bytes(block).unwrap()];
-                quantize(dtype, &reals, &mut bytes).unwrap();
-                let mut back = vec![1.0; block];
-                dequantize(dtype, &bytes, &mut back);
-                let off = reals.iter().zip(&back).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                assert!(off < 3e-3, "{dtype} {reals:?}: {back:?}");
-            }
-            let mut bytes = vec![0; dtype.bytes(block).unwrap()];
-            assert!(quantize(dtype, &vec![f32::NAN; block], &mut bytes).is_err());
-            assert!(quantize(dtype, &vec![1e30; block], &mut bytes).is_err());
-        }
-        assert!(quantize(DType::Q6_K, &[0.0; 256], &mut [0; 210]).is_err());
-    }
-}
+mod tests;

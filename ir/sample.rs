@@ -8,10 +8,10 @@
 //! and quantized weights, and stays in a range where f32 and f64 agree: it is meant for comparing two evaluations of it.
 
 use crate::eval::{Cache, Routing, Step, Tensor, Value};
-use crate::formats::{CACHED, DType, Zero};
+use crate::formats::{DType, Zero};
 use crate::graph::{Attrs, Graph, ValueId};
 use crate::model::{Call, Model, ModelInfo, Source, Weight, WeightTable};
-use crate::ops::sample::{WIDTHS, WINDOWS, attention_attrs, kept, weight_dtypes};
+use crate::ops::sample::{WIDTHS, WINDOWS, attention_attrs, cached, kept, weight_dtypes};
 use crate::ops::{Class, Op};
 use crate::types::{CacheRole, Dim, Type};
 use crate::{Result, attrs, bail};
@@ -290,7 +290,8 @@ type Inputs = Vec<(&'static str, Type)>;
 impl Shape {
     fn new(random: &mut Random, hidden: usize, vocab: usize) -> Shape {
         let (kv_heads, groups) = (random.pick(&[1, 2, 3]), random.pick(&[1, 2, 3]));
-        let (head_dim, cache) = (random.pick(&[16, 32, 64]), random.pick(&CACHED));
+        let head_dim = random.pick(&[16, 32, 64]);
+        let cache = cached(random, head_dim);
         let window = random.pick(&WINDOWS);
         let windows = (window, kept(random, window));
         Shape { hidden, vocab, heads: kv_heads * groups, kv_heads, head_dim, cache, windows }
@@ -346,17 +347,31 @@ impl Builder {
         ValueId(index.map_or(u32::MAX, |i| i as u32))
     }
 
-    /// A weight; now and then an f32 matrix with its columns scaled.
+    /// A weight; now and then one in f32 that packing computes from others.
     fn weight(&mut self, ty: Type, random: &mut Random) -> Result<ValueId> {
         self.weights += 1;
-        let w = self.graph.weight(format!("w{}", self.weights), ty.clone());
-        match ty.as_tensor() {
-            Some((DType::F32, [_, .., columns])) if random.chance(0.25) => {
-                let gain = self.graph.weight(format!("w{}.columns", self.weights), Type::f32([*columns]));
-                self.graph.push("scale_columns", &[w, gain], Attrs::none())
-            }
-            _ => Ok(w),
-        }
+        let name = format!("w{}", self.weights);
+        let shape = match ty.as_tensor() {
+            Some((DType::F32, shape)) if random.chance(0.25) => shape,
+            _ => return Ok(self.graph.weight(name, ty)),
+        };
+        let mut of = |what: &str, shape: &[usize]| {
+            let dims: Vec<Dim> = shape.iter().map(|n| Dim::N(*n)).collect();
+            self.graph.weight(format!("{name}{what}"), Type::f32(dims))
+        };
+        let (op, operands, attrs) = match *shape {
+            [Dim::N(n)] => ("times_vector", vec![of("", &[n, 32]), of(".vector", &[32])], Attrs::none()),
+            [Dim::N(n), Dim::N(k)] => match random.below(6) {
+                0 if n == k && n.is_power_of_two() => ("hadamard_matrix", vec![], attrs! { size = n }),
+                0 | 1 => ("scale_rows", vec![of("", &[n, k]), of(".rows", &[n])], Attrs::none()),
+                2 => ("multiply_weights", vec![of(".left", &[n, 32]), of(".right", &[32, k])], Attrs::none()),
+                3 => ("slice_rows", vec![of("", &[n + 5, k])], attrs! { from = 3usize, count = n }),
+                4 if n > 1 => ("concat_rows", vec![of(".above", &[1, k]), of(".below", &[n - 1, k])], Attrs::none()),
+                _ => ("scale_columns", vec![of("", &[n, k]), of(".columns", &[k])], Attrs::none()),
+            },
+            _ => return Ok(self.graph.weight(name, ty)),
+        };
+        self.graph.push(op, &operands, attrs)
     }
 
     /// `x` times a new matrix with `n` rows, in f32 or, where the format allows it, in int8.

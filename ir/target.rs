@@ -32,6 +32,10 @@ pub struct Machine {
     pub threads: usize,
     /// Bytes per second from main memory.
     pub bandwidth: f64,
+    /// Bytes per second from the workers' own caches, the largest level of them.
+    pub near_bandwidth: f64,
+    /// Bytes of these, of all workers; 0 where nothing is known of them.
+    pub near_bytes: f64,
     /// Bytes per second from the last-level cache.
     pub cache_bandwidth: f64,
     /// Bytes of the last-level cache.
@@ -92,11 +96,22 @@ impl Target {
 }
 
 impl Machine {
+    /// Bytes per second at which so many bytes of activations are read and written: where they lie.
+    pub fn near(&self, bytes: f64) -> f64 {
+        match bytes {
+            bytes if bytes < self.near_bytes => self.near_bandwidth,
+            bytes if bytes <= self.cache_bytes => self.cache_bandwidth,
+            _ => self.bandwidth,
+        }
+    }
+
     /// The worse of both, figure by figure.
     fn least(&self, other: &Machine) -> Machine {
         Machine {
             threads: self.threads.min(other.threads),
             bandwidth: self.bandwidth.min(other.bandwidth),
+            near_bandwidth: self.near_bandwidth.min(other.near_bandwidth),
+            near_bytes: self.near_bytes.min(other.near_bytes),
             cache_bandwidth: self.cache_bandwidth.min(other.cache_bandwidth),
             cache_bytes: self.cache_bytes.min(other.cache_bytes),
             peak_f32: self.peak_f32.min(other.peak_f32),

@@ -171,6 +171,8 @@ mod tests {
         let machine = crate::Machine {
             threads: 1,
             bandwidth: 1.0,
+            near_bandwidth: 0.0,
+            near_bytes: 0.0,
             cache_bandwidth: 1.0,
             cache_bytes: 1.0,
             peak_f32: 1.0,

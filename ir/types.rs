@@ -4,6 +4,7 @@
 //! `values<f16, window = 512>[c, 3, 64]`, `step[s]`, `routing[t, 2, 8]`.
 
 use crate::formats::DType;
+use crate::layout::CACHE_BLOCK;
 use std::fmt;
 
 /// Extent of one axis. The symbolic dims are the ones transformers have; a step binds them.
@@ -46,7 +47,7 @@ pub enum Type {
         heads: usize,
         /// Width of one head.
         dim: usize,
-        /// Stored element type: f32, f16, bf16 or i8.
+        /// How elements are stored, see [`crate::formats::CACHED`].
         dtype: DType,
         /// How many of the last positions must be kept, a token's own included; 0 for all.
         window: usize,
@@ -99,6 +100,16 @@ impl Type {
         match self {
             Type::Tensor { shape, .. } => shape.first().copied().filter(|d| !matches!(d, Dim::N(_))),
             Type::Routing { .. } => Some(Dim::T),
+            _ => None,
+        }
+    }
+
+    /// The cache that holds the last positions of one of few bits more accurately, see `attend_mixed`.
+    pub fn recent(&self) -> Option<Type> {
+        match *self {
+            Type::Cache { role, heads, dim, dtype: DType::I4, .. } => {
+                Some(Type::Cache { role, heads, dim, dtype: DType::F16, window: CACHE_BLOCK })
+            }
             _ => None,
         }
     }

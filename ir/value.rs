@@ -12,10 +12,11 @@
 //!
 //! Reals are kept in f32 and computed in f64.
 
-use crate::formats::DType;
+use crate::formats::{DType, e4m3, to_e4m3};
 pub use crate::planes::Planes;
 use crate::types::{Dim, Type};
 use crate::{Result, bail};
+use half::f16;
 use std::sync::Arc;
 
 /// A value of the interpreter.
@@ -176,14 +177,28 @@ impl Cache {
         }
     }
 
-    /// What a cache of `dtype` keeps of one head at one position. In int8: codes of `scale = max |x| / 127`, ties to even.
+    /// What a cache of `dtype` keeps of one head at one position.
     pub fn stored(dtype: DType, head: &[f32]) -> Vec<f32> {
         match dtype {
-            DType::F16 => head.iter().map(|x| half::f16::from_f32(*x).to_f32()).collect(),
+            DType::F16 => head.iter().map(|x| f16::from_f32(*x).to_f32()).collect(),
             DType::BF16 => head.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect(),
+            DType::FP8 => head.iter().map(|x| e4m3(to_e4m3(*x))).collect(),
             DType::I8 => rounded_to_codes(head),
+            DType::I4 => {
+                let (scale, codes) = Cache::int4(head);
+                codes.iter().map(|code| scale * f32::from(*code)).collect()
+            }
             _ => head.to_vec(),
         }
+    }
+
+    /// The scale and the int4 codes of a head: its largest value by magnitude becomes -8, so that all sixteen codes are
+    /// used; ties to even. The scale is one of f16.
+    pub fn int4(head: &[f32]) -> (f32, Vec<i8>) {
+        let (least, most) = head.iter().fold((0f32, 0f32), |(a, b), x| (a.min(*x), b.max(*x)));
+        let scale = f16::from_f32(if most >= -least { most } else { least } / -8.0).to_f32();
+        let code = |x: &f32| if scale == 0.0 { 0.0 } else { (x / scale).round_ties_even().clamp(-8.0, 7.0) };
+        (scale, head.iter().map(|x| code(x) as i8).collect())
     }
 
     /// Positions of a sequence.

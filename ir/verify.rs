@@ -132,6 +132,14 @@ fn weight(node: &Node) -> Result<()> {
 
 /// Appends happen in place: the value before is gone, and the value after is the cache its input names.
 fn caches(graph: &Graph) -> Result<()> {
+    for input in &graph.inputs {
+        if let Type::Cache { dim, dtype, .. } = &input.ty
+            && !dtype.caches(*dim)
+        {
+            let (name, block) = (&input.name, dtype.format().block);
+            bail!(Input, "input %{name}: expected heads of a multiple of {block} for {dtype}, found {dim}");
+        }
+    }
     let uses = graph.uses();
     let mut origin: Vec<Option<usize>> = vec![None; graph.len()]; // of cache values: the input they grew from
     for v in graph.values() {
@@ -204,8 +212,7 @@ fn one_spelling(graph: &Graph) -> Result<()> {
 }
 
 fn kernels(graph: &Graph) -> Result<()> {
-    let outside =
-        |v: &ValueId| graph.node(*v).is_none_or(|n| matches!(n.op.class(), Class::Weight | Class::WeightFold));
+    let outside = |v: &ValueId| graph.node(*v).is_none_or(|n| n.ty.is_static());
     let mut values = graph.kernels.iter().flat_map(|k| &k.values);
     for v in graph.values().filter(|v| !outside(v)) {
         match values.next() {

@@ -140,12 +140,12 @@ fn plan() -> Plan {
     let args = vec![Arg::Buffer(x), Arg::Weight(w), Arg::Buffer(BufferId(1))];
     Plan {
         kernels: vec![Kernel { name: "k".into(), body, range, groups: vec![] }],
-        packs: vec![Pack { weight: "w".into(), column_scale: None }],
+        packs: vec![Pack::entry("w", crate::text::parse_type("q8_0[32, 32]").unwrap())],
         program: Program {
             limits: Limits { tokens: 4, rows: 1, sequences: 1, context: 64, tile: 4 },
             arena_bytes: 32 * row,
             buffers: vec![buffer(0), buffer(16 * row)],
-            weights: vec![WeightSpec { name: "w".into(), ty: "q8_0[32, 32]".into(), bytes: 0 }],
+            weights: vec![WeightSpec { name: "w".into(), ty: "q8_0[32, 32]".into(), bytes: 0, recipe: None }],
             kernels: vec![spec],
             variants: vec![Variant {
                 tokens: range,

@@ -7,7 +7,8 @@
 //!
 //! Calls with the same formats share a graph, so the passes see as many graphs as there are different layers.
 
-use crate::weights::{fits, names, retype, short};
+use crate::Options;
+use crate::weights::{Role, fits, made, names, retype, roles, short};
 use ir::{DType, Error, Graph, Kind, Model, Op, Result};
 use std::collections::BTreeMap;
 
@@ -15,27 +16,27 @@ use std::collections::BTreeMap;
 ///
 /// # Errors
 /// Where there is no such weight, or its rows do not fill the groups of its format.
-pub fn assign(model: &mut Model, formats: &BTreeMap<String, DType>) -> Result<Vec<String>> {
+pub fn assign(model: &mut Model, options: &Options) -> Result<Vec<String>> {
+    let formats = &options.formats;
     if formats.is_empty() {
         return Ok(vec![]);
     }
-    let mut changed = BTreeMap::<(String, DType), usize>::new();
+    let mut changed = BTreeMap::<(String, DType, Role), usize>::new();
+    let roles = roles(model);
     for (name, format) in formats {
         let weight = model.weights.get(name)?;
         let ((from, _), (_, columns)) = (weight.dtype_shape(), weight.rows_columns());
         fits(name, columns, *format)?;
         let exact = from == *format || *format == DType::F32 || weight.stored_as(*format);
         if !exact {
-            *changed.entry((short(name), *format)).or_default() += 1;
+            let role = roles.get(name).map_or(Role::Table, |(role, _)| *role);
+            *changed.entry((short(name), *format, role)).or_default() += 1;
         }
     }
     split(model, formats)?;
     retype(model, formats);
-    let line = |((name, format), count): ((String, DType), usize)| match format.int() {
-        Some(_) => {
-            format!("weights: `{name}` ({count}) quantized to {format}, to nearest, scales of least squared error")
-        }
-        None => format!("weights: `{name}` ({count}) rounded to {format}"),
+    let line = |((name, format, role), count): ((String, DType, Role), usize)| {
+        format!("weights: `{name}` ({count}) {}", made(role, format, options))
     };
     Ok(changed.into_iter().map(line).collect())
 }

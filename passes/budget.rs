@@ -18,8 +18,10 @@
 use crate::assign::in_order;
 use crate::cost::kernel_seconds;
 use crate::knapsack::{Item, Solution, solve};
+use crate::precision::heads_of_caches;
 use crate::weights::{Role, roles, short};
 use crate::{Hooks, Options, State, manager};
+use ir::formats::CACHED;
 use ir::layout::{CACHE_BLOCK, cache_position_bytes, packed_bytes};
 use ir::ops::Class;
 use ir::quantize::can_quantize;
@@ -107,11 +109,11 @@ pub fn decisions(model: Model, options: &Options) -> Result<Decisions> {
             first = last + 1;
         }
     }
-    let caches: Vec<&DType> = KV.iter().filter(|kv| options.kv.is_none_or(|fixed| fixed == **kv)).collect();
-    let alternatives = caches.into_iter().map(|kv| Alternative {
-        format: Some(*kv),
-        seconds: prices.caches.get(kv).copied().unwrap_or(0.0),
-        bytes: cache_bytes(model, *kv, &traffic),
+    let caches = cache_formats(model).filter(|kv| options.kv.is_none_or(|fixed| fixed == *kv));
+    let alternatives = caches.map(|kv| Alternative {
+        format: Some(kv),
+        seconds: prices.caches.get(&kv).copied().unwrap_or(0.0),
+        bytes: cache_bytes(model, kv, &traffic),
         error: 0.0,
     });
     let alternatives: Vec<Alternative> = alternatives.collect();
@@ -150,8 +152,10 @@ fn items(decisions: &Decisions, item: impl Fn(&Alternative) -> Item) -> Vec<Vec<
     decisions.all.iter().map(|d| d.alternatives.iter().map(&item).collect()).collect()
 }
 
-/// What caches may be stored in, the most accurate first.
-const KV: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::I8];
+/// What the model's caches may be stored in, the most accurate first.
+fn cache_formats(model: &Model) -> impl Iterator<Item = DType> {
+    CACHED.into_iter().filter(|kv| heads_of_caches(model).all(|dim| kv.caches(dim)))
+}
 
 /// Kinds of arithmetic, each by a format of it. Vocabulary projections of q8_0 are read in two planes.
 const ARITHMETIC: [DType; 4] = [DType::F32, DType::BF16, DType::Q8_0, DType::Q4_0];
@@ -199,11 +203,14 @@ fn cache_bytes(model: &Model, kv: DType, traffic: &Traffic) -> usize {
     for call in &model.calls {
         for input in model.graphs_of(call).flat_map(|g| &g.inputs) {
             let mut ty = input.ty.clone();
-            let Type::Cache { dtype, window, .. } = &mut ty else { continue };
+            let Type::Cache { dtype, .. } = &mut ty else { continue };
             *dtype = kv;
-            let kept = if *window > 0 { *window + CACHE_BLOCK } else { usize::MAX };
-            let positions = traffic.positions().min(kept).next_multiple_of(CACHE_BLOCK);
-            bytes += traffic.batch * positions * cache_position_bytes(&ty).unwrap_or(0);
+            for cache in [ty.recent(), Some(ty)].into_iter().flatten() {
+                let Type::Cache { window, .. } = cache else { continue };
+                let kept = if window > 0 { window + CACHE_BLOCK } else { usize::MAX };
+                let positions = traffic.positions().min(kept).next_multiple_of(CACHE_BLOCK);
+                bytes += traffic.batch * positions * cache_position_bytes(&cache).unwrap_or(0);
+            }
         }
     }
     bytes
@@ -266,9 +273,9 @@ impl Prices {
                         *self.weights.entry(key).or_default() += seconds * steps.count;
                     }
                 }
-                for kv in KV.iter().filter(|_| counts_caches) {
-                    let seconds = attention(graph, *kv, &o.target.machine, &steps.step);
-                    *self.caches.entry(*kv).or_default() += seconds * steps.count;
+                for kv in cache_formats(model).filter(|_| counts_caches) {
+                    let seconds = attention(graph, kv, &o.target.machine, &steps.step);
+                    *self.caches.entry(kv).or_default() += seconds * steps.count;
                 }
             }
         }
@@ -336,7 +343,9 @@ impl Priced {
 /// The weights a kernel reads when it reads `value`: that one, or what is folded into it when packing.
 fn folded(graph: &Graph, value: ir::ValueId) -> Vec<ir::ValueId> {
     match graph.node(value) {
-        Some(node) if node.op.class() == Class::WeightFold => node.operands.clone(),
+        Some(node) if node.ty.is_static() && node.op != Op::WEIGHT => {
+            node.operands.iter().flat_map(|o| folded(graph, *o)).collect()
+        }
         _ => vec![value],
     }
 }

@@ -23,6 +23,8 @@ fn options() -> Options {
     let machine = ir::Machine {
         threads: 2,
         bandwidth: 1e9,
+        near_bandwidth: 0.0,
+        near_bytes: 0.0,
         cache_bandwidth: 1e11,
         cache_bytes: 1e6,
         peak_f32: 1e12,

@@ -53,12 +53,7 @@ fn replace(graph: &mut Graph) -> Vec<Constant> {
         let Some(operands) = operands.filter(|_| node.ty.is_static() && float && !folded) else { continue };
         let mut name = format!("{}|{}", operands.join("|"), node.op);
         for (_, attr) in node.attrs.iter() {
-            name += &match attr {
-                Attr::Int(i) => format!(" {i}"),
-                Attr::Float(x) => format!(" {x}"),
-                Attr::Bool(b) => format!(" {b}"),
-                Attr::Str(s) => format!(" {s}"),
-            };
+            name += &format!(" {attr}");
         }
         let attrs = ir::Attrs::new([("name", Attr::Str(name.clone()))]);
         let weight = Node { op: Op::WEIGHT, attrs, operands: vec![], ty: node.ty.clone() };

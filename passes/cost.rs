@@ -10,17 +10,13 @@
 
 use crate::extract::{Choice, Program};
 use crate::kernels::{Candidate, Place};
-use ir::cost::Workload;
+use ir::cost::{Workload, priced};
+use ir::costs::Costs;
 use ir::kernel::{KernelKind, after_anchor};
 use ir::layout::cache_position_bytes;
 use ir::ops::Class;
-use ir::{DType, Dim, Graph, Machine, Type, ValueId};
-
-/// Share of the f32 peak that work outside contractions reaches: few multiply-adds, horizontal sums, polynomials.
-const SCALAR_SHARE: f64 = 0.25;
-
-/// Share of the smaller side of the roofline that the larger one does not hide.
-const EXPOSED: f64 = 0.2;
+use ir::{Dim, Graph, Machine, Model, Traffic, Type, ValueId};
+use std::collections::BTreeMap;
 
 /// A machine, a step, and a program's work in it.
 #[derive(Clone, Debug)]
@@ -32,6 +28,8 @@ pub struct Roofline {
     bytes: Vec<f64>,
     /// Rows of each value.
     rows: Vec<f64>,
+    /// Measured costs, and the tokens of the step.
+    costs: (Costs, f64),
 }
 
 /// What one node does, all workers together.
@@ -53,21 +51,12 @@ impl Roofline {
             let types: Vec<&Type> = choice.operands.iter().map(|o| &program.values[*o].ty).collect();
             let ops = (choice.op.row().flops)(&types, &choice.attrs, ty, rows, step.context);
             let ops = ops * step.made(choice.op.class());
-            let mut work = Work::default();
-            let activations = types.first().and_then(|t| Some(t.as_tensor()?.0));
-            match (choice.op.class(), activations.and_then(DType::planes)) {
-                (Class::Contract | Class::ContractExperts | Class::Estimate, Some(planes)) => {
-                    work.anchored = ops * planes as f64 / machine.peak_i8
-                }
-                (Class::Contract | Class::ContractExperts, _) if activations == Some(DType::BF16) => {
-                    work.anchored = ops / machine.peak_bf16
-                }
-                (Class::Contract | Class::ContractExperts | Class::Attend, _) => work.anchored = ops / machine.peak_f32,
-                (Class::Rescore, _) => work.anchored = ops * 2.0 / machine.peak_i8,
-                _ => work.scalar = ops / (machine.peak_f32 * SCALAR_SHARE),
+            let made = ir::cost::Work::of(choice.op.class(), &types, ops);
+            let (busy, streamed) = (made.busy(&machine), streamed(choice, &types, ty, rows, &step));
+            match made.scalar_ops > 0.0 {
+                true => Work { anchored: 0.0, scalar: busy, streamed },
+                false => Work { anchored: busy, scalar: 0.0, streamed },
             }
-            work.streamed = streamed(choice, &types, ty, rows, &step);
-            work
         };
         let values = program.values.iter().enumerate();
         Roofline {
@@ -78,7 +67,13 @@ impl Roofline {
                 .collect(),
             bytes: program.values.iter().map(|value| step.bytes(&value.ty)).collect(),
             rows: values.map(|(v, _)| rows(v)).collect(),
+            costs: (Costs::default(), step.tokens),
         }
+    }
+
+    /// The same, scaled by what was measured.
+    pub fn with(self, costs: &Costs) -> Roofline {
+        Roofline { costs: (costs.clone(), self.costs.1), ..self }
     }
 
     /// Predicted seconds of one launch.
@@ -105,19 +100,68 @@ impl Roofline {
         }
         let stored = kernel.stored.iter().filter(|v| !matches!(program.values[**v].ty, Type::Cache { .. }));
         near += stored.map(|v| self.bytes[*v]).sum::<f64>() * threads / workers;
-        let bandwidth = if near > m.cache_bytes { m.bandwidth } else { m.cache_bandwidth };
-        let memory = streamed / m.bandwidth + near / bandwidth;
-        compute.max(memory) + compute.min(memory) * EXPOSED + m.barrier
+        priced(compute, streamed / m.bandwidth + near / m.near(near), m) * self.factor(program, kernel)
     }
+
+    fn factor(&self, program: &Program, kernel: &Candidate) -> f64 {
+        let (costs, tokens) = &self.costs;
+        if costs.is_empty() {
+            return 1.0;
+        }
+        let choices = kernel.inside.iter().map(|(v, (index, _))| &program.values[*v].choices[*index]);
+        let format = format(choices.flat_map(|c| &c.operands).map(|o| &program.values[*o].ty));
+        costs.factor(kernel.kind.name(), &format, *tokens)
+    }
+}
+
+/// What measured costs of a kernel are filed under: its kind, and the format of what it streams.
+pub fn kind_and_format(body: &Graph) -> Option<(KernelKind, String)> {
+    let values: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some()).collect();
+    let operands = body.nodes.iter().flat_map(|n| &n.operands);
+    Some((ir::kernel::kind(body, &values).ok()?, format(operands.map(|o| body.ty(*o)))))
+}
+
+/// The format of a kernel's cache, else of its first matrix; nothing where it reads neither.
+fn format<'a>(operands: impl Iterator<Item = &'a Type>) -> String {
+    let mut matrix = None;
+    for ty in operands {
+        match ty {
+            Type::Cache { dtype, .. } => return dtype.to_string(),
+            _ if ty.is_static() => matrix = matrix.or(ty.as_tensor().filter(|(_, shape)| shape.len() > 1)),
+            _ => {}
+        }
+    }
+    matrix.map_or(String::new(), |(dtype, _)| dtype.to_string())
 }
 
 /// Predicted seconds of a kernel that is there already: the same roofline, over the operations and bytes of its `values`.
 pub fn kernel_seconds(graph: &Graph, values: &[ValueId], machine: &Machine, step: &Workload) -> f64 {
-    let work = step.work(graph, values);
-    let compute = work.computing(machine);
-    let near = if work.activation_bytes > machine.cache_bytes { machine.bandwidth } else { machine.cache_bandwidth };
-    let memory = (work.weight_bytes + work.cache_bytes) / machine.bandwidth + work.activation_bytes / near;
-    compute.max(memory) + compute.min(memory) * EXPOSED + machine.barrier
+    let (work, threads) = (step.work(graph, values), machine.threads.max(1) as f64);
+    let rows = values.last().and_then(|v| graph.ty(*v).rows()).map_or(1.0, |dim| step.extent(dim));
+    let row_by_row = ir::kernel::kind(graph, values).is_ok_and(|kind| kind == KernelKind::Rows);
+    // As above: without as many rows some workers stand by.
+    let share = if row_by_row { rows.clamp(1.0, threads) / threads } else { 1.0 };
+    let streamed = (work.weight_bytes + work.cache_bytes) / machine.bandwidth;
+    let near = work.activation_bytes / machine.near(work.activation_bytes);
+    priced(work.busy(machine) / share, streamed + near / share, machine)
+}
+
+/// Predicted seconds of all steps of `traffic`, with steps of at most `most` tokens, for an optimized model.
+pub fn workload_seconds(model: &Model, machine: &Machine, traffic: &Traffic, most: usize) -> f64 {
+    let mut seconds = 0.0;
+    for steps in traffic.steps(most) {
+        let tokens = steps.step.tokens.ceil() as usize;
+        let suits = |g: &&Graph| g.range.is_none_or(|r| (r.min..=r.max).contains(&tokens));
+        let mut known: BTreeMap<&str, f64> = BTreeMap::new();
+        for call in &model.calls {
+            let Some(graph) = model.graphs_of(call).find(suits) else { continue };
+            seconds += steps.count
+                * *known.entry(graph.name.as_str()).or_insert_with(|| {
+                    graph.kernels.iter().map(|k| kernel_seconds(graph, &k.values, machine, &steps.step)).sum()
+                });
+        }
+    }
+    seconds
 }
 
 /// Bytes of weights and caches that a node reads or writes.

@@ -9,7 +9,8 @@
 //! unsound rule is caught at the moment it lies. Fusion adds no nodes here: that a value may stay inside a kernel is a
 //! choice of the extraction ([`crate::extract`]), and any set of e-nodes that makes a legal kernel is open to it.
 
-use egg::{Analysis, DidMerge, EGraph, FromOp, FromOpError, Id, Language};
+use crate::rules::terms;
+use egg::{Analysis, DidMerge, EGraph, FromOp, FromOpError, Id, Language, Symbol};
 use ir::{Attr, Attrs, Graph, Op, Type};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -21,8 +22,8 @@ pub enum Tag {
     Attrs,
     /// An input of the graph.
     Input,
-    /// In right-hand sides only: one attribute list from two, float by float the product.
-    Product,
+    /// In right-hand sides only: a function of the rule language, by number, that makes attributes.
+    Function(u8),
     /// A row of the op table.
     Op(Op),
 }
@@ -64,6 +65,8 @@ pub struct Facts {
     pub weights: BTreeMap<String, Type>,
     /// Weights that something else reads too: folding anything into one would pack it twice.
     pub shared: BTreeSet<String>,
+    /// E-nodes that rules brought, as they were then, and the rule of each; in order.
+    pub origins: Vec<(ENode, Symbol)>,
 }
 
 /// What is known of a class.
@@ -108,18 +111,6 @@ impl Leaf {
             [(_, Literal::Int(i))] => usize::try_from(*i).ok(),
             _ => None,
         }
-    }
-
-    /// Name by name the product of two lists of floats.
-    pub fn product(&self, other: &Leaf) -> Option<Leaf> {
-        let times = |((n, a), (m, b)): (&(String, Literal), &(String, Literal))| match (a, b) {
-            (Literal::Float(a), Literal::Float(b)) if n == m => {
-                Some((n.clone(), Literal::Float((f64::from_bits(*a) * f64::from_bits(*b)).to_bits())))
-            }
-            _ => None,
-        };
-        (self.0.len() == other.0.len()).then_some(())?;
-        self.0.iter().zip(&other.0).map(times).collect::<Option<Vec<_>>>().map(Leaf)
     }
 
     fn parse(text: &str) -> Option<Leaf> {
@@ -182,7 +173,7 @@ impl fmt::Display for ENode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.tag {
             Tag::Op(op) => write!(f, "{op}"),
-            Tag::Product => f.write_str("product"),
+            Tag::Function(index) => f.write_str(terms::FUNCTIONS[usize::from(index)].name),
             Tag::Attrs => write!(f, "{:?}", self.leaf.attrs()),
             Tag::Input => write!(f, "input{:?}", self.leaf.input()),
         }
@@ -201,8 +192,10 @@ impl FromOp for ENode {
         }
         let (tag, arity) = match Op::named(name) {
             Some(op) => (Tag::Op(op), op.row().operands.len() + usize::from(!op.row().attrs.is_empty())),
-            None if name == "product" => (Tag::Product, 2),
-            None => return Err(FromOpError::new(name, children)),
+            None => match terms::function(name) {
+                Some(index) => (Tag::Function(index), terms::FUNCTIONS[usize::from(index)].arguments),
+                None => return Err(FromOpError::new(name, children)),
+            },
         };
         if children.len() != arity {
             return Err(FromOpError::new(name, children));
@@ -233,7 +226,7 @@ pub fn infer(classes: &Classes, node: &ENode) -> Option<Fact> {
     let op = match node.tag {
         Tag::Attrs => return Some(Fact::Attrs(node.leaf.clone())),
         Tag::Input => return facts.inputs.get(node.leaf.input()?).cloned().map(Fact::Value),
-        Tag::Product => return None,
+        Tag::Function(_) => return None,
         Tag::Op(op) => op,
     };
     let attrs = node.attrs(classes);
@@ -257,7 +250,7 @@ pub fn seed(graph: &Graph, shared: BTreeSet<String>) -> (Classes, Vec<Id>) {
     let weights = graph.nodes.iter().filter(|n| n.op == Op::WEIGHT);
     let weights = weights.map(|n| (n.attrs.str("name").to_string(), n.ty.clone())).collect();
     let inputs = graph.inputs.iter().map(|i| i.ty.clone()).collect();
-    let mut classes = Classes::new(Facts { inputs, weights, shared });
+    let mut classes = Classes::new(Facts { inputs, weights, shared, origins: vec![] });
     let mut ids: Vec<Id> =
         (0..graph.inputs.len()).map(|i| classes.add(ENode::leaf(Tag::Input, Leaf::index(i)))).collect();
     for node in &graph.nodes {

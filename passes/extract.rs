@@ -12,14 +12,16 @@
 //! that is cheaper. Every step replaces values by values of lower rank, so the search ends. Ties go to the candidate found
 //! first, candidates come in a fixed order, and the limits are counts: the same e-graph gives the same kernels.
 
+use crate::SearchLimits;
 use crate::cost::Roofline;
 use crate::egraph::{Classes, ENode, Tag, value_type};
 use crate::kernels::{Candidate, candidates};
 use crate::rebuild::Builder;
-use crate::{Options, SearchLimits};
-use egg::Id;
+use egg::{Id, Language, Symbol};
+use ir::artifact::{Derivation, Other, rounded};
 use ir::graph::Fused;
 use ir::kernel::{KernelKind, after_anchor};
+use ir::ops::Class;
 use ir::{Attrs, Dim, Graph, Op, Result, Stage, Type, ValueId, bail};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -43,6 +45,8 @@ pub struct Choice {
     pub attrs: Attrs,
     /// Ranks of its operands, all lower than its own.
     pub operands: Vec<usize>,
+    /// The rule that brought it, where the graph did not have it.
+    pub rule: Option<Symbol>,
 }
 
 /// A class of the e-graph as the search sees it.
@@ -72,9 +76,16 @@ pub struct Program {
 impl Program {
     /// Reads the part of the e-graph that `results` reach. Nodes that would close a cycle are left out.
     pub fn read(classes: &Classes, results: &[Id]) -> Program {
-        let mut reader = Reader { classes, rank: BTreeMap::new(), open: vec![], values: vec![] };
+        // The first rule that brings an e-node counts.
+        let origins = classes.analysis.origins.iter().rev();
+        let origins = origins.map(|(node, rule)| (node.clone().map_children(|c| classes.find(c)), *rule)).collect();
+        let mut reader = Reader { classes, origins, rank: BTreeMap::new(), open: vec![], values: vec![] };
         let results = results.iter().filter_map(|id| reader.visit(*id)).collect();
         let (values, results) = by_depth(reader.values, results);
+        Program::new(values, results)
+    }
+
+    fn new(values: Vec<Value>, results: Vec<usize>) -> Program {
         let mut program = Program { values, results, ancestors: vec![], anchored: vec![] };
         for (value, node) in program.values.iter().enumerate() {
             let mut ancestors = BTreeSet::from([value]);
@@ -91,6 +102,24 @@ impl Program {
             program.anchored.push(anchored);
         }
         program
+    }
+
+    /// The program that is cheapest where every node is a kernel of its own: one choice for each value, made before anything is
+    /// known about fusion.
+    pub fn fixed(&self, roofline: &Roofline) -> Program {
+        let (mut values, mut prices) = (self.values.clone(), vec![0.0; self.values.len()]);
+        for (v, value) in self.values.iter().enumerate().filter(|(_, value)| value.role == Role::Computed) {
+            let price = |(index, choice): (usize, &Choice)| {
+                let kernel = Candidate::alone(self, v, index, choice);
+                let operands: f64 = choice.operands.iter().map(|o| prices[*o]).sum();
+                (roofline.price(self, &kernel) + operands, index)
+            };
+            let priced = value.choices.iter().enumerate().map(price);
+            let Some((least, index)) = priced.min_by(|a, b| a.0.total_cmp(&b.0)) else { continue };
+            prices[v] = least;
+            values[v].choices = vec![value.choices[index].clone()];
+        }
+        Program::new(values, self.results.clone())
     }
 
     /// `value` needs `other` by some choice of nodes.
@@ -143,6 +172,7 @@ fn by_depth(values: Vec<Value>, results: Vec<usize>) -> (Vec<Value>, Vec<usize>)
 
 struct Reader<'a> {
     classes: &'a Classes,
+    origins: HashMap<ENode, Symbol>,
     rank: BTreeMap<Id, usize>,
     open: Vec<Id>,
     values: Vec<Value>,
@@ -182,7 +212,8 @@ impl Reader<'_> {
     fn choice(&mut self, node: &ENode) -> Option<Choice> {
         let Tag::Op(op) = node.tag else { return None };
         let operands: Option<Vec<usize>> = node.operands().iter().map(|o| self.visit(*o)).collect();
-        Some(Choice { op, attrs: node.attrs(self.classes), operands: operands? })
+        let rule = self.origins.get(node).copied();
+        Some(Choice { op, attrs: node.attrs(self.classes), operands: operands?, rule })
     }
 }
 
@@ -197,7 +228,12 @@ pub struct Selection {
     pub considered: usize,
     /// A limit stopped the search.
     pub limited: bool,
+    /// By kernel, what was weighed against it.
+    pub derivations: Vec<Derivation>,
 }
+
+/// Kernels that were not chosen which a derivation names.
+const OTHERS: usize = 3;
 
 /// A candidate and what taking it would cost.
 struct Priced {
@@ -224,16 +260,9 @@ struct Search<'a> {
 ///
 /// # Errors
 /// Where no legal kernel computes some value.
-pub fn select(program: &Program, roofline: &Roofline, prologues: bool, options: &Options) -> Result<Selection> {
-    let mut search = Search {
-        program,
-        roofline,
-        limits: &options.search,
-        prologues,
-        best: HashMap::new(),
-        considered: 0,
-        limited: false,
-    };
+pub fn select(program: &Program, roofline: &Roofline, prologues: bool, limits: &SearchLimits) -> Result<Selection> {
+    let mut search =
+        Search { program, roofline, limits, prologues, best: HashMap::new(), considered: 0, limited: false };
     let mut demand: Vec<usize> =
         program.results.iter().copied().filter(|v| program.values[*v].role == Role::Computed).collect();
     demand.sort_unstable();
@@ -242,13 +271,15 @@ pub fn select(program: &Program, roofline: &Roofline, prologues: bool, options: 
     if !price.is_finite() {
         bail!(Internal, "no legal kernels compute the results");
     }
-    let mut kernels = vec![];
+    let (mut kernels, mut derivations) = (vec![], vec![]);
     while let Some((_, Some(kernel))) = search.best.get(&demand) {
+        derivations.push(search.derivation(&demand, kernel));
         demand = remaining(program, &demand, kernel);
         kernels.push(kernel.clone());
     }
     kernels.reverse();
-    Ok(Selection { kernels, price, considered: search.considered, limited: search.limited })
+    derivations.reverse();
+    Ok(Selection { kernels, price, considered: search.considered, limited: search.limited, derivations })
 }
 
 /// What must be in memory before `kernel` runs, so that `demand` is afterwards.
@@ -278,7 +309,7 @@ impl Search<'_> {
         if let Some((price, _)) = self.best.get(demand) {
             return *price;
         }
-        let limit = if self.considered > self.limits.kernels {
+        let limit = if self.considered >= self.limits.kernels {
             self.limited = true;
             1
         } else {
@@ -309,6 +340,45 @@ impl Search<'_> {
         self.best.insert(demand.to_vec(), (least, chosen));
         least
     }
+
+    /// What else could have been the last kernel before `demand`, at the prices that the search has found.
+    fn derivation(&self, demand: &[usize], kernel: &Candidate) -> Derivation {
+        let found = candidates(self.program, demand, self.prologues, self.limits.kernels_per_value);
+        let least = self.best.get(demand).map_or(0.0, |(price, _)| *price);
+        let mut others: Vec<Other> = vec![];
+        for other in found.iter().filter(|c| c.inside != kernel.inside || c.stored != kernel.stored) {
+            let rest = remaining(self.program, demand, other);
+            let alone = |v: &usize| self.best.get(&vec![*v]).map_or(0.0, |(price, _)| *price);
+            let known = if rest.is_empty() { Some(0.0) } else { self.best.get(&rest).map(|(price, _)| *price) };
+            let bound = || if rest.len() == 1 { 0.0 } else { rest.iter().map(alone).fold(0.0, f64::max) };
+            let price = self.roofline.price(self.program, other) + known.unwrap_or_else(bound);
+            let more = rounded((price - least).max(0.0));
+            others.push(Other { ops: ops(self.program, other), more, at_least: known.is_none() });
+        }
+        let considered = others.len();
+        others.sort_by(|a, b| a.more.total_cmp(&b.more));
+        others.dedup_by(|a, b| a.ops == b.ops);
+        others.truncate(OTHERS);
+        let seconds = rounded(self.roofline.price(self.program, kernel));
+        Derivation { seconds, considered, others, rules: rules(self.program, kernel), ..Derivation::default() }
+    }
+}
+
+/// The ops of a kernel by rank; views, which cost nothing, are left out where there is anything else.
+fn ops(program: &Program, kernel: &Candidate) -> String {
+    let ops = kernel.inside.iter().map(|(v, (index, _))| program.values[*v].choices[*index].op);
+    let (views, others): (Vec<Op>, Vec<Op>) = ops.partition(|op| op.class() == Class::View);
+    let named = if others.is_empty() { views } else { others };
+    named.iter().map(|op| op.name()).collect::<Vec<_>>().join(" ")
+}
+
+/// Rules that brought nodes of a kernel, or what is folded into its weights.
+fn rules(program: &Program, kernel: &Candidate) -> Vec<String> {
+    let inside = kernel.inside.iter().map(|(v, (index, _))| &program.values[*v].choices[*index]);
+    let folded = inside.clone().flat_map(|c| &c.operands).filter(|o| program.values[**o].role == Role::Weight);
+    let folded = folded.flat_map(|o| program.values[*o].choices.first());
+    let rules: BTreeSet<String> = inside.chain(folded).filter_map(|c| c.rule).map(|rule| rule.to_string()).collect();
+    rules.into_iter().collect()
 }
 
 /// The optimized graph that a selection stands for: nodes in launch order, one group for each kernel.

@@ -62,6 +62,18 @@ pub struct Candidate {
 }
 
 impl Candidate {
+    /// A kernel of one node.
+    pub fn alone(program: &Program, value: usize, index: usize, choice: &Choice) -> Candidate {
+        let anchor = KernelKind::of_anchor(choice.op.class());
+        let place = if anchor.is_some() { Place::Anchor } else { Place::Body };
+        Candidate {
+            kind: anchor.unwrap_or(KernelKind::Rows),
+            inside: BTreeMap::from([(value, (index, place))]),
+            stored: vec![value],
+            reads: choice.operands.iter().copied().filter(|o| program.in_memory(*o)).collect(),
+        }
+    }
+
     /// An operand prologue reads `value`, so every worker does.
     pub fn feeds_prologue(&self, program: &Program, value: usize) -> bool {
         self.inside.iter().any(|(user, (index, place))| {

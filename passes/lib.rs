@@ -32,7 +32,9 @@ pub mod rules;
 pub mod saturate;
 pub mod weights;
 
+use ir::costs::Costs;
 use ir::plan::Plan;
+use ir::quantize::Quantizer;
 use ir::{DType, Model, Result, Stage, Target, Traffic};
 pub use manager::{Event, Hooks, PassReport, Report, State};
 use std::collections::BTreeMap;
@@ -49,16 +51,26 @@ pub struct Options {
     pub weights: Option<DType>,
     /// Formats of single matrices, by their names in the weight table; goes with no `weights`.
     pub formats: BTreeMap<String, DType>,
+    /// How products with weights are quantized when packed; other matrices are rounded to nearest.
+    pub quantizer: Quantizer,
+    /// Hash of the text that the quantizer is calibrated on.
+    pub calibrated_on: Option<String>,
     /// Vocabulary projections stay in one plane: every logit of every step is exact.
     pub exact_head: bool,
     /// Bounds of one step, as requested.
     pub limits: LimitsRequest,
     /// The steps that decisions are priced on; `None`: one of each kind, at a context of 512 positions.
     pub traffic: Option<Traffic>,
+    /// What kernels were measured to take, as multiples of the roofline's prices.
+    pub costs: Costs,
     /// Bounds of the search. None of them is a time: the same inputs give the same plan on any machine.
     pub search: SearchLimits,
     /// Rules of the search.
     pub rules: rules::RuleSet,
+    /// How programs and kernels are chosen.
+    pub strategy: Strategy,
+    /// A matrix may be packed in several forms where steps of few and of many tokens want different ones.
+    pub copies: bool,
 }
 
 /// Bounds of one step as a user asks for them; the plan holds what was granted.
@@ -82,6 +94,17 @@ impl Default for LimitsRequest {
     }
 }
 
+/// How programs and kernels are chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Strategy {
+    /// Together: the cheapest kernels of any equal program.
+    #[default]
+    Joint,
+    /// One after the other: the program that is cheapest node by node, then its largest legal kernels. What the search is
+    /// compared with.
+    Fixed,
+}
+
 /// Where the search stops. Reaching one is reported, and the best found so far is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SearchLimits {
@@ -89,6 +112,8 @@ pub struct SearchLimits {
     pub nodes: usize,
     /// Rounds of rewriting in one phase.
     pub iterations: usize,
+    /// Times that all phases run, one after the other.
+    pub sweeps: usize,
     /// Kernels priced for one variant of one graph; beyond it every choice takes the largest legal kernel.
     pub kernels: usize,
     /// Kernels considered that end in one value.
@@ -97,16 +122,32 @@ pub struct SearchLimits {
 
 impl Default for SearchLimits {
     fn default() -> Self {
-        SearchLimits { nodes: 20_000, iterations: 12, kernels: 60_000, kernels_per_value: 2_000 }
+        SearchLimits { nodes: 20_000, iterations: 12, sweeps: 4, kernels: 60_000, kernels_per_value: 2_000 }
     }
 }
 
 impl Options {
     /// Default limits for `target`.
     pub fn new(target: Target) -> Options {
-        let (limits, search, rules) = Default::default();
+        let (limits, search, rules, strategy) = Default::default();
         let (kv, weights, formats, traffic) = (None, None, BTreeMap::new(), None);
-        Options { target, kv, weights, formats, exact_head: false, limits, traffic, search, rules }
+        let (quantizer, calibrated_on, costs) = Default::default();
+        Options {
+            target,
+            kv,
+            weights,
+            formats,
+            quantizer,
+            calibrated_on,
+            copies: false,
+            exact_head: false,
+            limits,
+            traffic,
+            costs,
+            search,
+            rules,
+            strategy,
+        }
     }
 }
 
@@ -211,11 +252,20 @@ pub fn docs_markdown() -> String {
         page += &format!("| {} | {meaning} |\n", name.name());
     }
     page += RULES_PREFACE;
+    page += "\n| condition | holds where |\n|---|---|\n";
+    for condition in rules::terms::CONDITIONS {
+        page += &format!("| `{}` | {} |\n", condition.name, condition.meaning);
+    }
+    page += "\n| function | attributes it makes |\n|---|---|\n";
+    for function in rules::terms::FUNCTIONS {
+        page += &format!("| `{}` | {} |\n", function.name, function.meaning);
+    }
     for phase in rules::PHASES {
         page += &format!("\n### {}: {}\n\n", phase.name, phase.meaning);
         page += "| rule | algebra | left | right | if | tolerance |\n|---|---|---|---|---|---|\n";
         for rule in phase.rules {
-            let cells = [rule.name(), rule.algebra, &code(rule.left()), &code(rule.right()), rule.condition()];
+            let algebra = rule.algebra.replace('|', "\\|");
+            let cells = [rule.name(), &algebra, &code(rule.left()), &code(rule.right()), rule.condition()];
             page += &format!("| {} | {} |\n", cells.join(" | "), rule.tolerance_name());
         }
     }
@@ -229,8 +279,11 @@ fn code(term: &str) -> String {
 const RULES_PREFACE: &str = "
 ## Rules
 
-Equations of the e-graph, in phases that run in this order. A rule adds its right side to what equals its left one, where the
-types fit; what is worth taking is decided afterwards, by price. `@unary`, `@binary`, `@row` and `@reduce` stand for every op
-of that class. Conditions: `f32 ?w`: the weight is stored as f32; `unshared ?w`: it is a weight of the model file that nothing
-else in the model reads. Tolerance: *exact*: the same roundings; *reassociates*: equal as reals, rounded in another order.
+Equations of the e-graph, in phases that run in this order, and again while that adds something. A rule adds its right side to
+what equals its left one, where the types fit; what is worth taking is decided afterwards, by price. `@unary`, `@binary`, `@row`
+and `@reduce` stand for every op of that class; operands of ops that commute are found in either order. That norms, activations,
+rope, residuals and appends to caches go into kernels needs no rules: the search composes any kernel of the kinds above, and rules
+bring together what can meet in one. So contractions over the same rows share a kernel as they are; they are merged into one
+where a graph puts their results side by side. Tolerance: *exact*: the same roundings; *reassociates*: equal as reals, rounded in
+another order.
 ";

@@ -4,6 +4,7 @@
 //! passes after it; `mansard opt` accepts it as it is.
 
 use crate::{Options, Pass, pass};
+use ir::artifact::Derivation;
 use ir::plan::Plan;
 use ir::text::print_model;
 use ir::verify::{verify_model, verify_plan};
@@ -21,12 +22,14 @@ pub struct State {
     pub plan: Option<Plan>,
     /// Choices that change values beyond rounding, each in a line.
     pub approximations: Vec<String>,
+    /// How the search came to each kernel, in order of graph, range of tokens and launch.
+    pub derivations: Vec<Derivation>,
 }
 
 impl State {
     /// A model before its first pass.
     pub fn new(model: Model) -> State {
-        State { model, plan: None, approximations: vec![] }
+        State { model, plan: None, approximations: vec![], derivations: vec![] }
     }
 }
 
@@ -79,6 +82,8 @@ pub struct Report {
     pub passes: Vec<PassReport>,
     /// Choices that change values beyond rounding.
     pub approximations: Vec<String>,
+    /// How the search came to each kernel.
+    pub derivations: Vec<Derivation>,
 }
 
 impl Report {
@@ -129,6 +134,7 @@ pub fn run(names: &[&str], mut state: State, options: &Options, hooks: &mut Hook
         }
     }
     report.approximations = state.approximations.clone();
+    report.derivations = state.derivations.clone();
     Ok((state, report))
 }
 

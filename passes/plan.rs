@@ -12,9 +12,11 @@
 mod bodies;
 mod flatten;
 
+use crate::cost::workload_seconds;
 use crate::{LimitsRequest, Options, State};
 use bodies::Bodies;
 use flatten::{Flattened, Tables, flatten};
+use ir::artifact::Derivation;
 use ir::layout::{cache_block_bytes, packed_bytes, row_bytes};
 use ir::plan::{
     Buffer, CacheGroup, CacheSpec, Kernel, KernelSpec, Limits, Output, Pack, Plan, Program, RowCount, Variant,
@@ -28,7 +30,10 @@ use std::collections::BTreeSet;
 /// # Errors
 /// Where a call's input is bound by nothing, or a value has no layout.
 pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
-    let plan = plan(&state.model, &options.limits)?;
+    let limits = granted(&state.model, &options.limits)?;
+    let bodies = Bodies::new(&state.model, limits.tokens)?;
+    name(&mut state.derivations, &state.model, &bodies);
+    let plan = with_bodies(&state.model, limits, bodies)?;
     if let Some(traffic) = &options.traffic {
         traffic.fits(plan.program.limits.sequences, plan.program.limits.context)?;
     }
@@ -39,12 +44,15 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
         .map(|v| format!("{} for t {}..={}", v.launches.len(), v.tokens.min, v.tokens.max))
         .collect();
     let weights: usize = program.weights.iter().map(|w| w.bytes).sum();
+    let traffic = options.traffic.unwrap_or_default();
+    let seconds = workload_seconds(&state.model, &options.target.machine, &traffic, program.limits.tokens);
     let note = format!(
-        "{} kernels; launches {}; weights {:.1} MB, arena {:.1} MB",
+        "{} kernels; launches {}; weights {:.1} MB, arena {:.1} MB; {:.2} ms predicted for {traffic}",
         plan.kernels.len(),
         launches.join(", "),
         weights as f64 / 1e6,
-        program.arena_bytes as f64 / 1e6
+        program.arena_bytes as f64 / 1e6,
+        seconds * 1e3
     );
     state.plan = Some(plan);
     Ok(vec![note])
@@ -56,7 +64,25 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
 /// As [`run`].
 pub fn plan(model: &Model, request: &LimitsRequest) -> Result<Plan> {
     let limits = granted(model, request)?;
-    let bodies = Bodies::new(model, limits.tokens)?;
+    with_bodies(model, limits, Bodies::new(model, limits.tokens)?)
+}
+
+/// Says which kernels derivations are about: those of a graph and range stand in order of launch.
+fn name(derivations: &mut [Derivation], model: &Model, bodies: &Bodies) {
+    let mut before = None;
+    let mut index = 0;
+    for derivation in derivations {
+        let of = Some((derivation.graph.clone(), derivation.tokens));
+        index = if of == before { index + 1 } else { 0 };
+        before = of;
+        let holds = |r: TokenRange| r.min <= derivation.tokens.min && derivation.tokens.min <= r.max;
+        let graph = model.graphs.iter().position(|g| g.name == derivation.graph && g.range.is_none_or(holds));
+        let site = graph.and_then(|graph| bodies.sites.get(graph)?.get(index));
+        derivation.kernel = site.map_or(String::new(), |site| bodies.kernels[site.kernel.0 as usize].name.clone());
+    }
+}
+
+fn with_bodies(model: &Model, limits: Limits, bodies: Bodies) -> Result<Plan> {
     let mut tables = Tables::default();
     let mut flattened = vec![];
     for range in ranges(model, limits.tokens) {
@@ -160,13 +186,10 @@ fn rows_of(ty: &ir::Type) -> Result<(usize, RowCount)> {
 }
 
 fn weight_spec(pack: &Pack, ty: &ir::Type) -> Result<WeightSpec> {
-    let Some((dtype, shape)) = ty.as_tensor() else { bail!(Internal, "weight `{}` is no tensor", pack.weight) };
+    let Some((dtype, shape)) = ty.as_tensor() else { bail!(Internal, "weight `{}` is no tensor", pack.name()) };
     let shape: Vec<usize> = shape.iter().filter_map(|d| if let ir::Dim::N(n) = d { Some(*n) } else { None }).collect();
-    let name = match &pack.column_scale {
-        Some(scale) => format!("{}*{scale}", pack.weight),
-        None => pack.weight.clone(),
-    };
-    Ok(WeightSpec { name, ty: ty.to_string(), bytes: packed_bytes(dtype, &shape) })
+    let recipe = (!pack.is_entry()).then(|| ir::text::print_graph(&pack.recipe));
+    Ok(WeightSpec { name: pack.name(), ty: ty.to_string(), bytes: packed_bytes(dtype, &shape), recipe })
 }
 
 fn cache_spec(name: &str, ty: &ir::Type, groups: &[CacheGroup]) -> Result<CacheSpec> {

@@ -6,6 +6,13 @@
 //!                                       ->     %y = matmul %q, %w
 //! ```
 //!
+//! Where caches are int4, keys and queries are turned by a Hadamard matrix first (`hadamard`), and every cache has one in
+//! f16 beside it, in which a token sees the positions of its own cache block (`attend_mixed`):
+//!
+//! ```text
+//! keys<i4>[c, 3, 64]   keys_recent<f16, window = 64>[c, 3, 64]           positions 0..64 in int4, 64..=70 in f16, for token 70
+//! ```
+//!
 //! The activations of bf16 weights become bf16 (`round_bf16`), on every target: one artifact means the same everywhere.
 //! Where all targets have matrix units for bf16, so do those of integer weights in steps of many tokens: graphs become two.
 //!
@@ -21,8 +28,12 @@ use crate::assign::assign;
 use crate::rebuild::Builder;
 use crate::weights;
 use crate::{Options, State};
+use ir::formats::CACHED;
 use ir::ops::Class;
-use ir::{Attrs, DType, Dim, Error, Graph, Kind, Model, Op, Place, Result, TokenRange, Type, ValueId};
+use ir::{
+    Attrs, CacheRole, DType, Dim, Error, Graph, Input, Kind, Model, Node, Op, Place, Result, TokenRange, Type, ValueId,
+};
+use std::collections::BTreeMap;
 
 /// The pass.
 ///
@@ -30,13 +41,14 @@ use ir::{Attrs, DType, Dim, Error, Graph, Kind, Model, Op, Place, Result, TokenR
 /// Where caches are asked for in a type they cannot have.
 pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     if let Some(dtype) = options.weights {
-        state.approximations.extend(weights::store(&mut state.model, dtype)?);
+        state.approximations.extend(weights::store(&mut state.model, dtype, options)?);
     }
-    state.approximations.extend(assign(&mut state.model, &options.formats)?);
+    state.approximations.extend(assign(&mut state.model, options)?);
     let kv = options.kv.unwrap_or(if narrow(&state.model) { DType::F16 } else { DType::F32 });
-    if !kv.is_cached() {
-        let error = Error::new(Kind::Usage, format!("caches cannot be stored as {kv}"));
-        return Err(error.help("choose f16, i8, f32 or bf16"));
+    if let Some(dim) = heads_of_caches(&state.model).find(|dim| !kv.caches(*dim)) {
+        let fit: Vec<String> = CACHED.iter().filter(|d| d.caches(dim)).map(DType::to_string).collect();
+        let error = Error::new(Kind::Usage, format!("caches of heads of {dim} cannot be stored as {kv}"));
+        return Err(error.help(format!("choose {}", fit.join(", "))));
     }
     let (mut rounded, mut caches) = (Rounded::default(), 0);
     let graphs = std::mem::take(&mut state.model.graphs);
@@ -68,6 +80,11 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
             DType::F32 => {}
             DType::I8 => {
                 state.approximations.push("keys and values: int8 with one scale for each head and position".into());
+            }
+            DType::I4 => {
+                let how =
+                    "int4 with one scale for each head and position, keys turned; f16 in a token's own cache block";
+                state.approximations.push(format!("keys and values: {how}"));
             }
             _ => state.approximations.push(format!("keys and values: {kv}")),
         }
@@ -127,6 +144,12 @@ fn widens(x: &Type, weight: &Type) -> bool {
     weight.int().is_some() && k.is_multiple_of(32)
 }
 
+/// Widths of the heads that the model caches.
+pub fn heads_of_caches(model: &Model) -> impl Iterator<Item = usize> {
+    let types = model.graphs.iter().flat_map(|g| &g.inputs).map(|input| &input.ty);
+    types.filter_map(|ty| if let Type::Cache { dim, .. } = ty { Some(*dim) } else { None })
+}
+
 /// Some contraction's activations are rounded, so caches may be.
 fn narrow(model: &Model) -> bool {
     has_weight(model, |d| d.int().is_some() || d == DType::BF16)
@@ -145,6 +168,7 @@ fn choose(graph: &Graph, kv: DType, widening: bool) -> Result<Graph> {
             *dtype = kv;
         }
     }
+    let mut recent = Recent::of(&mut builder.graph);
     let mut to: Vec<ValueId> = graph.values().collect();
     for (index, node) in graph.nodes.iter().enumerate() {
         let mut operands: Vec<ValueId> = node.operands.iter().map(|o| to[o.0 as usize]).collect();
@@ -152,13 +176,81 @@ fn choose(graph: &Graph, kv: DType, widening: bool) -> Result<Graph> {
             && let (x, weight) = (builder.graph.ty(operands[0]), graph.ty(node.operands[1]))
             && let Some(op) = rounding(x, weight, widening && node.op.class() == Class::Contract)
         {
-            let op = Op::named(op).ok_or_else(|| Error::new(Kind::Internal, format!("the op table has no `{op}`")))?;
-            operands[0] = builder.add(op, Attrs::none(), &operands[..1])?;
+            operands[0] = builder.add(named(op)?, Attrs::none(), &operands[..1])?;
         }
-        to[graph.value_of(index).0 as usize] = builder.copy(node, &operands)?;
+        if kv == DType::I4
+            && let Some(turned) = turned(graph, node)
+        {
+            operands[turned] = builder.add(named("hadamard")?, Attrs::none(), &[operands[turned]])?;
+        }
+        to[graph.value_of(index).0 as usize] = recent.copy(&mut builder, node, &operands)?;
     }
     builder.graph.results = graph.results.iter().map(|(n, v)| (n.clone(), to[v.0 as usize])).collect();
+    recent.leave(&mut builder.graph);
     Ok(builder.graph)
+}
+
+/// Caches of few bits have another beside them for their last positions, which gets the same rows.
+struct Recent {
+    /// The input's name, and its value now, by that of the cache it is beside.
+    beside: BTreeMap<ValueId, (String, ValueId)>,
+}
+
+impl Recent {
+    fn of(graph: &mut Graph) -> Recent {
+        let mut beside = BTreeMap::new();
+        for cache in 0..graph.inputs.len() {
+            if let Some(ty) = graph.inputs[cache].ty.recent() {
+                let (name, value) =
+                    (format!("{}_recent", graph.inputs[cache].name), ValueId(graph.inputs.len() as u32));
+                graph.inputs.push(Input { name: name.clone(), ty });
+                beside.insert(ValueId(cache as u32), (name, value));
+            }
+        }
+        Recent { beside }
+    }
+
+    fn copy(&mut self, builder: &mut Builder, node: &Node, operands: &[ValueId]) -> Result<ValueId> {
+        match (node.op.class(), operands) {
+            (Class::Append, [cache, rest @ ..]) => {
+                let value = builder.copy(node, operands)?;
+                if let Some((name, before)) = self.beside.remove(cache) {
+                    let after = builder.copy(node, &[&[before], rest].concat())?;
+                    self.beside.insert(value, (name, after));
+                }
+                Ok(value)
+            }
+            (Class::Attend, [q, keys, values, step]) => match (self.beside.get(keys), self.beside.get(values)) {
+                (Some((_, recent_keys)), Some((_, recent_values))) => {
+                    let operands = [*q, *keys, *values, *recent_keys, *recent_values, *step];
+                    builder.add(named("attend_mixed")?, node.attrs.clone(), &operands)
+                }
+                _ => builder.copy(node, operands),
+            },
+            _ => builder.copy(node, operands),
+        }
+    }
+
+    /// They leave under their inputs' names where anything was appended.
+    fn leave(self, graph: &mut Graph) {
+        let inputs = graph.inputs.len() as u32;
+        graph.results.extend(self.beside.into_values().filter(|(_, value)| value.0 >= inputs));
+    }
+}
+
+/// The operand that is turned where keys have few bits: keys before they are appended, and queries. Products of the two do
+/// not change, but no dim of a key stands out any more.
+fn turned(graph: &Graph, node: &Node) -> Option<usize> {
+    let keys = |operand: usize| matches!(graph.ty(node.operands[operand]), Type::Cache { role: CacheRole::Keys, .. });
+    match node.op.class() {
+        Class::Append if keys(0) => Some(1),
+        Class::Attend => Some(0),
+        _ => None,
+    }
+}
+
+fn named(op: &str) -> Result<Op> {
+    Op::named(op).ok_or_else(|| Error::new(Kind::Internal, format!("the op table has no `{op}`")))
 }
 
 /// The op that rounds activations of type `x` before they are multiplied with `weight`.

@@ -13,11 +13,13 @@ use crate::egraph::{Classes, seed};
 use crate::extract::{Program, Selection, rebuild, select};
 use crate::precision::MANY;
 use crate::rules;
-use crate::{Options, State};
+use crate::{Options, SearchLimits, State, Strategy};
+use ir::artifact::Derivation;
 use ir::cost::Workload;
 use ir::kernel::PROLOGUE_TOKENS;
-use ir::ops::Class;
-use ir::{Graph, Model, Op, Place, Result, TokenRange, ValueId};
+use ir::recipe::{self, matrices, recipe};
+use ir::{Graph, Model, Op, Place, Result, TokenRange};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Ranges that kernels are chosen for: one token, few (an operand prologue is allowed), some, many; and the number of
@@ -37,8 +39,10 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     let (mut graphs, mut notes) = (vec![], vec![]);
     for alike in state.model.graphs.chunk_by(|a, b| a.name == b.name) {
         let shared = shared.get(&alike[0].name).cloned().unwrap_or_default();
-        let (variants, mut lines) = optimize(alike, shared, options).at(|| format!("graph @{}", alike[0].name))?;
+        let Optimized { variants, mut derivations, notes: mut lines } =
+            optimize(alike, shared, options).at(|| format!("graph @{}", alike[0].name))?;
         graphs.extend(variants);
+        state.derivations.append(&mut derivations);
         notes.append(&mut lines);
     }
     state.model.graphs = graphs;
@@ -71,67 +75,100 @@ fn shared_weights(model: &Model) -> BTreeMap<String, BTreeSet<String>> {
     shared
 }
 
-/// The variants of one graph - given as one, or as several for different steps - and notes on how the search went.
+/// One graph, optimized.
+#[derive(Default)]
+pub struct Optimized {
+    /// By ascending range of tokens.
+    pub variants: Vec<Graph>,
+    /// How the search came to the kernels of each range.
+    pub derivations: Vec<Derivation>,
+    /// How the search went.
+    pub notes: Vec<String>,
+}
+
+impl Optimized {
+    fn append(&mut self, mut other: Optimized) {
+        self.variants.append(&mut other.variants);
+        self.derivations.append(&mut other.derivations);
+        self.notes.append(&mut other.notes);
+    }
+}
+
+/// The variants of one graph, given as one, or as several for different steps.
 ///
 /// # Errors
 /// Where some value fits no kernel.
-pub fn optimize(alike: &[Graph], shared: BTreeSet<String>, options: &Options) -> Result<(Vec<Graph>, Vec<String>)> {
+pub fn optimize(alike: &[Graph], shared: BTreeSet<String>, options: &Options) -> Result<Optimized> {
     let mut kept = shared;
     loop {
-        let (mut all, mut notes) = (vec![], vec![]);
+        let mut optimized = Optimized::default();
         for graph in alike {
             let (classes, ids) = seed(graph, kept.clone());
             let (classes, phases) = rules::saturate(classes, &options.rules, &options.search)?;
             let results: Vec<_> = graph.results.iter().map(|(_, v)| ids[v.0 as usize]).collect();
             let program = Program::read(&classes, &results);
-            let (mut variants, mut lines) = variants(graph, &program, options)?;
-            notes.push(saturation_note(graph, &classes, &phases));
-            notes.append(&mut lines);
-            all.append(&mut variants);
+            optimized.notes.extend(saturation_notes(graph, &classes, &phases));
+            optimized.append(variants(graph, &program, options)?);
         }
-        let conflict = packed_twice(&all);
-        if conflict.is_empty() || conflict.is_subset(&kept) {
-            return Ok((all, notes));
+        let conflict = packed_twice(&optimized.variants);
+        if options.copies || conflict.is_empty() || conflict.is_subset(&kept) {
+            return Ok(optimized);
         }
         kept.extend(conflict);
     }
 }
 
-fn saturation_note(graph: &Graph, classes: &Classes, phases: &[rules::PhaseReport]) -> String {
-    let phases: Vec<String> =
-        phases.iter().map(|p| format!("{} {} after {} rounds", p.phase, p.stop, p.rounds)).collect();
-    format!(
-        "@{}: {} nodes, {} classes with {} e-nodes; {}",
-        graph.name,
-        graph.nodes.len(),
-        classes.number_of_classes(),
-        classes.total_number_of_nodes(),
-        phases.join(", ")
-    )
+/// How the search for equal programs went: a line for each phase, with the rules that found something.
+fn saturation_notes(graph: &Graph, classes: &Classes, phases: &[rules::PhaseReport]) -> Vec<String> {
+    let ms = |time: std::time::Duration| format!("{:.1} ms", time.as_secs_f64() * 1e3);
+    let phase = |p: &rules::PhaseReport| {
+        let all: std::time::Duration = p.rules.iter().map(|r| r.time).sum();
+        let found = p.rules.iter().filter(|r| r.matches > 0);
+        let found: Vec<String> =
+            found.map(|r| format!("{} {}/{} {}", r.rule, r.applied, r.matches, ms(r.time))).collect();
+        let rules = if found.is_empty() { "no rule matched".to_string() } else { found.join(", ") };
+        format!("@{} {}: {} after {} rounds, {}: {rules}", graph.name, p.phase, p.stop, p.rounds, ms(all))
+    };
+    let (nodes, classes, enodes) = (graph.nodes.len(), classes.number_of_classes(), classes.total_number_of_nodes());
+    let first = format!("@{}: {nodes} nodes, {classes} classes with {enodes} e-nodes", graph.name);
+    std::iter::once(first).chain(phases.iter().map(phase)).collect()
 }
 
 /// The optimized graph of every range, equal neighbours merged.
-fn variants(graph: &Graph, program: &Program, options: &Options) -> Result<(Vec<Graph>, Vec<String>)> {
+fn variants(graph: &Graph, program: &Program, options: &Options) -> Result<Optimized> {
     let steps = graph.range.unwrap_or(TokenRange { min: 1, max: options.limits.tokens });
-    let (mut out, mut notes): (Vec<Graph>, Vec<String>) = (vec![], vec![]);
+    let mut found = Optimized::default();
     for (min, max, priced) in RANGES {
         let range = TokenRange { min: min.max(steps.min), max: max.min(steps.max) };
         if range.min > range.max {
             continue;
         }
         let step = priced_step(range, priced, options);
-        let roofline = Roofline::new(program, options.target.machine, step);
-        let selection = select(program, &roofline, range.max <= PROLOGUE_TOKENS, options)?;
-        notes.push(selection_note(graph, range, &selection));
-        let next = Graph { range: Some(range), ..rebuild(graph, program, &selection)? };
-        match out.last_mut() {
+        let roofline = |program: &Program| Roofline::new(program, options.target.machine, step).with(&options.costs);
+        let prologues = range.max <= PROLOGUE_TOKENS;
+        let (program, selection) = match options.strategy {
+            Strategy::Joint => {
+                (Cow::Borrowed(program), select(program, &roofline(program), prologues, &options.search)?)
+            }
+            Strategy::Fixed => {
+                let program = program.fixed(&roofline(program));
+                let largest = SearchLimits { kernels: 0, ..options.search };
+                let selection = select(&program, &roofline(&program), prologues, &largest)?;
+                (Cow::Owned(program), selection)
+            }
+        };
+        found.notes.push(selection_note(graph, range, &selection));
+        let next = Graph { range: Some(range), ..rebuild(graph, &program, &selection)? };
+        let of_graph = |d: Derivation| Derivation { graph: graph.name.clone(), tokens: range, ..d };
+        found.derivations.extend(selection.derivations.into_iter().map(of_graph));
+        match found.variants.last_mut() {
             Some(last) if Graph { range: last.range, ..next.clone() } == *last => {
                 last.range = last.range.map(|r| TokenRange { min: r.min, max: range.max });
             }
-            _ => out.push(next),
+            _ => found.variants.push(next),
         }
     }
-    Ok((out, notes))
+    Ok(found)
 }
 
 /// The step that kernels for `range` are priced in: the workload's commonest in that range, else one of `tokens` tokens.
@@ -161,33 +198,30 @@ fn selection_note(graph: &Graph, range: TokenRange, selection: &Selection) -> St
     )
 }
 
-/// Weights that some variants read as they are and others with something folded in, or with different things.
+/// Matrices that some variants read as they are and others with something folded in, or with different things. Disjoint
+/// slices of one matrix are one packing of it.
 fn packed_twice(variants: &[Graph]) -> BTreeSet<String> {
+    let forms: Vec<BTreeMap<String, BTreeSet<String>>> = variants.iter().map(packed_forms).collect();
+    let sliced = |form: &String| form.starts_with("slice_rows");
+    let mut twice = BTreeSet::new();
+    for (matrix, first) in forms.iter().flatten() {
+        let differs = forms.iter().any(|of| of.get(matrix).is_some_and(|forms| forms != first));
+        if differs || first.len() > 1 && !first.iter().all(sliced) {
+            twice.insert(matrix.clone());
+        }
+    }
+    twice
+}
+
+/// By matrix, the names of what is packed from it.
+fn packed_forms(graph: &Graph) -> BTreeMap<String, BTreeSet<String>> {
     let mut forms: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    for graph in variants {
-        for node in graph.nodes.iter().filter(|n| !matches!(n.op.class(), Class::Weight)) {
-            for operand in &node.operands {
-                if let Some((weight, scale)) = packed_form(graph, *operand)
-                    && node.op.class() != Class::WeightFold
-                {
-                    forms.entry(weight).or_default().insert(scale.unwrap_or_default());
-                }
+    for node in graph.nodes.iter().filter(|n| !n.ty.is_static()) {
+        for recipe in node.operands.iter().filter_map(|o| recipe(graph, *o, "")) {
+            for matrix in matrices(&recipe) {
+                forms.entry(matrix.to_string()).or_default().insert(recipe::name(&recipe));
             }
         }
     }
-    forms.into_iter().filter(|(_, forms)| forms.len() > 1).map(|(weight, _)| weight).collect()
-}
-
-/// For a value that is a weight: its name, and the name of what is folded into its columns.
-pub(crate) fn packed_form(graph: &Graph, value: ValueId) -> Option<(String, Option<String>)> {
-    let node = graph.node(value)?;
-    match node.op.class() {
-        Class::Weight => Some((node.attrs.str("name").to_string(), None)),
-        Class::WeightFold => {
-            let (weight, none) = packed_form(graph, node.operands[0])?;
-            let (scale, _) = packed_form(graph, node.operands[1])?;
-            none.is_none().then_some((weight, Some(scale)))
-        }
-        _ => None,
-    }
+    forms
 }

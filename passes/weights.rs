@@ -9,9 +9,10 @@
 //!
 //! Vectors are never touched. A matrix whose rows do not fill whole groups is an error: nothing falls back.
 
+use crate::Options;
 use ir::model::Call;
 use ir::ops::Class;
-use ir::quantize::can_quantize;
+use ir::quantize::{Quantizer, can_quantize};
 use ir::{DType, Dim, Error, Graph, Kind, Model, Node, Op, Result, Type, ValueId};
 use std::collections::BTreeMap;
 
@@ -36,7 +37,7 @@ pub(crate) enum Role {
 ///
 /// # Errors
 /// Where nothing is quantized to `to`, or a matrix's rows do not fill its groups.
-pub fn store(model: &mut Model, to: DType) -> Result<Vec<String>> {
+pub fn store(model: &mut Model, to: DType, options: &Options) -> Result<Vec<String>> {
     if !to.is_float() && !can_quantize(to) {
         let known = ir::formats::FORMATS.iter().map(|f| f.dtype).filter(|d| can_quantize(*d));
         let known: Vec<String> = known.map(|d| d.to_string()).collect();
@@ -44,7 +45,7 @@ pub fn store(model: &mut Model, to: DType) -> Result<Vec<String>> {
         return Err(error.help(format!("choose f32, f16, bf16 or one of {}", known.join(", "))));
     }
     let roles = roles(model);
-    let (mut changed, mut kept) = (BTreeMap::<(bool, DType, bool), usize>::new(), BTreeMap::<String, usize>::new());
+    let (mut changed, mut kept) = (BTreeMap::<(bool, DType, String), usize>::new(), BTreeMap::<String, usize>::new());
     let mut types = BTreeMap::new();
     for (name, (role, ty)) in &roles {
         let Some((from, [.., Dim::N(columns)])) = ty.as_tensor() else { continue };
@@ -55,18 +56,14 @@ pub fn store(model: &mut Model, to: DType) -> Result<Vec<String>> {
         };
         fits(name, *columns, format)?;
         let exact = model.weights.get(name).is_ok_and(|w| w.stored_as(format));
-        *changed.entry((*role == Role::Vocabulary && format != to, format, exact)).or_default() += 1;
+        let how = if exact { format!("as the file stores them, {format}") } else { made(*role, format, options) };
+        *changed.entry((*role == Role::Vocabulary && format != to, format, how)).or_default() += 1;
         types.insert(name.clone(), format);
     }
     retype(model, &types);
     let mut lines = vec![];
-    for ((vocabulary, format, exact), count) in changed {
+    for ((vocabulary, _, how), count) in changed {
         let what = if vocabulary { "vocabulary: " } else { "weights: " };
-        let how = match (exact, format.int().is_some()) {
-            (true, _) => format!("as the file stores them, {format}"),
-            (false, false) => format!("rounded to {format}"),
-            (false, true) => format!("quantized to {format}, to nearest, scales of least squared error"),
-        };
         let matrices = if count == 1 { "matrix" } else { "matrices" };
         lines.push(format!("{what}{count} {matrices} {how}"));
     }
@@ -75,6 +72,17 @@ pub fn store(model: &mut Model, to: DType) -> Result<Vec<String>> {
         lines.push(format!("not quantized: {}", kept.join(", ")));
     }
     Ok(lines)
+}
+
+/// How a matrix becomes one of `format` when packed.
+pub(crate) fn made(role: Role, format: DType, options: &Options) -> String {
+    match (format.int(), &options.calibrated_on) {
+        (None, _) => format!("rounded to {format}"),
+        (Some(_), Some(text)) if role == Role::Product => {
+            format!("quantized to {format} by {}, calibrated on text {text}", options.quantizer)
+        }
+        _ => format!("quantized to {format}, {}", Quantizer::Nearest.row().meaning),
+    }
 }
 
 /// The format of a matrix under a request; `None`: it stays as it is.

@@ -99,14 +99,18 @@ impl Caches {
     /// # Errors
     /// Where the sequence holds no such position any more.
     pub fn block(&self, cache: usize, sequence: &Sequence, position: usize) -> Result<&[f32]> {
-        let (entry, spec) = (position / CACHE_BLOCK, &self.specs[cache]);
-        let table = sequence.tables.get(spec.group);
-        match table.and_then(|table| table.entries.get(entry).filter(|_| entry >= table.released)) {
-            Some(block) => {
-                Ok(self.pools.f32s(self.offsets[cache] + *block as usize * spec.block_bytes, spec.block_bytes / 4))
-            }
-            None => bail!(Usage, "cache `{}` holds position {position} no more", spec.name),
+        let spec = &self.specs[cache];
+        if !self.holds(cache, sequence, position) {
+            bail!(Usage, "cache `{}` holds position {position} no more", spec.name);
         }
+        let block = sequence.tables[spec.group].entries[position / CACHE_BLOCK] as usize;
+        Ok(self.pools.f32s(self.offsets[cache] + block * spec.block_bytes, spec.block_bytes / 4))
+    }
+
+    /// Whether the sequence still has a position in a cache, or has let it go.
+    pub fn holds(&self, cache: usize, sequence: &Sequence, position: usize) -> bool {
+        let table = sequence.tables.get(self.specs[cache].group);
+        table.is_some_and(|table| (table.released..table.entries.len()).contains(&(position / CACHE_BLOCK)))
     }
 
     /// How full they are, group by group.

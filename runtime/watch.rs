@@ -84,6 +84,11 @@ impl Watch<'_> {
             let length = step.past + if new { step.len } else { 0 };
             let mut values = Vec::with_capacity(length * cache.heads * cache.dim);
             for first in (0..length).step_by(CACHE_BLOCK) {
+                if !self.engine.caches.holds(index, sequence, first) {
+                    // Out of every token's sight.
+                    values.resize((first + CACHE_BLOCK) * cache.heads * cache.dim, 0.0);
+                    continue;
+                }
                 let block = bytes(self.engine.caches.block(index, sequence, first)?);
                 for slot in 0..CACHE_BLOCK.min(length - first) {
                     for (head, d) in (0..cache.heads).flat_map(|head| (0..cache.dim).map(move |d| (head, d))) {

@@ -1,6 +1,6 @@
-//! `compile --max-kld` as a user meets it, on a tiny checkpoint with a tokenizer of single letters: what is kept was measured
-//! within its budget, smaller budgets cost time and bytes, and what cannot be met is refused with nothing written. (Built as a
-//! test of the `mansard` package.)
+//! `compile --max-kld` and `--quantizer` as a user meets them, on a tiny checkpoint with a tokenizer of single letters: what is
+//! kept was measured within its budget, smaller budgets cost time and bytes, codes chosen by a text are better than the nearest,
+//! and what cannot be met is refused with nothing written. (Built as a test of the `mansard` package.)
 
 use serde_json::{Value, json};
 use std::fs;
@@ -96,4 +96,63 @@ fn what_cannot_be_met_is_refused() {
     let with = |text: &Path| format!("--max-kld 0.1 --workload prompt=64 --calibration {}", text.display());
     folder.refused(&with(&empty), 3, &["expected a text"]);
     folder.refused(&with(&bytes), 3, &["UTF-8"]);
+}
+
+/// Divergence of what is compiled under `arguments`, and what the compiler says of its weights.
+fn quantized(folder: &Folder, arguments: &str) -> (f64, String) {
+    let out = folder.compile(arguments);
+    assert!(out.status.success(), "{arguments}: {}", String::from_utf8_lossy(&out.stderr));
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let mut eval = Command::new(env!("CARGO_BIN_EXE_mansard"));
+    eval.arg("eval")
+        .arg(folder.path("m.mansard"))
+        .arg("--against")
+        .arg(folder.0.path())
+        .args(["--json", "--window", "128"]);
+    let out = eval.arg("--text").arg(folder.path("text.txt")).output().unwrap();
+    assert!(out.status.success(), "{arguments}: {}", String::from_utf8_lossy(&out.stderr));
+    let found: Value = serde_json::from_slice(&out.stdout).unwrap();
+    (found["kl_divergence_mean"].as_f64().unwrap(), report["approximations"].to_string())
+}
+
+#[test]
+fn codes_chosen_by_a_text_are_better_than_the_nearest() {
+    let folder = Folder::new();
+    fs::write(folder.path("text.txt"), "the quick brown fox, it is said. jumps over a lazy dog. ".repeat(8)).unwrap();
+    let (nearest, said) = quantized(&folder, "--quant int4-g32 --quantizer nearest");
+    assert!(said.contains("quantized to q4_0, to nearest") && !said.contains("calibrated"), "{said}");
+    let nearest_bytes = fs::read(folder.path("m.mansard")).unwrap();
+    let (importance, said) = quantized(&folder, "--quant int4-g32 --quantizer importance");
+    assert!(said.contains("quantized to q4_0 by importance, calibrated on text "), "{said}");
+    let (gptq, said) = quantized(&folder, "--quant int4-g32");
+    assert!(said.contains("quantized to q4_0 by gptq, calibrated on text "), "{said}");
+    assert!(gptq < 0.7 * nearest && importance < 1.3 * nearest, "{gptq} {importance} {nearest}");
+    let once = fs::read(folder.path("m.mansard")).unwrap();
+    assert!(once.len() < nearest_bytes.len() + 4096, "as many bytes of weights");
+    assert_eq!(fs::read_dir(folder.path("cache/mansard/moments")).unwrap().count(), 1);
+    // The same from what was kept, on another number of threads, and when it has to be taken again.
+    for again in ["", "--threads 1", "--threads 3"] {
+        if !again.is_empty() {
+            fs::remove_dir_all(folder.path("cache")).unwrap();
+        }
+        quantized(&folder, &format!("--quant int4-g32 {again}"));
+        assert!(once == fs::read(folder.path("m.mansard")).unwrap(), "{again}");
+    }
+    // What was kept is damaged: taken again.
+    let kept = fs::read_dir(folder.path("cache/mansard/moments")).unwrap().flatten().next().unwrap().path();
+    fs::write(&kept, [9; 40]).unwrap();
+    quantized(&folder, "--quant int4-g32");
+    assert!(once == fs::read(folder.path("m.mansard")).unwrap());
+    // Another text, other codes; nothing is lost where 8 bits are nearest anyway.
+    quantized(&folder, &format!("--quant int4-g32 --calibration {}", folder.path("text.txt").display()));
+    assert!(once != fs::read(folder.path("m.mansard")).unwrap());
+    let (_, said) = quantized(&folder, "--quant int8");
+    assert!(said.contains("quantized to q8_0, to nearest"), "{said}");
+    fs::remove_file(folder.path("m.mansard")).unwrap();
+    folder.refused("--quant int4-g32 --quantizer best", 2, &["--quantizer", "nearest", "gptq"]);
+    fs::write(folder.path("empty.txt"), " ").unwrap();
+    let empty = format!("--quant int4-g32 --calibration {}", folder.path("empty.txt").display());
+    folder.refused(&empty, 3, &["expected a text"]);
+    fs::remove_file(folder.path("tokenizer.json")).unwrap();
+    folder.refused("--quant int4-g32 --quantizer gptq", 2, &["tokenizer", "nearest"]);
 }

@@ -8,6 +8,7 @@
 //! # same: 1e-6          (evaluated before and after on seeded inputs; `no` with a reason where values may change)
 //! # error: words        (instead: parsing, verifying or a pass must fail with these words)
 //! # weights: int4_g64   (the format that weights are quantized to)
+//! # kv: i4              (the type that caches are stored in)
 //! # emit: mlir          (instead of passes: code of each planned graph, for `# target: x86-64-v3` or another)
 //! ```
 //!
@@ -66,9 +67,9 @@ fn run_passes(
     names: &[&str],
     model: Model,
     target: &Target,
-    weights: Option<DType>,
+    (weights, kv): (Option<DType>, Option<DType>),
 ) -> mansard_ir::Result<(String, State)> {
-    let options = pass_options(target.clone(), &CompileOptions { weights, ..CompileOptions::default() });
+    let options = pass_options(target.clone(), &CompileOptions { weights, kv, ..CompileOptions::default() });
     let (mut seen, mut last) = (String::new(), text::print_model(&model));
     let mut sink = |event: Event<'_>| {
         if let Event::Dump(pass, state) = event {
@@ -110,8 +111,8 @@ fn outcome(name: &str, case: &str) -> mansard_ir::Result<(String, Option<(Model,
     }
     let passes = header(case, "passes").unwrap_or_default();
     let passes: Vec<&str> = passes.split(',').map(str::trim).filter(|p| !p.is_empty()).collect();
-    let weights = header(case, "weights").map(|w| DType::parse(w).unwrap_or_else(|| panic!("{name}: weights {w}")));
-    let (seen, state) = run_passes(&passes, model.clone(), &target, weights)?;
+    let dtype = |key| header(case, key).map(|d| DType::parse(d).unwrap_or_else(|| panic!("{name}: {key} {d}")));
+    let (seen, state) = run_passes(&passes, model.clone(), &target, (dtype("weights"), dtype("kv")))?;
     Ok((if passes.is_empty() { printed } else { seen }, Some((model, state))))
 }
 

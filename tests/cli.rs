@@ -146,7 +146,10 @@ fn a_quality_card_is_stored() {
     let said = json(&format!("eval {a} --text {text} --against {model} --window 256 --json"));
     let found = json(&format!("diff {plain} {a} --json"));
     let lines = found["properties"].as_array().unwrap();
-    assert!(!lines.is_empty() && lines.iter().all(|l| l["section"] == "quality"), "{found}");
+    assert!(
+        !lines.is_empty() && lines.iter().all(|l| l["section"] == "quality" || l["section"] == "layer error"),
+        "{found}"
+    );
     let card = json(&format!("inspect {a} --json"));
     let card = &card["manifest"]["provenance"]["quality"];
     assert_eq!(card["perplexity"], said["perplexity"], "{card} {said}");
@@ -154,6 +157,19 @@ fn a_quality_card_is_stored() {
         card["text"].as_str().unwrap().len() == 64 && card["window"] == 256 && card["positions"] == said["positions"]
     );
     assert!(card["kl_divergence_mean"].as_f64().unwrap() > 0.0);
+    // Each layer is as far from the interpreter as `verify` finds it.
+    let layers = card["layers"].as_array().unwrap();
+    let verified = json(&format!("verify {a} --against {model} --tokens 1,2,3,5,7,6,4,2,1,1,2,3 --json"));
+    let verified = verified["layers"].as_array().unwrap();
+    assert_eq!(layers.len(), verified.len());
+    for (stored, found) in layers.iter().zip(verified) {
+        let [stored_off, off] = [stored, found].map(|l| l["off"].as_f64().unwrap());
+        assert!(stored["layer"] == found["layer"] && (stored_off - off).abs() <= 1e-3 * off, "{stored} {found}");
+    }
+    assert!(
+        layers.iter().any(|l| l["off"].as_f64().unwrap() > 0.0) && card["layer_error_predicted"].as_f64() > Some(0.0)
+    );
+    assert!(done(&["inspect", &a]).contains("quality: layer error, worst "));
     refused(&["compile", &model, "--evaluate", "--emit", "graph"], 2, &["--evaluate"]);
 }
 

@@ -3,7 +3,7 @@
 
 use mansard::driver::CompileOptions;
 use mansard_ir::eval::Interpreter;
-use mansard_ir::{Model, sample, text};
+use mansard_ir::{DType, Model, sample, text};
 use mansard_passes::LimitsRequest;
 use mansard_runtime::{Artifact, Engine, EngineOptions, OpenOptions, Rows, SequenceId, Work};
 use mansard_tests::oracle;
@@ -16,16 +16,16 @@ const VOCAB: usize = 40;
 fn model(kept: &str) -> Model {
     let layer = |name: &str, kept: &str, window: usize| {
         format!(
-            "graph @{name}(%x: f32[t, 32], %rope: f32[t, 16], %keys: keys<f16{kept}>[c, 1, 16], \
-             %values: values<f16{kept}>[c, 1, 16], %step: step[s]) stage imported {{
+            "graph @{name}(%x: f32[t, 32], %rope: f32[t, 16], %keys: keys<f16{kept}>[c, 1, 32], \
+             %values: values<f16{kept}>[c, 1, 32], %step: step[s]) stage imported {{
                %n = rms_normalize %x {{eps = 1e-5}}
-               %wq = weight \"q\" : f32[32, 32] %wk = weight \"k\" : f32[16, 32] %wv = weight \"v\" : f32[16, 32]
+               %wq = weight \"q\" : f32[64, 32] %wk = weight \"k\" : f32[32, 32] %wv = weight \"v\" : f32[32, 32]
                %q0 = matmul %n, %wq %k0 = matmul %n, %wk %v0 = matmul %n, %wv
                %q1 = split_heads %q0 {{heads = 2}} %k1 = split_heads %k0 {{heads = 1}} %v = split_heads %v0 {{heads = 1}}
                %q = rope %q1, %rope {{pairing = \"half\"}} %k = rope %k1, %rope {{pairing = \"half\"}}
                %ks = append %keys, %k, %step %vs = append %values, %v, %step
                %a = attend %q, %ks, %vs, %step {{scale = 0.25, causal = true, window = {window}, softcap = 0}}
-               %o = merge_heads %a %wo = weight \"o\" : f32[32, 32] %y = matmul %o, %wo %z = add %x, %y
+               %o = merge_heads %a %wo = weight \"o\" : f32[32, 64] %y = matmul %o, %wo %z = add %x, %y
                return x = %z, keys = %ks, values = %vs }}"
         )
     };
@@ -57,10 +57,14 @@ fn ring() -> Model {
 }
 
 fn engine(model: Model, positions: usize) -> (Model, Engine) {
+    engine_with(model, positions, None)
+}
+
+fn engine_with(model: Model, positions: usize, kv: Option<DType>) -> (Model, Engine) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.mansard");
     let limits = LimitsRequest { tokens: 256, rows: 64, ..LimitsRequest::default() };
-    let options = CompileOptions { limits, ..CompileOptions::default() };
+    let options = CompileOptions { limits, kv, ..CompileOptions::default() };
     let target = mansard_backends::target("native").unwrap();
     let model = oracle::assemble(model, target, &options, &path).unwrap();
     let artifact = Arc::new(Artifact::open(&path, &OpenOptions::default()).unwrap());
@@ -89,7 +93,26 @@ fn taken(engine: &Engine) -> [usize; 2] {
 #[test]
 fn beyond_the_window_as_the_interpreter_says() {
     let (optimized, mut engine) = engine(ring(), 1024);
-    let mut interpreter = Interpreter::new(&optimized);
+    let lengths = as_the_interpreter_says(&optimized, &mut engine);
+    let blocks = |length: usize| length.div_ceil(64) - (length - 1 + 1 - WINDOW - 64) / 64;
+    assert_eq!(taken(&engine), [6 + 4, blocks(lengths[0]) + blocks(lengths[1])]);
+}
+
+/// Layers of int4 caches, each with one of f16 for its last positions.
+#[test]
+fn int4_caches_as_the_interpreter_says() {
+    let (optimized, mut engine) = engine_with(ring(), 1024, Some(DType::I4));
+    as_the_interpreter_says(&optimized, &mut engine);
+    let groups: Vec<(usize, usize)> = engine.cache_use().iter().map(|group| (group.window, group.taken)).collect();
+    // Of 334 and 204 positions.
+    assert_eq!(groups, [(0, 6 + 4), (64, 3 + 3), (WINDOW, 4 + 4)]);
+    let bytes: Vec<usize> = engine.cache_use().iter().map(|group| group.block_bytes).collect();
+    assert_eq!(bytes, [2 * 64 * 18, 6 * 64 * 64, 4 * 64 * 18]);
+}
+
+/// Several steps of two sequences; gives their lengths.
+fn as_the_interpreter_says(optimized: &Model, engine: &mut Engine) -> [usize; 2] {
+    let mut interpreter = Interpreter::new(optimized);
     let sequences = [engine.new_sequence(), engine.new_sequence()];
     let mut lengths = [0, 0];
     for step in [[70, 1], [130, 60], [1, 9], [40, 1], [1, 1], [1, 130], [90, 1], [1, 1]] {
@@ -107,8 +130,7 @@ fn beyond_the_window_as_the_interpreter_says() {
         lengths = [0, 1].map(|s| lengths[s] + step[s]);
     }
     assert_eq!(lengths, [334, 204]);
-    let blocks = |length: usize| length.div_ceil(64) - (length - 1 + 1 - WINDOW - 64) / 64;
-    assert_eq!(taken(&engine), [6 + 4, blocks(334) + blocks(204)]);
+    lengths
 }
 
 #[test]

@@ -13,25 +13,29 @@
 //! and values are read once for all rows of an item. Few rows (decoding) take long spans, so that a row's maximum costs
 //! little; many rows (prefill) short ones, so that scores stay in the first-level cache. Work is shared out by cache blocks
 //! (`items.rs`).
+//!
+//! `attend_mixed` reads a token's own cache block from the recent caches: an item lies in one cache block then, so all of its
+//! rows read a block from the same caches.
 
 mod items;
 mod product;
 mod shape;
 mod softmax;
+mod source;
 #[cfg(test)]
 mod tests;
 
-use super::cached::Stored;
 use super::{StepField, step_field};
 use crate::cpu::rows::walk::{self, LANES, load_index};
 use crate::emit::{Cmp, Emitter, F32, I32, Val};
-use mansard_ir::layout::{AttentionItem, CACHE_BLOCK, cache_scales};
+use mansard_ir::layout::{AttentionItem, CACHE_BLOCK};
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
 use mansard_ir::{Error, Kind, Result, Target, ValueId};
-use product::Product;
+use product::{Product, Shared};
 use shape::Shape;
 use softmax::{FAR_BELOW, Span, State};
+use source::Source;
 
 /// Rows up to which an item takes long spans.
 const FEW_ROWS: i64 = 16;
@@ -50,21 +54,24 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let at = |v: ValueId| memory[v.0 as usize].ok_or_else(broken);
     let shape = Shape::new(target, node, body.ty(node.operands[0]), body.ty(node.operands[1]))?;
     let stride = step_field(&mut e, k, StepField::TableStride);
-    let step = StepPointers {
-        positions: step_field(&mut e, k, StepField::Positions),
-        tables: super::tables(&mut e, k, body.ty(node.operands[1]), stride)?,
-        stride,
-        scratch: step_field(&mut e, k, StepField::Scratch),
-        scratch_bytes: step_field(&mut e, k, StepField::ScratchBytes),
+    let source = |e: &mut Emitter, keys: usize| {
+        let [keys, values] = [node.operands[keys], node.operands[keys + 1]];
+        let tables = super::tables(e, k, body.ty(keys), stride)?;
+        Source::new((at(keys)?, at(values)?), tables, body.ty(keys))
     };
     let attention = Attention {
         q: at(node.operands[0])?,
-        keys: at(node.operands[1])?,
-        values: at(node.operands[2])?,
+        caches: source(&mut e, 1)?,
+        recent: if shape.mixed { Some(source(&mut e, 3)?) } else { None },
         results: (value.0 as usize..body.len()).filter_map(|v| memory[v]).collect(),
         buffers: Buffers::new(&mut e, &shape),
         shape,
-        step,
+        step: StepPointers {
+            positions: step_field(&mut e, k, StepField::Positions),
+            stride,
+            scratch: step_field(&mut e, k, StepField::Scratch),
+            scratch_bytes: step_field(&mut e, k, StepField::ScratchBytes),
+        },
     };
     items::emit(&attention, &mut e, k);
     Ok(e.finish())
@@ -105,7 +112,6 @@ impl Buffers {
 
 struct StepPointers {
     positions: Val,
-    tables: Val,
     stride: Val,
     scratch: Val,
     scratch_bytes: Val,
@@ -114,8 +120,9 @@ struct StepPointers {
 struct Attention {
     shape: Shape,
     q: Val,
-    keys: Val,
-    values: Val,
+    caches: Source,
+    /// What an item reads its own cache block from, where not from `caches`.
+    recent: Option<Source>,
     /// Every buffer that wants the result.
     results: Vec<Val>,
     buffers: Buffers,
@@ -131,8 +138,10 @@ struct Item {
     count: Val,
     /// Tokens times heads.
     rows: Val,
-    /// The sequence's row of the block table.
+    /// Where the sequence's row of a block table begins.
     table: Val,
+    /// The cache block of its first token.
+    own: Val,
     /// Positions of the sequence.
     length: Val,
     /// Key-value head.
@@ -226,105 +235,108 @@ impl Attention {
         });
     }
 
-    /// The item's head of a cache block in `pool`.
-    fn cached(&self, e: &mut Emitter, item: &Item, pool: Val, block: Val) -> Val {
-        let id = load_index(e, item.table, block);
-        let block = e.row(pool, id, self.shape.cache_block_bytes);
-        e.row(block, item.kv_head, self.shape.head_bytes())
+    /// Emits `body` for the caches that the item reads this cache block from.
+    fn source_of(&self, e: &mut Emitter, item: &Item, block: Val, body: &dyn Fn(&mut Emitter, &Source)) {
+        match &self.recent {
+            None => body(e, &self.caches),
+            Some(recent) => {
+                let own = e.cmp(Cmp::Eq, block, item.own);
+                e.either(own, |e| body(e, recent), |e| body(e, &self.caches));
+            }
+        }
     }
 
-    /// The scales of the item's head of a cache block of codes.
-    fn scales(&self, e: &mut Emitter, item: &Item, pool: Val, block: Val) -> Val {
-        let id = load_index(e, item.table, block);
-        let block = e.row(pool, id, self.shape.cache_block_bytes);
-        let scales = e.gep_const(block, cache_scales(self.shape.kv_heads, self.shape.dim, 0));
-        e.row(scales, item.kv_head, CACHE_BLOCK * 4)
+    /// Scores of a span.
+    fn scores(&self, e: &mut Emitter, item: &Item, span: Span) {
+        let zero = e.i64(0);
+        e.repeat(zero, span.blocks, 1, |e, index| {
+            let block = e.add(span.first, index);
+            let scores = e.row(self.buffers.scores, index, CACHE_BLOCK * 4);
+            self.source_of(e, item, block, &|e, source| self.scores_of(e, source, item, block, scores));
+        });
     }
 
     /// `scores[row][position] = sum over d of q[row][d] * keys[d][position]`.
-    fn scores(&self, e: &mut Emitter, item: &Item, span: Span) {
-        let shape = &self.shape;
+    fn scores_of(&self, e: &mut Emitter, source: &Source, item: &Item, block: Val, scores: Val) {
+        let (shape, stored, stride) = (&self.shape, source.stored, AttentionItem::score_bytes());
         let chunks: Vec<(usize, usize)> = (0..CACHE_BLOCK / LANES).map(|i| (i * LANES, LANES)).collect();
-        let (zero, depth) = (e.i64(0), e.i64(shape.dim as i64));
+        let depth = e.i64(shape.dim as i64);
+        let b = source.head(e, item, source.keys, block);
+        let next = source.head(e, item, source.values, block);
+        let scales = source.scales(e, item, source.keys, block);
+        self.row_groups(e, item.rows, &mut |e, row, rows| {
+            let (a, to) = (e.row(self.buffers.q, row, shape.stride()), e.row(scores, row, stride));
+            for chunks in chunks.chunks(shape.vectors(rows)) {
+                let (a_stride, b_stride) = (shape.stride(), CACHE_BLOCK * stored.bytes());
+                let (shared, align) = (Shared::Lines, LANES * stored.bytes());
+                let product = Product { rows, depth, a, a_stride, b, b_stride, stored, shared, align, chunks, next };
+                let zeros: Vec<Val> = (0..rows).flat_map(|_| chunks).map(|c| e.float(F32.x(c.1), 0.0)).collect();
+                for (i, sum) in product.emit(e, &zeros).into_iter().enumerate() {
+                    let (row, chunk) = (i / chunks.len(), chunks[i % chunks.len()]);
+                    let to = e.gep_const(to, row * stride + chunk.0 * 4);
+                    let score = match scales {
+                        Some(scales) => {
+                            let scale = stored.load_scales(e, scales, chunk.0, chunk.1);
+                            e.mul(sum, scale)
+                        }
+                        None => sum,
+                    };
+                    e.store(score, to, 64);
+                }
+            }
+        });
+    }
+
+    /// Weighted values of a span.
+    fn weigh(&self, e: &mut Emitter, item: &Item, state: &State, span: Span) {
+        let zero = e.i64(0);
         e.repeat(zero, span.blocks, 1, |e, index| {
             let block = e.add(span.first, index);
-            let keys = self.cached(e, item, self.keys, block);
-            let next = self.cached(e, item, self.values, block);
-            let scales = (shape.stored == Stored::Code).then(|| self.scales(e, item, self.keys, block));
             let scores = e.row(self.buffers.scores, index, CACHE_BLOCK * 4);
-            self.row_groups(e, item.rows, &mut |e, row, rows| {
-                let stride = AttentionItem::score_bytes();
-                let (a, to) = (e.row(self.buffers.q, row, shape.stride()), e.row(scores, row, stride));
-                for chunks in chunks.chunks(shape.vectors(rows)) {
-                    let product = Product {
-                        rows,
-                        depth,
-                        a,
-                        a_stride: shape.stride(),
-                        b: keys,
-                        b_stride: CACHE_BLOCK * shape.stored.bytes(),
-                        stored: shape.stored,
-                        align: LANES * shape.stored.bytes(),
-                        chunks,
-                        next,
-                    };
-                    let zeros: Vec<Val> = (0..rows).flat_map(|_| chunks).map(|c| e.float(F32.x(c.1), 0.0)).collect();
-                    for (i, sum) in product.emit(e, &zeros).into_iter().enumerate() {
-                        let (row, chunk) = (i / chunks.len(), chunks[i % chunks.len()]);
-                        let to = e.gep_const(to, row * stride + chunk.0 * 4);
-                        let score = match scales {
-                            Some(scales) => {
-                                let scale = e.gep_const(scales, chunk.0 * 4);
-                                let scale = e.load(scale, sum.ty, 64);
-                                e.mul(sum, scale)
-                            }
-                            None => sum,
-                        };
-                        e.store(score, to, 64);
-                    }
-                }
-            });
+            let (further, one) = (e.add(block, span.blocks), e.i64(1));
+            let last = e.sub(span.end, one);
+            let further = e.min(further, last);
+            let next = self.caches.head(e, item, self.caches.keys, further);
+            self.source_of(e, item, block, &|e, source| self.weigh_of(e, source, item, state, (block, scores, next)));
         });
     }
 
     /// `out[row] += sum over positions of scores[row][position] * values[position]`. Positions beyond the item's last one
     /// are left out: their memory may never have been written.
-    fn weigh(&self, e: &mut Emitter, item: &Item, state: &State, span: Span) {
-        let shape = &self.shape;
-        let element = shape.stored.bytes();
+    fn weigh_of(
+        &self,
+        e: &mut Emitter,
+        source: &Source,
+        item: &Item,
+        state: &State,
+        (block, scores, next): (Val, Val, Val),
+    ) {
+        let (shape, stored) = (&self.shape, source.stored);
+        let element = stored.bytes();
         let align = if shape.dim.is_multiple_of(LANES) { LANES * element } else { element };
-        let (zero, all) = (e.i64(0), shape.chunks());
-        e.repeat(zero, span.blocks, 1, |e, index| {
-            let block = e.add(span.first, index);
-            let values = self.cached(e, item, self.values, block);
-            let (further, one) = (e.add(block, span.blocks), e.i64(1));
-            let last = e.sub(span.end, one);
-            let further = e.min(further, last);
-            let next = self.cached(e, item, self.keys, further);
-            let scores = e.row(self.buffers.scores, index, CACHE_BLOCK * 4);
-            let first = e.scaled(block, CACHE_BLOCK, 0);
-            let left = e.sub(item.high, first);
-            let positions = e.i64(CACHE_BLOCK as i64);
-            let depth = e.min(left, positions);
-            self.row_groups(e, item.rows, &mut |e, row, rows| {
-                let a_stride = AttentionItem::score_bytes();
-                let (a, out) = (e.row(scores, row, a_stride), e.row(state.out, row, shape.item.row_bytes));
-                for chunks in all.chunks(shape.vectors(rows)) {
-                    let at = |i: usize| i / chunks.len() * shape.item.row_bytes + chunks[i % chunks.len()].0 * 4;
-                    let mut sums = vec![];
-                    for i in 0..rows * chunks.len() {
-                        let lanes = chunks[i % chunks.len()].1;
-                        let from = e.gep_const(out, at(i));
-                        sums.push(e.load(from, F32.x(lanes), lanes * 4));
-                    }
-                    let (b, b_stride, stored) = (values, shape.dim * element, shape.stored);
-                    let product = Product { rows, depth, a, a_stride, b, b_stride, stored, align, chunks, next };
-                    for (i, sum) in product.emit(e, &sums).into_iter().enumerate() {
-                        let to = e.gep_const(out, at(i));
-                        e.store(sum, to, sum.ty.lanes * 4);
-                    }
+        let (b, all) = (source.head(e, item, source.values, block), shape.chunks());
+        let first = e.scaled(block, CACHE_BLOCK, 0);
+        let left = e.sub(item.high, first);
+        let positions = e.i64(CACHE_BLOCK as i64);
+        let depth = e.min(left, positions);
+        self.row_groups(e, item.rows, &mut |e, row, rows| {
+            let a_stride = AttentionItem::score_bytes();
+            let (a, out) = (e.row(scores, row, a_stride), e.row(state.out, row, shape.item.row_bytes));
+            for chunks in all.chunks(shape.vectors(rows)) {
+                let at = |i: usize| i / chunks.len() * shape.item.row_bytes + chunks[i % chunks.len()].0 * 4;
+                let mut sums = vec![];
+                for i in 0..rows * chunks.len() {
+                    let lanes = chunks[i % chunks.len()].1;
+                    let from = e.gep_const(out, at(i));
+                    sums.push(e.load(from, F32.x(lanes), lanes * 4));
                 }
-            });
+                let (b_stride, shared) = (source.value_bytes(), Shared::Lanes);
+                let product = Product { rows, depth, a, a_stride, b, b_stride, stored, shared, align, chunks, next };
+                for (i, sum) in product.emit(e, &sums).into_iter().enumerate() {
+                    let to = e.gep_const(out, at(i));
+                    e.store(sum, to, sum.ty.lanes * 4);
+                }
+            }
         });
     }
 

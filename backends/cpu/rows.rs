@@ -13,6 +13,7 @@
 
 mod append;
 mod gather;
+mod hadamard;
 mod planes;
 mod quantize;
 mod rope;
@@ -132,8 +133,10 @@ impl<'a> Rows<'a> {
         match node.op.class() {
             Class::Gather if self.graph.ty(node.operands[1]).is_static() => self.embed(e, v, node),
             Class::Gather => self.select(e, v, node),
+            Class::Columns => self.columns(e, v, node),
             Class::Angles => self.angles(e, v, node),
             Class::Rope => self.rope(e, v, node),
+            Class::Turn => self.hadamard(e, v, node),
             Class::Quantize => self.quantize(e, v, node),
             Class::Append => self.append(e, node),
             Class::Route => self.route(e, v, node),

@@ -3,7 +3,10 @@
 use super::samples::Random;
 use mansard_ir::decode;
 use mansard_ir::eval::{Cache, Step, Tensor, Value};
-use mansard_ir::layout::{A8, CACHE_BLOCK, STRIP, cache_block_bytes, cache_offset, cache_scales, row_bytes};
+use mansard_ir::formats::to_e4m3;
+use mansard_ir::layout::{
+    A8, CACHE_BLOCK, STRIP, cache_block_bytes, cache_offset, cache_scale_bytes, cache_scales, row_bytes,
+};
 use mansard_ir::plan::{CacheGroup, StepArgs};
 use mansard_ir::{DType, Dim, Type};
 use std::sync::Arc;
@@ -114,15 +117,11 @@ impl Memory {
     pub fn read_cache(&self, ty: &Type, lengths: &[usize], pool: &Pool) -> Value {
         let (bytes, mut cache) = (self.bytes(), Cache::empty(ty, lengths.len()).expect("a cache"));
         for (s, length) in lengths.iter().enumerate() {
-            let mut sequence = vec![];
-            pool.each(ty, s, *length, |at, scale| {
-                sequence.push(match cache.dtype {
-                    DType::F16 => half::f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32(),
-                    DType::BF16 => half::bf16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32(),
-                    DType::I8 => reals(&bytes[scale..scale + 4])[0] * f32::from(bytes[at] as i8),
-                    _ => reals(&bytes[at..at + 4])[0],
-                });
-            });
+            let element = |(block, place)| {
+                let block = &bytes[block..][..cache_block_bytes(ty).expect("a cache")];
+                decode::cached(ty, block, place).unwrap_or_else(|e| panic!("{e}"))
+            };
+            let sequence: Vec<f32> = pool.each(ty, s, *length).into_iter().map(element).collect();
             cache.sequences[s] = Arc::new(sequence);
         }
         Value::Cache(cache)
@@ -240,43 +239,55 @@ impl Pool {
         self.tables[group][sequence][position / CACHE_BLOCK] as usize * CACHE_BLOCK + position % CACHE_BLOCK
     }
 
-    /// Byte offsets of `[length, heads, dim]` of a sequence, and of the scale of each, where there are scales.
-    fn each(&self, ty: &Type, sequence: usize, length: usize, mut visit: impl FnMut(usize, usize)) {
-        let Type::Cache { role, heads, dim, dtype, .. } = *ty else { panic!("{ty} is no cache") };
+    /// The cache block's first byte, and the place in it, of `[length, heads, dim]` of a sequence.
+    fn each(&self, ty: &Type, sequence: usize, length: usize) -> Vec<(usize, (usize, usize, usize))> {
+        let Type::Cache { heads, dim, .. } = *ty else { panic!("{ty} is no cache") };
         let group = CacheGroup::index_of(&self.groups, ty).expect("a cache group");
-        let (block, size) = (cache_block_bytes(ty).expect("a cache"), dtype.format().block_bytes);
-        for position in 0..length {
+        let block_bytes = cache_block_bytes(ty).expect("a cache");
+        let of = |position| {
             let slot = self.slot(group, sequence, position);
-            let (block, slot) = (slot / CACHE_BLOCK * block, slot % CACHE_BLOCK);
-            for (head, d) in (0..heads).flat_map(|h| (0..dim).map(move |d| (h, d))) {
-                let scale = block + cache_scales(heads, dim, head) + 4 * slot;
-                visit(block + size * cache_offset(role, dim, head, slot, d), scale);
-            }
-        }
+            let (block, slot) = (slot / CACHE_BLOCK * block_bytes, slot % CACHE_BLOCK);
+            (0..heads).flat_map(move |h| (0..dim).map(move |d| (block, (h, slot, d))))
+        };
+        (0..length).flat_map(of).collect()
     }
 
     fn bytes(&self, ty: &Type, cache: &Cache) -> Vec<u8> {
         let mut bytes = vec![STALE; self.blocks * cache_block_bytes(ty).expect("a cache")];
         for (s, sequence) in cache.sequences.iter().enumerate() {
-            // Codes of a head span its largest magnitude.
-            let heads = sequence.chunks(cache.dim);
-            let scales = heads.map(|head| head.iter().fold(0f32, |most, x| most.max(x.abs())) / 127.0);
-            let scales: Vec<f32> = scales.flat_map(|scale| std::iter::repeat_n(scale, cache.dim)).collect();
-            let mut values = sequence.iter().zip(scales);
-            self.each(ty, s, cache.positions(s), |at, scale_at| {
-                let Some((x, scale)) = values.next() else { panic!("a cache of too few values") };
-                match cache.dtype {
-                    DType::F16 => bytes[at..at + 2].copy_from_slice(&half::f16::from_f32(*x).to_le_bytes()),
-                    DType::BF16 => bytes[at..at + 2].copy_from_slice(&half::bf16::from_f32(*x).to_le_bytes()),
-                    DType::I8 => {
-                        bytes[at] = if scale > 0.0 { (x / scale).round() as i8 as u8 } else { 0 };
-                        bytes[scale_at..scale_at + 4].copy_from_slice(&scale.to_le_bytes());
-                    }
-                    _ => bytes[at..at + 4].copy_from_slice(&x.to_le_bytes()),
-                }
-            });
+            let places = self.each(ty, s, cache.positions(s));
+            for (head, places) in sequence.chunks(cache.dim).zip(places.chunks(cache.dim)) {
+                store_head(ty, head, places, &mut bytes);
+            }
         }
         bytes
+    }
+}
+
+/// One head of a position, each element at its place.
+fn store_head(ty: &Type, head: &[f32], places: &[(usize, (usize, usize, usize))], bytes: &mut [u8]) {
+    let Type::Cache { heads, dim, dtype, .. } = *ty else { panic!("{ty} is no cache") };
+    let (block, (h, slot, _)) = places[0];
+    let scale_at = block + cache_scales(dtype, heads, dim, h) + cache_scale_bytes(dtype) * slot;
+    // Codes of a head span its largest magnitude.
+    let scale = head.iter().fold(0f32, |most, x| most.max(x.abs())) / 127.0;
+    let (small, nibbles) = Cache::int4(head);
+    match dtype {
+        DType::I8 => bytes[scale_at..scale_at + 4].copy_from_slice(&scale.to_le_bytes()),
+        DType::I4 => bytes[scale_at..scale_at + 2].copy_from_slice(&half::f16::from_f32(small).to_le_bytes()),
+        _ => {}
+    }
+    for ((x, nibble), (block, place)) in head.iter().zip(nibbles).zip(places) {
+        let (at, bit) = cache_offset(ty, *place).expect("a cache");
+        let at = block + at;
+        match dtype {
+            DType::F16 => bytes[at..at + 2].copy_from_slice(&half::f16::from_f32(*x).to_le_bytes()),
+            DType::BF16 => bytes[at..at + 2].copy_from_slice(&half::bf16::from_f32(*x).to_le_bytes()),
+            DType::FP8 => bytes[at] = to_e4m3(*x),
+            DType::I8 => bytes[at] = if scale > 0.0 { (x / scale).round() as i8 as u8 } else { 0 },
+            DType::I4 => bytes[at] = bytes[at] & !(15 << bit) | (nibble as u8 & 15) << bit,
+            _ => bytes[at..at + 4].copy_from_slice(&x.to_le_bytes()),
+        }
     }
 }
 

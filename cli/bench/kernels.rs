@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! tg128: 3.010 ms, in steps for 1 to 8 tokens; threads: 2; waking them up: 0.012 ms
-//! kernel                 tile  launches      time  share   slowest  wait  GB/s  GOP/s   bound  of roof
-//! layer_quantize_matmul   8x1        30  0.420 ms  14.0%  0.380 ms  9.0%  16.1   33.2  memory    61.0%
+//! kernel                 tile  launches      time  share   slowest  wait  GB/s  GOP/s   bound  of roof   fastest  predicted
+//! layer_quantize_matmul   8x1        30  0.420 ms  14.0%  0.380 ms  9.0%  16.1   33.2  memory    61.0%  0.400 ms   0.380 ms
 //! ```
 //!
 //! A kernel's time is that of its launches and of the waiting for the slowest worker after them, on average over workers, so
 //! that the times of all kernels, and the workers' waking up, make the step. Figures are means over the faster half of the
-//! steps: what a neighbour has held up is no property of a kernel.
+//! steps: what a neighbour has held up is no property of a kernel. Beside them stand the time that decisions are priced on, and
+//! what that is compared with: every launch as fast as it was in any step.
 
 use super::roof::{Bound, Roof};
 use super::steps::{Kind, Runner, Test, workload};
@@ -36,6 +37,10 @@ pub struct KernelRow {
     work: Work,
     /// The least time, and why.
     least: (f64, Bound),
+    /// What decisions are priced on.
+    predicted: f64,
+    /// Each launch as fast as it was in any sample.
+    fastest: f64,
 }
 
 /// A test's kernels, the longest first.
@@ -58,6 +63,8 @@ struct Part {
     slowest: f64,
     wait: f64,
     work: Work,
+    least: f64,
+    predicted: f64,
 }
 
 /// A whole prefill, or one decoded token.
@@ -69,6 +76,8 @@ struct Sample {
     parts: BTreeMap<usize, Part>,
     /// Indices of the variants that ran.
     variants: BTreeSet<usize>,
+    /// Kernel and time of each launch, in order.
+    launches: Vec<(usize, f64)>,
 }
 
 impl Sample {
@@ -83,14 +92,30 @@ impl Sample {
             part.seconds += times.busy + times.wait;
             part.slowest += times.slowest;
             part.wait += times.wait;
-            part.work += roof.work(kernel, step);
+            let work = roof.work(kernel, step);
+            part.work += work;
+            part.least += roof.least(&work).0;
+            part.predicted += roof.predicted(kernel, step);
+            self.launches.push((kernel, times.busy + times.wait));
         }
     }
+}
+
+/// By kernel: each launch in the sample where it was fastest, for a neighbour can only add.
+fn fastest(samples: &[Sample]) -> BTreeMap<usize, f64> {
+    let mut out = BTreeMap::new();
+    let first = samples.first().map_or(&[][..], |s| s.launches.as_slice());
+    for (at, (kernel, _)) in first.iter().enumerate() {
+        let times = samples.iter().filter_map(|s| s.launches.get(at)).filter(|(k, _)| k == kernel).map(|(_, t)| *t);
+        *out.entry(*kernel).or_default() += times.fold(f64::INFINITY, f64::min);
+    }
+    out
 }
 
 /// Means over the faster half of the samples.
 fn table(test: Test, mut samples: Vec<Sample>, manifest: &Manifest, roof: &Roof, threads: usize) -> KernelTable {
     let program = &manifest.program;
+    let fastest = fastest(&samples);
     let tiles = manifest.code.iter().find(|code| missing(code).is_none()).map(|code| &code.tiles);
     samples.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     samples.truncate(samples.len().div_ceil(2));
@@ -98,14 +123,9 @@ fn table(test: Test, mut samples: Vec<Sample>, manifest: &Manifest, roof: &Roof,
     let kernels: BTreeMap<usize, Part> = samples.iter().flat_map(|s| s.parts.clone()).collect();
     let row = |(kernel, any): (&usize, &Part)| {
         let of = |figure: fn(&Part) -> f64| mean(&|s: &Sample| s.parts.get(kernel).map_or(0.0, figure));
-        let work = Work {
-            f32_ops: of(|p| p.work.f32_ops),
-            bf16_ops: of(|p| p.work.bf16_ops),
-            i8_ops: of(|p| p.work.i8_ops),
-            weight_bytes: of(|p| p.work.weight_bytes),
-            cache_bytes: of(|p| p.work.cache_bytes),
-            activation_bytes: of(|p| p.work.activation_bytes),
-        };
+        let mut work = Work::default();
+        samples.iter().filter_map(|s| s.parts.get(kernel)).for_each(|part| work += part.work);
+        let work = work * (1.0 / samples.len() as f64);
         KernelRow {
             name: program.kernels[*kernel].name.clone(),
             tile: tiles.and_then(|tiles| tiles.get(*kernel)).cloned().unwrap_or_default(),
@@ -114,7 +134,9 @@ fn table(test: Test, mut samples: Vec<Sample>, manifest: &Manifest, roof: &Roof,
             slowest: of(|p| p.slowest),
             wait: of(|p| p.wait),
             work,
-            least: roof.least(&work),
+            least: (of(|p| p.least), roof.least(&(work * (1.0 / any.launches as f64))).1),
+            predicted: of(|p| p.predicted),
+            fastest: fastest.get(kernel).copied().unwrap_or(0.0),
         }
     };
     let mut rows: Vec<KernelRow> = kernels.iter().map(row).collect();
@@ -174,11 +196,60 @@ impl KernelRow {
     }
 }
 
+/// How far predictions are from what was measured, as shares of the latter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Misses {
+    /// Mean over kernels.
+    pub mean: f64,
+    /// The same weighted by measured time.
+    pub weighted: f64,
+}
+
+impl Misses {
+    /// Of pairs of predicted and measured seconds.
+    pub fn of(pairs: impl Iterator<Item = (f64, f64)> + Clone) -> Misses {
+        let count = pairs.clone().count().max(1) as f64;
+        let measured: f64 = pairs.clone().map(|(_, m)| m).sum();
+        let mean = pairs.clone().map(|(p, m)| (p - m).abs() / m).sum::<f64>() / count;
+        Misses { mean, weighted: pairs.map(|(p, m)| (p - m).abs()).sum::<f64>() / measured }
+    }
+}
+
+impl std::fmt::Display for Misses {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [weighted, mean] = [self.weighted, self.mean].map(|share| share * 100.0);
+        write!(f, "predictions are off by {weighted:.1}% of the time, by {mean:.1}% of a kernel's on average")
+    }
+}
+
 impl KernelTable {
+    /// Predicted and measured seconds of each kernel: the fastest of each launch.
+    pub fn predictions(&self) -> impl Iterator<Item = (&str, f64, f64)> + Clone {
+        self.rows.iter().map(|row| (row.name.as_str(), row.predicted, row.fastest))
+    }
+
+    /// How far predictions are off.
+    pub fn misses(&self) -> Misses {
+        Misses::of(self.predictions().map(|(_, p, m)| (p, m)))
+    }
+
     /// For people.
     pub fn text(&self) -> String {
-        let head =
-            ["kernel", "tile", "launches", "time", "share", "slowest", "wait", "GB/s", "GOP/s", "bound", "of roof"];
+        let head = [
+            "kernel",
+            "tile",
+            "launches",
+            "time",
+            "share",
+            "slowest",
+            "wait",
+            "GB/s",
+            "GOP/s",
+            "bound",
+            "of roof",
+            "fastest",
+            "predicted",
+        ];
         let mut rows = vec![head.map(String::from).to_vec()];
         let ms = |seconds: f64| format!("{:.3} ms", seconds * 1e3);
         let percent = |share: f64| format!("{:.1}%", share * 100.0);
@@ -195,17 +266,20 @@ impl KernelTable {
                 format!("{:.1}", row.operations() / 1e9),
                 row.least.1.name().into(),
                 percent(row.roof_share()),
+                ms(row.fastest),
+                ms(row.predicted),
             ]
         }));
         let variants: Vec<String> = self.variants.iter().map(|(min, max)| format!("{min} to {max}")).collect();
         format!(
-            "{}: {}, in steps for {} tokens; threads: {}; waking them up: {}\n{}",
+            "{}: {}, in steps for {} tokens; threads: {}; waking them up: {}\n{}{}\n",
             self.test.name(),
             ms(self.seconds),
             variants.join(", "),
             self.threads,
             ms(self.start),
-            report::table(&rows)
+            report::table(&rows),
+            self.misses()
         )
     }
 
@@ -214,11 +288,11 @@ impl KernelTable {
         let object = |row: &KernelRow| self.fields(row).into_iter().map(|(k, v)| (k.to_string(), v)).collect();
         let kernels: Vec<serde_json::Map<String, Value>> = self.rows.iter().map(object).collect();
         json!({"test": self.test.name(), "tokens": self.test.count, "batch": self.test.batch, "depth": self.test.depth,
-            "threads": self.threads, "seconds": self.seconds, "start_seconds": self.start, "step_tokens": self.variants,
+            "threads": self.threads, "misses": self.misses(), "seconds": self.seconds, "start_seconds": self.start, "step_tokens": self.variants,
             "kernels": kernels})
     }
 
-    fn fields(&self, row: &KernelRow) -> [(&'static str, Value); 17] {
+    fn fields(&self, row: &KernelRow) -> [(&'static str, Value); 19] {
         [
             ("kernel", row.name.as_str().into()),
             ("tile", row.tile.as_str().into()),
@@ -237,6 +311,8 @@ impl KernelTable {
             ("ops_per_second", row.operations().into()),
             ("bound", row.least.1.name().into()),
             ("roof_share", row.roof_share().into()),
+            ("fastest_seconds", row.fastest.into()),
+            ("predicted_seconds", row.predicted.into()),
         ]
     }
 

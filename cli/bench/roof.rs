@@ -16,6 +16,7 @@ use mansard_ir::cost::{Work, Workload};
 use mansard_ir::plan::Program;
 use mansard_ir::text::parse;
 use mansard_ir::{Graph, Machine, Result, ValueId, bail};
+use mansard_passes as passes;
 use mansard_runtime::{self as runtime, Model, Probe};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -75,16 +76,24 @@ impl Roof {
             Some(file) => (file.table.roofline(threads), machine::origin(&file.table)),
             None => (stated(&code.target, threads)?, "stated".into()),
         };
-        let bytes = manifest.program.weights.iter().map(|w| w.bytes).sum();
+        let bytes = weight_bytes(&manifest.program);
         machine.bandwidth = read_bandwidth(loops, bytes, threads)?;
+        Roof::on(&manifest.program, machine, peaks, threads)
+    }
+
+    /// Of a machine whose figures are known, `peaks` says from where. Nothing is measured.
+    ///
+    /// # Errors
+    /// Where a kernel's body is no graph.
+    pub fn on(program: &Program, machine: Machine, peaks: String, threads: usize) -> Result<Roof> {
         let mut bodies = vec![];
-        for kernel in &manifest.program.kernels {
+        for kernel in &program.kernels {
             match parse(&kernel.name, &kernel.text)?.graphs.pop() {
                 Some(body) => bodies.push(body),
                 None => bail!(Input, "kernel `{}` has no body", kernel.name),
             }
         }
-        Ok(Roof { machine, peaks, bodies, bytes, threads })
+        Ok(Roof { machine, peaks, bodies, bytes: weight_bytes(program), threads })
     }
 
     /// Measures the bandwidth once more and keeps the larger: a neighbour takes some of it, nobody adds any.
@@ -99,8 +108,18 @@ impl Roof {
     /// What one launch of kernel `index` does in a step.
     pub fn work(&self, index: usize, step: &Workload) -> Work {
         let Some(body) = self.bodies.get(index) else { return Work::default() };
-        let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some()).collect();
-        step.work(body, &nodes)
+        step.work(body, &nodes(body))
+    }
+
+    /// Seconds of one launch of kernel `index`, as decisions are priced.
+    pub fn predicted(&self, index: usize, step: &Workload) -> f64 {
+        let Some(body) = self.bodies.get(index) else { return 0.0 };
+        passes::cost::kernel_seconds(body, &nodes(body), &self.machine, step)
+    }
+
+    /// A kernel's body.
+    pub fn body(&self, index: usize) -> Option<&Graph> {
+        self.bodies.get(index)
     }
 
     /// The least time of a whole step, every launch for itself; activations stay in caches that cost nothing.
@@ -145,12 +164,20 @@ impl Roof {
     }
 }
 
+fn nodes(body: &Graph) -> Vec<ValueId> {
+    body.values().filter(|v| body.node(*v).is_some()).collect()
+}
+
+fn weight_bytes(program: &Program) -> usize {
+    program.weights.iter().map(|w| w.bytes).sum()
+}
+
 /// The figures stated for a target, for so many workers.
-fn stated(target: &str, threads: usize) -> Result<Machine> {
+pub fn stated(target: &str, threads: usize) -> Result<Machine> {
     let mut machine = backends::target(target)?.machine;
     let share = threads as f64 / machine.threads as f64;
-    let Machine { peak_f32, peak_bf16, peak_i8, cache_bandwidth, .. } = &mut machine;
-    for rate in [peak_f32, peak_bf16, peak_i8, cache_bandwidth] {
+    let Machine { peak_f32, peak_bf16, peak_i8, cache_bandwidth, near_bandwidth, near_bytes, .. } = &mut machine;
+    for rate in [peak_f32, peak_bf16, peak_i8, cache_bandwidth, near_bandwidth, near_bytes] {
         *rate *= share;
     }
     Ok(machine)

@@ -12,21 +12,21 @@
 //! is compiled but the reference, that model and the caches' types.
 
 use super::divergence::Reference;
+use crate::calibration;
 use crate::driver::{self, CompileOptions, Progress, Quiet};
 use mansard_backends as backends;
 use mansard_ir::artifact::WEIGHTS_PREFIX;
 use mansard_ir::formats::dequantize;
 use mansard_ir::model::{Source, Weight};
+use mansard_ir::quantize::Quantizer;
+use mansard_ir::recipe::matrices;
 use mansard_ir::{DType, Error, Model, Place, Result, bail};
 use mansard_passes::budget::{Decisions, Subject};
 use mansard_runtime::{self as runtime, OpenOptions};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
-
-/// Prose of some 700 tokens that ships with the compiler; another than that of `mansard eval`.
-const DEFAULT_TEXT: &str = include_str!("../calibration.txt");
+use std::path::Path;
 
 /// Tokens of the text that are read.
 const TOKENS: usize = 512;
@@ -117,30 +117,13 @@ pub struct Subjects<'a> {
 }
 
 impl Subjects<'_> {
-    /// The text.
-    ///
-    /// # Errors
-    /// Where its file cannot be read, is empty or is no UTF-8.
-    pub fn text(&self) -> Result<String> {
-        let Some(path) = self.text else { return Ok(DEFAULT_TEXT.to_string()) };
-        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        let text = String::from_utf8(bytes).or_else(|e| {
-            let at = e.utf8_error().valid_up_to();
-            bail!(Input, "{}: expected UTF-8 text, found another byte at {at}", path.display())
-        })?;
-        if text.trim().is_empty() {
-            bail!(Input, "{}: expected a text, found none", path.display());
-        }
-        Ok(text)
-    }
-
     /// What an earlier calibration of the same found, or one now; it is kept under `$XDG_CACHE_HOME/mansard`.
     ///
     /// # Errors
     /// Whatever compiling and running says.
     pub fn calibrate(&self, progress: &mut dyn Progress) -> Result<Calibration> {
-        let text = self.text()?;
-        let path = stored_path(&self.key(&text)?);
+        let text = calibration::text(self.text)?;
+        let path = calibration::stored("calibration", &format!("{}.json", self.key(&text)?));
         if let Some(path) = &path
             && let Ok(json) = std::fs::read(path)
             && let Ok(known) = serde_json::from_slice(&json)
@@ -158,22 +141,12 @@ impl Subjects<'_> {
 
     /// Hash of everything that decides what is measured.
     fn key(&self, text: &str) -> Result<String> {
-        let mut hasher = blake3::Hasher::new();
-        let mut add = |part: &str| {
-            hasher.update(&(part.len() as u64).to_le_bytes());
-            hasher.update(part.as_bytes());
-        };
-        add(env!("CARGO_PKG_VERSION"));
-        for (name, hash) in driver::sources(self.input)? {
-            add(&name);
-            add(&hash);
-        }
-        add(&format!("{:?} {:?} {}", self.options.synthetic_seed, self.options.targets, blake3::hash(text.as_bytes())));
+        let mut more = vec![format!("{:?}", self.options.targets)];
         for decision in &self.decisions.all {
-            add(&decision.name);
-            decision.alternatives.iter().for_each(|a| add(&format!("{:?}", a.format)));
+            more.push(decision.name.clone());
+            more.extend(decision.alternatives.iter().map(|a| format!("{:?}", a.format)));
         }
-        Ok(hasher.finalize().to_hex().to_string())
+        calibration::key(self.input, self.options, text, more.iter().map(String::as_str))
     }
 
     fn measure(&self, text: &str, progress: &mut dyn Progress) -> Result<Calibration> {
@@ -267,12 +240,13 @@ impl Subjects<'_> {
 /// Every weight and cache in f32.
 pub fn reference_options(options: &CompileOptions) -> CompileOptions {
     let kv = Some(DType::F32);
-    CompileOptions { float_weights: true, weights: None, formats: BTreeMap::new(), kv, ..options.clone() }
+    let quantizer = Some(Quantizer::Nearest);
+    CompileOptions { float_weights: true, weights: None, formats: BTreeMap::new(), quantizer, kv, ..options.clone() }
 }
 
 /// Relative squared error of rows spread over a matrix.
 fn relative_error(weight: &Weight, format: DType) -> Result<f64> {
-    let ((rows, columns), stored) = (weight.rows_columns(), stored_in(weight, format));
+    let ((rows, columns), stored) = (weight.rows_columns(), weight.with_dtype(format));
     let (mut exact, mut found) = (vec![0.0; columns], vec![0.0; columns]);
     let (mut off, mut all) = (0.0, 0.0);
     for row in (0..rows).step_by(rows.div_ceil(SAMPLED_ROWS).max(1)) {
@@ -284,45 +258,38 @@ fn relative_error(weight: &Weight, format: DType) -> Result<f64> {
     Ok(if all > 0.0 { off / all } else { 0.0 })
 }
 
-/// The same values, rounded or quantized.
-fn stored_in(weight: &Weight, format: DType) -> Weight {
-    let mut stored = weight.clone();
-    if let mansard_ir::Type::Tensor { dtype, .. } = &mut stored.ty {
-        *dtype = format;
-    }
-    stored
-}
-
 /// Overwrites matrices in an artifact of the reference with what `format` makes of them, or with what they were.
 fn replace(path: &Path, model: &Model, names: &[String], format: Option<DType>, threads: usize) -> Result<()> {
     let artifact = runtime::Artifact::open(path, &OpenOptions { verify_weights: false })?;
-    let mut places = vec![];
+    let mut weights = model.weights.clone();
     for name in names {
-        let section = format!("{WEIGHTS_PREFIX}{name}");
-        let scaled = format!("{section}*");
-        let found = artifact.sections().iter().filter(|s| s.name == section || s.name.starts_with(&scaled));
-        let before = places.len();
-        places.extend(found.map(|s| (name, s.name.strip_prefix(&scaled).map(str::to_string), s.range.start)));
-        if places.len() == before {
-            bail!(Internal, "the reference has no weight `{name}`");
+        if let Some(format) = format {
+            weights.insert(name.clone(), noisy(model.weights.get(name)?, format)?);
         }
     }
-    drop(artifact);
     let mut file = std::fs::OpenOptions::new().write(true).open(path).map_err(|e| Error::io(path, e))?;
-    for (name, scale, start) in places {
-        let weight = model.weights.get(name)?;
-        let replaced = format.map(|format| noisy(weight, format)).transpose()?;
-        let scale = scale.map(|scale| model.weights.get(&scale)?.read_all()).transpose()?;
-        file.seek(SeekFrom::Start(start as u64)).map_err(|e| Error::io(path, e))?;
+    let mut replaced = std::collections::BTreeSet::new();
+    for spec in &artifact.manifest().program.weights {
+        let recipe = spec.pack()?.recipe;
+        let read: Vec<&str> = matrices(&recipe).into_iter().filter(|m| names.iter().any(|name| name == m)).collect();
+        let section = format!("{WEIGHTS_PREFIX}{}", spec.name);
+        let Some(section) = artifact.sections().iter().find(|s| s.name == section && !read.is_empty()) else {
+            continue;
+        };
+        replaced.extend(read.iter().map(|name| name.to_string()));
+        file.seek(SeekFrom::Start(section.range.start as u64)).map_err(|e| Error::io(path, e))?;
         let mut sink = |bytes: &[u8]| file.write_all(bytes).map_err(|e| Error::io(path, e));
-        backends::pack::pack(replaced.as_ref().unwrap_or(weight), scale.as_deref(), threads, &mut sink)?;
+        backends::pack::pack(&weights.make(&recipe)?, threads, &mut sink)?;
     }
-    Ok(())
+    match names.iter().find(|name| !replaced.contains(*name)) {
+        Some(name) => bail!(Internal, "the reference has no weight `{name}`"),
+        None => Ok(()),
+    }
 }
 
 /// A weight of the same type with the values that `format` has instead.
 fn noisy(weight: &Weight, format: DType) -> Result<Weight> {
-    let ((rows, columns), stored) = (weight.rows_columns(), stored_in(weight, format));
+    let ((rows, columns), stored) = (weight.rows_columns(), weight.with_dtype(format));
     let mut values = vec![0.0; rows * columns];
     for (row, values) in values.chunks_exact_mut(columns.max(1)).enumerate() {
         if format.int().is_some() {
@@ -332,11 +299,4 @@ fn noisy(weight: &Weight, format: DType) -> Result<Weight> {
         }
     }
     Ok(Weight { ty: weight.ty.clone(), source: Source::Values(values.into()) })
-}
-
-/// Where a calibration is kept; `None` where the user has no home.
-fn stored_path(key: &str) -> Option<PathBuf> {
-    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
-    Some(cache.join("mansard").join("calibration").join(format!("{key}.json")))
 }

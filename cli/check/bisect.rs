@@ -17,9 +17,10 @@ use super::trace::{Compared, KernelCheck, Recorded, Tracer};
 use super::{Request, compare, distance, layers, other_ranges, record};
 use mansard_ir::eval::{Step, Tensor, Value};
 use mansard_ir::model::Call;
+use mansard_ir::plan::WeightSpec;
 use mansard_ir::text::{parse, print_model};
 use mansard_ir::types::Type;
-use mansard_ir::{Graph, Model, Place, Result, decode};
+use mansard_ir::{Graph, Model, Op, Place, Result, decode};
 use mansard_passes::rules::RuleSet;
 use mansard_passes::{self as passes, Event, Hooks, Options, State, manager};
 use serde::Serialize;
@@ -153,7 +154,7 @@ impl Search<'_> {
             }
             let place = || format!("weight `{}`", spec.name);
             let ty = weight_type(&spec.ty).at(place)?;
-            let Some(expected) = expected(self.request.model, &spec.name).at(place)? else { continue };
+            let Some(expected) = expected(self.request.model, spec).at(place)? else { continue };
             let Some((dtype, _)) = ty.as_tensor() else { continue };
             let found = Value::Tensor(decode::weight(dtype, &expected.shape, bytes).at(place)?);
             let off = distance::typical(&distance::rows(&found, &Value::Tensor(expected.clone()), None));
@@ -174,7 +175,7 @@ impl Search<'_> {
     fn packs_well(&self, name: &str, expected: &Tensor, tolerance: f64) -> Result<bool> {
         let Ok(weight) = self.again.model.weights.get(name) else { return Ok(true) };
         let (mut bytes, dtype) = (vec![], weight.dtype_shape().0);
-        mansard_backends::pack::pack(weight, None, 1, &mut |part| {
+        mansard_backends::pack::pack(weight, 1, &mut |part| {
             bytes.extend_from_slice(part);
             Ok(())
         })?;
@@ -315,16 +316,15 @@ fn weight_type(ty: &str) -> Result<Type> {
     Ok(parse("type", &source)?.graphs[0].inputs[0].ty.clone())
 }
 
-/// The reals of a weight in the model, its columns scaled where its name says so; `None` where the model has none.
-fn expected(model: &Model, name: &str) -> Result<Option<Tensor>> {
-    let (name, scale) = name.split_once('*').map_or((name, None), |(name, scale)| (name, Some(scale)));
-    let Ok(weight) = model.weights.get(name) else { return Ok(None) };
-    let (mut values, columns) = (weight.read_all()?, weight.rows_columns().1);
-    if let Some(scale) = scale {
-        let scale = model.weights.get(scale)?.read_all()?;
-        values.chunks_mut(columns.max(1)).for_each(|row| row.iter_mut().zip(&scale).for_each(|(x, s)| *x *= s));
+/// The reals that a weight has if it is made of the model's; `None` where the model has not all it is made of.
+fn expected(model: &Model, spec: &WeightSpec) -> Result<Option<Tensor>> {
+    let recipe = spec.pack()?.recipe;
+    let mut entries = recipe.nodes.iter().filter(|n| n.op == Op::WEIGHT);
+    if !entries.all(|n| model.weights.get(n.attrs.str("name")).is_ok()) {
+        return Ok(None);
     }
-    Ok(Some(Tensor::new(weight.dtype_shape().1, values)))
+    let weight = model.weights.make(&recipe)?;
+    Ok(Some(Tensor::new(weight.dtype_shape().1, weight.read_all()?)))
 }
 
 /// A step of the first token alone.

@@ -80,9 +80,14 @@ pub fn of_kernel(body: &Graph) -> f64 {
     if body.nodes.iter().any(|n| !n.ty.is_static() && narrow(&n.ty)) { ROUNDED } else { ROUNDING }
 }
 
-/// How far the artifact's layers may be from those of a model in exact floats: [`SAFETY`] times what its int8 activations,
-/// its caches and the formats that its weights were rounded to come to, as independent errors of normal values.
+/// How far the artifact's layers may be from those of a model in exact floats: [`SAFETY`] times what is [`expected`].
 pub fn of_layers(program: &Program, model: &Model) -> f64 {
+    ROUNDING + SAFETY * expected(program, model)
+}
+
+/// What int8 activations, caches and the formats that weights were rounded to come to in a layer, as independent errors of
+/// normal values.
+pub fn expected(program: &Program, model: &Model) -> f64 {
     let bodies = program.kernels.iter().filter_map(|k| text::parse("kernel", &k.text).ok());
     let quantizes = bodies.flat_map(|m| m.graphs).flat_map(|g| g.nodes).any(|n| n.op.class() == Class::Quantize);
     let activations = if quantizes { codes(8.0, 32) } else { 0.0 };
@@ -91,7 +96,7 @@ pub fn of_layers(program: &Program, model: &Model) -> f64 {
     let weights = program.weights.iter().map(|weight| of_weight(&weight.name, &weight.ty, model)).fold(0.0, f64::max);
     // Four contractions one after the other, each of rounded activations and weights.
     let once = activations * activations + weights * weights;
-    ROUNDING + SAFETY * (4.0 * once + 2.0 * cache * cache).sqrt()
+    (4.0 * once + 2.0 * cache * cache).sqrt()
 }
 
 /// How far a packed weight may be from the model's: nothing where the model stores it so, else its format's rounding.
@@ -110,6 +115,7 @@ fn rounding(dtype: DType, group: usize) -> f64 {
         DType::F32 => 0.0,
         DType::F16 => 2f64.powi(-11),
         DType::BF16 => 2f64.powi(-8),
+        DType::FP8 => 2f64.powi(-4),
         DType::I8 => codes(8.0, group),
         _ => {
             let format = dtype.format();

@@ -42,6 +42,8 @@ impl KernelCheck {
 pub enum Compared {
     /// Of each kernel, in each range of tokens, the first.
     First,
+    /// None: layers alone.
+    Nothing,
     /// All of that call, and the first of each kernel elsewhere.
     Call(usize),
 }
@@ -100,7 +102,7 @@ impl<'a> Tracer<'a> {
                     out.given = given(watch)?;
                 }
                 let all = matches!(self.compared, Compared::Call(at) if call == Some(at));
-                let first = self.seen.insert((watch.variant, kernel));
+                let first = !matches!(self.compared, Compared::Nothing) && self.seen.insert((watch.variant, kernel));
                 inputs = if (all || first) && !estimates(body) { Some(read_inputs(body, watch)?) } else { None };
                 return Ok(());
             }

@@ -56,10 +56,3 @@ pub fn combine(o: &[&Value], _: &Attrs) -> Result<Value> {
     }
     Ok(Value::Tensor(Tensor::new([t, n], y)))
 }
-
-/// `w[.., k] g[k]`.
-pub fn scale_columns(o: &[&Value], _: &Attrs) -> Result<Value> {
-    let (w, g) = (o[0].tensor()?, o[1].tensor()?);
-    let scaled = w.data.iter().zip(g.data.iter().cycle()).map(|(w, g)| w * g);
-    Ok(Value::Tensor(Tensor::new(w.shape.clone(), scaled.collect())))
-}

@@ -18,7 +18,7 @@ fn zip(o: &[&Value], f: impl Fn(f64, f64) -> f64) -> Result<Value> {
     Ok(Value::Tensor(Tensor::new(x.shape.clone(), pairs.map(|(x, y)| f(*x as f64, *y as f64) as f32).collect())))
 }
 
-fn sigmoid(x: f64) -> f64 {
+fn logistic(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
@@ -46,7 +46,7 @@ pub fn softcap(o: &[&Value], attrs: &Attrs) -> Result<Value> {
 }
 
 pub fn silu(o: &[&Value], _: &Attrs) -> Result<Value> {
-    map(o, |x| x * sigmoid(x))
+    map(o, |x| x * logistic(x))
 }
 
 pub fn gelu(o: &[&Value], _: &Attrs) -> Result<Value> {
@@ -59,7 +59,7 @@ pub fn gelu_tanh(o: &[&Value], _: &Attrs) -> Result<Value> {
 }
 
 pub fn gelu_sigmoid(o: &[&Value], _: &Attrs) -> Result<Value> {
-    map(o, |x| x * sigmoid(1.702 * x))
+    map(o, |x| x * logistic(1.702 * x))
 }
 
 pub fn relu(o: &[&Value], _: &Attrs) -> Result<Value> {
@@ -75,4 +75,8 @@ pub fn round_bf16(o: &[&Value], _: &Attrs) -> Result<Value> {
 
 pub fn tanh(o: &[&Value], _: &Attrs) -> Result<Value> {
     map(o, f64::tanh)
+}
+
+pub fn sigmoid(o: &[&Value], _: &Attrs) -> Result<Value> {
+    map(o, logistic)
 }

@@ -2,6 +2,7 @@
 
 use crate::formats::DType;
 use crate::graph::Attrs;
+use crate::layout::CACHE_BLOCK;
 use crate::layout::{A8, STRIP};
 use crate::types::{CacheRole, Dim, Type};
 use crate::{Result, bail};
@@ -74,6 +75,81 @@ pub fn scale_columns(o: &[&Type], _: &Attrs) -> Rule {
     Ok(o[0].clone())
 }
 
+pub fn scale_rows(o: &[&Type], _: &Attrs) -> Rule {
+    let ((dtype, shape), n) = (fixed(o[0])?, vector(o[1])?);
+    if dtype != DType::F32 || shape.len() < 2 || shape[shape.len() - 2] != n {
+        bail!(Input, "expected an f32 matrix with {n} rows, found {}", o[0]);
+    }
+    Ok(o[0].clone())
+}
+
+pub fn multiply_weights(o: &[&Type], _: &Attrs) -> Rule {
+    match (fixed(o[0])?, fixed(o[1])?) {
+        ((DType::F32, a), (DType::F32, b)) if a.len() == 2 && b.len() == 2 && a[1] == b[0] => {
+            Ok(Type::f32([Dim::N(a[0]), Dim::N(b[1])]))
+        }
+        _ => bail!(Input, "expected f32 matrices, the second with as many rows as the first has columns"),
+    }
+}
+
+pub fn times_vector(o: &[&Type], _: &Attrs) -> Rule {
+    let ((dtype, shape), k) = (fixed(o[0])?, vector(o[1])?);
+    match shape[..] {
+        [n, columns] if dtype == DType::F32 && columns == k => Ok(Type::f32([Dim::N(n)])),
+        _ => bail!(Input, "expected an f32 matrix with {k} columns, found {}", o[0]),
+    }
+}
+
+pub fn hadamard_matrix(_: &[&Type], attrs: &Attrs) -> Rule {
+    match usize::try_from(attrs.int("size")) {
+        Ok(size) if size.is_power_of_two() && size <= 1 << 16 => Ok(Type::f32([Dim::N(size), Dim::N(size)])),
+        _ => bail!(Input, "expected a power of two up to 65536, found {}", attrs.int("size")),
+    }
+}
+
+/// `from..from + count` lies in `0..n` and holds something.
+fn range(attrs: &Attrs, n: usize) -> Result<usize> {
+    let (from, count) = (attrs.int("from"), attrs.int("count"));
+    match from.checked_add(count) {
+        Some(end) if from >= 0 && count > 0 && end <= n as i64 => Ok(count as usize),
+        _ => bail!(Input, "expected a range within 0..{n}, found {count} from {from}"),
+    }
+}
+
+pub fn slice_rows(o: &[&Type], attrs: &Attrs) -> Rule {
+    let (dtype, mut shape) = fixed(o[0])?;
+    shape[0] = range(attrs, shape[0])?;
+    Ok(Type::tensor(dtype, shape.into_iter().map(Dim::N).collect::<Vec<_>>()))
+}
+
+pub fn concat_rows(o: &[&Type], _: &Attrs) -> Rule {
+    let ((dtype, mut shape), (other, below)) = (fixed(o[0])?, fixed(o[1])?);
+    if dtype != other || shape.len() != below.len() || shape[1..] != below[1..] {
+        bail!(Input, "expected weights of one format that differ in their first extent only");
+    }
+    shape[0] += below[0];
+    Ok(Type::tensor(dtype, shape.into_iter().map(Dim::N).collect::<Vec<_>>()))
+}
+
+pub fn slice(o: &[&Type], attrs: &Attrs) -> Rule {
+    f32s(o[0])?;
+    match rows(o[0])? {
+        (lead, rest) if rest.len() == 1 => Ok(Type::f32(with_dims(lead, [range(attrs, rest[0])?]))),
+        _ => bail!(Input, "expected f32[t, n]"),
+    }
+}
+
+pub fn concat(o: &[&Type], _: &Attrs) -> Rule {
+    f32s(o[0])?;
+    f32s(o[1])?;
+    match (rows(o[0])?, rows(o[1])?) {
+        ((lead, x), (other, y)) if lead == other && x.len() == 1 && y.len() == 1 => {
+            Ok(Type::f32(with_dims(lead, [x[0] + y[0]])))
+        }
+        _ => bail!(Input, "expected f32[t, n] and f32[t, m]"),
+    }
+}
+
 pub fn embed(o: &[&Type], _: &Attrs) -> Rule {
     let lead = indices(o[0])?;
     match fixed(o[1])? {
@@ -101,6 +177,14 @@ pub fn rope(o: &[&Type], attrs: &Attrs) -> Rule {
     match (rest.as_slice(), table.as_slice()) {
         ([_, dim], [width]) if width <= dim && width % 2 == 0 && lead == table_lead => Ok(o[0].clone()),
         _ => bail!(Input, "expected heads at least as wide as the table"),
+    }
+}
+
+pub fn hadamard(o: &[&Type], _: &Attrs) -> Rule {
+    f32s(o[0])?;
+    match rows(o[0])?.1.as_slice() {
+        [_, dim] if dim % 2 == 0 => Ok(o[0].clone()),
+        _ => bail!(Input, "expected heads of an even width"),
     }
 }
 
@@ -260,6 +344,21 @@ pub fn attend(o: &[&Type], attrs: &Attrs) -> Rule {
         }
         _ => bail!(Input, "expected queries of the caches' head dim, in a multiple of their heads"),
     }
+}
+
+/// As `attend` over either pair of caches; the recent ones hold at least a token's own cache block.
+pub fn attend_mixed(o: &[&Type], attrs: &Attrs) -> Rule {
+    attend(&[o[0], o[1], o[2], o[5]], attrs)?;
+    let all = |cache: &Type| {
+        let mut cache = cache.clone();
+        if let Type::Cache { window, .. } = &mut cache
+            && *window >= CACHE_BLOCK
+        {
+            *window = 0;
+        }
+        cache
+    };
+    attend(&[o[0], &all(o[3]), &all(o[4]), o[5]], attrs)
 }
 
 pub fn mean_pool(o: &[&Type], _: &Attrs) -> Rule {

@@ -6,12 +6,15 @@
 mod contract;
 mod elementwise;
 mod flops;
+mod fold;
 mod head;
 mod infer;
 mod movement;
 mod reduce;
 pub(crate) mod sample;
 mod state;
+
+pub use movement::hadamard_width;
 
 use crate::graph::{Attr, Attrs};
 use crate::sample::Random;
@@ -39,8 +42,12 @@ pub enum Class {
     RowReduce,
     /// Rotates pairs within each head by angles of the token.
     Rope,
+    /// Multiplies each head with a fixed orthogonal matrix.
+    Turn,
     /// The same bytes under another shape.
     View,
+    /// Some columns of rows, or columns side by side.
+    Columns,
     /// Rows of a table or of another value, by index.
     Gather,
     /// Angles of each token's position.
@@ -247,8 +254,22 @@ macro_rules! ops {
 ops! {
     "weight" () {string("name", "entry of the weight table, under the call's prefix")}
         Weight: weight, movement::weight, flops::none, none, "a constant tensor of the model file";
-    "scale_columns" (w, g) {} WeightFold: scale_columns, contract::scale_columns, flops::none, scale_columns,
+    "scale_columns" (w, g) {} WeightFold: scale_columns, fold::scale_columns, flops::none, scale_columns,
         "w[n, k] * g[k]; a weight computed when packing";
+
+    "scale_rows" (w, g) {} WeightFold: scale_rows, fold::scale_rows, flops::none, scale_rows,
+        "w[n, k] * g[n]; a weight computed when packing";
+    "multiply_weights" (a, b) {} WeightFold: multiply_weights, fold::multiply_weights, flops::none, multiply_weights,
+        "a[n, m] b[m, k]; a weight computed when packing";
+    "times_vector" (w, v) {} WeightFold: times_vector, fold::times_vector, flops::none, times_vector,
+        "w[n, k] v[k]; a vector computed when packing";
+    "hadamard_matrix" () {int("size", "rows and columns; a power of two")} WeightFold: hadamard_matrix, fold::hadamard_matrix, flops::none, hadamard_matrix,
+        "the symmetric orthogonal matrix of signs / sqrt(size) (Sylvester); a weight made when packing";
+    "slice_rows" (w) {int("from", "first row"), int("count", "number of rows")}
+        WeightFold: slice_rows, fold::slice_rows, flops::none, slice_rows,
+        "slices of w along its first axis; a weight of the same format, cut out when packing";
+    "concat_rows" (a, b) {} WeightFold: concat_rows, fold::concat_rows, flops::none, concat_rows,
+        "slices of a along its first axis, then those of b; a weight of their format, put together when packing";
 
     "embed" (tokens, table) {} Gather: embed, movement::embed, flops::none, embed, "row tokens[t] of the table";
     "select_rows" (x, rows) {} Gather: select_rows, movement::select_rows, flops::none, select_rows, "row rows[r] of x";
@@ -258,6 +279,8 @@ ops! {
     "rope" (x, table) {string("pairing", "`half`: d with d + r/2; `adjacent`: 2d with 2d + 1")}
         Rope: rope, movement::rope, flops::each::<3>, rope,
         "rotates the first r of each head's dims, r the table's width; the rest passes";
+    "hadamard" (x) {} Turn: hadamard, movement::hadamard, flops::each::<6>, hadamard,
+        "each head times the orthogonal Hadamard matrix of its width, or of the largest power of two that divides it";
 
     "add" (x, y) {} Elementwise commutes: same_shape, elementwise::add, flops::each::<1>, pair, "x + y";
     "mul" (x, y) {} Elementwise commutes: same_shape, elementwise::mul, flops::each::<1>, pair, "x * y";
@@ -274,6 +297,7 @@ ops! {
     "gelu_sigmoid" (x) {} Elementwise: unary, elementwise::gelu_sigmoid, flops::each::<6>, unary,
         "x * sigmoid(1.702 x)";
     "relu" (x) {} Elementwise: unary, elementwise::relu, flops::each::<1>, unary, "max(x, 0)";
+    "sigmoid" (x) {} Elementwise: unary, elementwise::sigmoid, flops::each::<5>, unary, "1 / (1 + exp -x)";
     "tanh" (x) {} Elementwise: unary, elementwise::tanh, flops::each::<4>, unary, "hyperbolic tangent";
     "round_bf16" (x) {} Elementwise: round_bf16, elementwise::round_bf16, flops::each::<6>, round_bf16,
         "x rounded to bf16, ties to even: activations of products with bf16 weights";
@@ -295,6 +319,10 @@ ops! {
         View: split_heads, movement::split_heads, flops::none, split_heads, "[t, heads * dim] as [t, heads, dim]";
     "merge_heads" (x) {} View: merge_heads, movement::merge_heads, flops::none, merge_heads,
         "[t, heads, dim] as [t, heads * dim]";
+
+    "slice" (x) {int("from", "first column"), int("count", "number of columns")}
+        Columns: slice, movement::slice, flops::none, slice, "columns from, from + 1, ... of [t, n]";
+    "concat" (x, y) {} Columns: concat, movement::concat, flops::none, concat, "columns of x, then those of y";
 
     "quantize" (x) {} Quantize: quantize, reduce::quantize, flops::each::<4>, quantize,
         "int8 codes per group of 32 of the last axis, scale = max |x| / 127, ties to even";
@@ -322,6 +350,13 @@ ops! {
         float("softcap", "scores become cap * tanh(score / cap); 0 for none")
     } Attend: attend, state::attend, flops::attention, attend,
         "softmax(scale q k^T) v; query head h reads key head h * kv_heads / heads";
+    "attend_mixed" (q, keys, values, recent_keys, recent_values, step) {
+        float("scale", "multiplies scores"),
+        flag("causal", "a token sees no later position"),
+        int("window", "positions seen back from, and with, a token's own; 0 for all"),
+        float("softcap", "scores become cap * tanh(score / cap); 0 for none")
+    } Attend: attend_mixed, state::attend_mixed, flops::attention, attend_mixed,
+        "attend; positions of a token's own cache block (64 positions) are those of the recent caches";
 
     "mean_pool" (x, step) {} Pool: mean_pool, reduce::mean_pool, flops::each::<1>, mean_pool,
         "mean over the tokens of each sequence";

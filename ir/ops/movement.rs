@@ -65,6 +65,31 @@ pub fn rope(o: &[&Value], attrs: &Attrs) -> Result<Value> {
     Ok(Value::Tensor(Tensor::new(x.shape.clone(), y)))
 }
 
+/// Each head times `H / sqrt(n)` for each of its parts of `n` dims, `n` the largest power of two that divides its width; `H`
+/// is the Hadamard matrix in Sylvester's order. Its own inverse. Large values in few dims are spread over all of them
+/// (Ashkboos et al., QuaRot, 2024).
+pub fn hadamard(o: &[&Value], _: &Attrs) -> Result<Value> {
+    let x = o[0].tensor()?; // [t, heads, dim]
+    let n = hadamard_width(x.width());
+    let mut y = Vec::with_capacity(x.data.len());
+    for part in x.data.chunks_exact(n) {
+        let mut sums: Vec<f64> = part.iter().map(|x| f64::from(*x)).collect();
+        for stride in (0..n.trailing_zeros()).map(|bit| 1 << bit) {
+            for d in (0..n).filter(|d| d & stride == 0) {
+                let (a, b) = (sums[d], sums[d + stride]);
+                (sums[d], sums[d + stride]) = (a + b, a - b);
+            }
+        }
+        y.extend(sums.iter().map(|sum| (sum / (n as f64).sqrt()) as f32));
+    }
+    Ok(Value::Tensor(Tensor::new(x.shape.clone(), y)))
+}
+
+/// The largest power of two that divides the width of a head.
+pub fn hadamard_width(dim: usize) -> usize {
+    1 << dim.trailing_zeros()
+}
+
 pub fn split_heads(o: &[&Value], attrs: &Attrs) -> Result<Value> {
     let (x, heads) = (o[0].tensor()?, attrs.size("heads"));
     Ok(Value::Tensor(Tensor { shape: vec![x.shape[0], heads, x.shape[1] / heads], data: x.data.clone() }))
@@ -73,4 +98,16 @@ pub fn split_heads(o: &[&Value], attrs: &Attrs) -> Result<Value> {
 pub fn merge_heads(o: &[&Value], _: &Attrs) -> Result<Value> {
     let x = o[0].tensor()?;
     Ok(Value::Tensor(Tensor { shape: vec![x.shape[0], x.shape[1] * x.shape[2]], data: x.data.clone() }))
+}
+
+pub fn slice(o: &[&Value], attrs: &Attrs) -> Result<Value> {
+    let (x, from, count) = (o[0].tensor()?, attrs.size("from"), attrs.size("count"));
+    let y: Vec<f32> = x.rows().flat_map(|row| row[from..from + count].to_vec()).collect();
+    Ok(Value::Tensor(Tensor::new([x.shape[0], count], y)))
+}
+
+pub fn concat(o: &[&Value], _: &Attrs) -> Result<Value> {
+    let (x, y) = (o[0].tensor()?, o[1].tensor()?);
+    let rows: Vec<f32> = x.rows().zip(y.rows()).flat_map(|(x, y)| [x, y].concat()).collect();
+    Ok(Value::Tensor(Tensor::new([x.shape[0], x.width() + y.width()], rows)))
 }

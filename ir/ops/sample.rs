@@ -7,7 +7,7 @@
 use crate::attrs;
 use crate::formats::{CACHED, DType};
 use crate::graph::Attrs;
-use crate::layout::STRIP;
+use crate::layout::{CACHE_BLOCK, STRIP};
 use crate::sample::Random;
 use crate::types::{CacheRole, Dim, Type};
 
@@ -121,6 +121,57 @@ pub fn scale_columns(r: &mut Random, x: Option<&Type>) -> Sample {
     Some((vec![w, Type::f32([columns])], Attrs::none()))
 }
 
+/// An f32 matrix: `x`, or a new one.
+fn matrix(r: &mut Random, x: Option<&Type>) -> Option<(Type, usize, usize)> {
+    let w = x.cloned().unwrap_or_else(|| fixed(DType::F32, &[r.pick(&WIDTHS), r.pick(&WIDTHS)]));
+    match w.as_tensor()? {
+        (DType::F32, [Dim::N(n), Dim::N(k)]) => Some((w.clone(), *n, *k)),
+        _ => None,
+    }
+}
+
+pub fn scale_rows(r: &mut Random, x: Option<&Type>) -> Sample {
+    matrix(r, x).map(|(w, n, _)| (vec![w, fixed(DType::F32, &[n])], Attrs::none()))
+}
+
+pub fn multiply_weights(r: &mut Random, x: Option<&Type>) -> Sample {
+    matrix(r, x).map(|(a, _, m)| (vec![a, fixed(DType::F32, &[m, r.pick(&WIDTHS)])], Attrs::none()))
+}
+
+pub fn hadamard_matrix(r: &mut Random, _: Option<&Type>) -> Sample {
+    Some((vec![], attrs! { size = r.pick(&[32usize, 64, 128]) }))
+}
+
+pub fn times_vector(r: &mut Random, x: Option<&Type>) -> Sample {
+    matrix(r, x).map(|(w, _, k)| (vec![w, fixed(DType::F32, &[k])], Attrs::none()))
+}
+
+pub fn slice_rows(r: &mut Random, x: Option<&Type>) -> Sample {
+    matrix(r, x).map(|(w, n, _)| (vec![w], range(r, n)))
+}
+
+pub fn concat_rows(r: &mut Random, x: Option<&Type>) -> Sample {
+    matrix(r, x).map(|(a, _, k)| (vec![a, fixed(DType::F32, &[r.pick(&WIDTHS), k])], Attrs::none()))
+}
+
+/// Part of `n`, at least one.
+fn range(r: &mut Random, n: usize) -> Attrs {
+    let from = r.below(n);
+    attrs! { from = from, count = 1 + r.below(n - from) }
+}
+
+pub fn slice(r: &mut Random, x: Option<&Type>) -> Sample {
+    let (lead, rest) = reals(r, x, 2)?;
+    let count = r.pick(&WIDTHS).min(rest[0]);
+    let attrs = attrs! { from = r.below(rest[0] - count + 1), count = count };
+    Some((vec![activation(DType::F32, lead, &rest)], attrs))
+}
+
+pub fn concat(r: &mut Random, x: Option<&Type>) -> Sample {
+    let (lead, rest) = reals(r, x, 2)?;
+    Some((vec![activation(DType::F32, lead, &rest), activation(DType::F32, lead, &[r.pick(&WIDTHS)])], Attrs::none()))
+}
+
 pub fn embed(r: &mut Random, x: Option<&Type>) -> Sample {
     let tokens = Type::tensor(DType::I32, [Dim::T]);
     let k = r.pick(&WIDTHS);
@@ -144,6 +195,11 @@ pub fn rope(r: &mut Random, x: Option<&Type>) -> Sample {
     let table = if widths.is_empty() { return None } else { r.pick(&widths) };
     let types = vec![activation(DType::F32, lead, &rest), activation(DType::F32, lead, &[table])];
     Some((types, attrs! { pairing = r.pick(&["half", "adjacent"]) }))
+}
+
+pub fn hadamard(r: &mut Random, x: Option<&Type>) -> Sample {
+    let (lead, rest) = reals(r, x, 3)?;
+    (rest[1] % 2 == 0).then(|| (vec![activation(DType::F32, lead, &rest)], Attrs::none()))
 }
 
 pub fn split_heads(r: &mut Random, x: Option<&Type>) -> Sample {
@@ -201,9 +257,18 @@ fn cache(role: CacheRole, heads: usize, dim: usize, dtype: DType, window: usize)
     Type::Cache { role, heads, dim, dtype, window }
 }
 
+/// What a cache of heads of that width may be stored in.
+pub fn cached(r: &mut Random, dim: usize) -> DType {
+    let fits: Vec<DType> = CACHED.into_iter().filter(|dtype| dtype.caches(dim)).collect();
+    r.pick(&fits)
+}
+
 pub fn append(r: &mut Random, x: Option<&Type>) -> Sample {
     let (heads, dim, dtype) = match x {
-        None => (r.pick(&HEADS), r.pick(&[16, 32, 64]), r.pick(&CACHED)),
+        None => {
+            let dim = r.pick(&[16, 32, 64]);
+            (r.pick(&HEADS), dim, cached(r, dim))
+        }
         Some(Type::Cache { heads, dim, dtype, .. }) => (*heads, *dim, *dtype),
         Some(_) => return None,
     };
@@ -217,12 +282,25 @@ pub fn attend(r: &mut Random, x: Option<&Type>) -> Sample {
     let (lead, rest) = reals(r, x, 3)?;
     let (heads, dim) = (rest[0], rest[1]);
     let shared: Vec<usize> = HEADS.into_iter().filter(|h| heads.is_multiple_of(*h)).collect();
-    let (kv, dtype) = (r.pick(&shared), r.pick(&CACHED));
+    let (kv, dtype) = (r.pick(&shared), cached(r, dim));
     let window = r.pick(&WINDOWS);
     let kept = kept(r, window);
     let [keys, values] = [CacheRole::Keys, CacheRole::Values].map(|role| cache(role, kv, dim, dtype, kept));
     let types = vec![activation(DType::F32, lead, &rest), keys, values, Type::Step];
     (lead == Dim::T).then(|| (types, attention_attrs(r, dim, window)))
+}
+
+pub fn attend_mixed(r: &mut Random, x: Option<&Type>) -> Sample {
+    let (mut types, attrs) = attend(r, x)?;
+    let recent = |cache: &Type| match *cache {
+        Type::Cache { role, heads, dim, .. } => {
+            Type::Cache { role, heads, dim, dtype: DType::F16, window: CACHE_BLOCK }
+        }
+        _ => cache.clone(),
+    };
+    let recent = [recent(&types[1]), recent(&types[2])];
+    types.splice(3..3, recent);
+    Some((types, attrs))
 }
 
 /// The window of caches for an `attend` with a window: often the same.

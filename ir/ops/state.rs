@@ -5,7 +5,8 @@
 
 use super::contract::dot;
 use crate::graph::Attrs;
-use crate::value::{Cache, Sequence, Tensor, Value};
+use crate::layout::CACHE_BLOCK;
+use crate::value::{Cache, Sequence, Step, Tensor, Value};
 use crate::{Result, bail};
 use std::ops::Range;
 use std::sync::Arc;
@@ -32,7 +33,19 @@ pub fn append(o: &[&Value], _: &Attrs) -> Result<Value> {
 }
 
 pub fn attend(o: &[&Value], attrs: &Attrs) -> Result<Value> {
-    let (q, keys, values, step) = (o[0].tensor()?, o[1].cache()?, o[2].cache()?, o[3].step()?); // q: [t, heads, dim]
+    let caches = [o[1].cache()?, o[2].cache()?];
+    over(o[0].tensor()?, o[3].step()?, attrs, &|_, _| caches)
+}
+
+/// What a token sees depends on its position alone, and not on how a prompt was divided into steps.
+pub fn attend_mixed(o: &[&Value], attrs: &Attrs) -> Result<Value> {
+    let (caches, recent) = ([o[1].cache()?, o[2].cache()?], [o[3].cache()?, o[4].cache()?]);
+    let of = |own: usize, p: usize| if own / CACHE_BLOCK == p / CACHE_BLOCK { recent } else { caches };
+    over(o[0].tensor()?, o[5].step()?, attrs, &of)
+}
+
+/// Attention of queries `[t, heads, dim]`; `caches` says which keys and values a token sees, by its position and theirs.
+fn over<'a>(q: &Tensor, step: &Step, attrs: &Attrs, caches: &dyn Fn(usize, usize) -> [&'a Cache; 2]) -> Result<Value> {
     let (heads, dim) = (q.shape[1], q.shape[2]);
     let (scale, cap) = (attrs.float("scale"), attrs.float("softcap"));
     let score = |q: &[f32], k: &[f32]| {
@@ -42,16 +55,18 @@ pub fn attend(o: &[&Value], attrs: &Attrs) -> Result<Value> {
     let mut y = vec![0.0; q.data.len()];
     for (s, sequence) in step.sequences.iter().enumerate() {
         for i in 0..sequence.len {
+            let own = sequence.past + i;
+            let [keys, values] = caches(own, own);
             let seen = visible(keys.positions(s).min(values.positions(s)), sequence, i, attrs);
             if seen.is_empty() {
-                bail!(Input, "sequence {s}: position {} sees nothing of the cache", sequence.past + i);
+                bail!(Input, "sequence {s}: position {own} sees nothing of the cache");
             }
             for head in 0..heads {
                 let (row, kv_head) = ((sequence.start + i) * heads + head, head * keys.heads / heads);
                 let q = &q.data[row * dim..][..dim];
-                let scores: Vec<f64> = seen.clone().map(|p| score(q, keys.at(s, p, kv_head))).collect();
+                let scores: Vec<f64> = seen.clone().map(|p| score(q, caches(own, p)[0].at(s, p, kv_head))).collect();
                 let out = &mut y[row * dim..][..dim];
-                weighted_sum(&scores, seen.clone().map(|p| values.at(s, p, kv_head)), out);
+                weighted_sum(&scores, seen.clone().map(|p| caches(own, p)[1].at(s, p, kv_head)), out);
             }
         }
     }

@@ -10,6 +10,7 @@
 //! Sources: OCP Microscaling Formats (MX) Specification 1.0, section 6.3; NVIDIA, "Pretraining Large Language Models with
 //! NVFP4", appendix B.
 
+use super::Reals;
 use crate::formats::{E2M1, IntFormat};
 
 /// Largest value of e2m1.
@@ -24,27 +25,15 @@ pub fn outer_scale(reals: &[f32]) -> f32 {
 }
 
 /// Halved scales of the first and last group of a block (the same, where it has one group).
-pub fn scales(block: &[f32], int: IntFormat, outer: f32) -> (f32, f32) {
-    let of = |reals: &[f32]| 0.5 * if int.group == 32 { power_of_two(reals) } else { multiple_of(reals, outer) };
-    let groups = block.chunks_exact(int.group);
-    let mut scales = groups.map(of);
+pub fn scales(block: Reals<'_>, int: IntFormat) -> (f32, f32) {
+    let of = |reals: Reals<'_>| 0.5 * if int.group == 32 { power_of_two(reals) } else { multiple_of(reals) };
+    let mut scales = block.groups(int.group).map(of);
     let first = scales.next().unwrap_or(0.0);
-    (first, scales.next_back().unwrap_or(first))
-}
-
-/// The nearest codes, under the halved scale of either group.
-pub fn encode(block: &[f32], int: IntFormat, scales: [f32; 2], codes: &mut [u8]) {
-    let groups = block.chunks_exact(int.group).zip(codes.chunks_exact_mut(int.group));
-    for ((reals, codes), scale) in groups.zip(scales) {
-        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-        for (code, x) in codes.iter_mut().zip(reals) {
-            *code = nearest(x * inverse);
-        }
-    }
+    (first, scales.last().unwrap_or(first))
 }
 
 /// The code of twice a value: ties go to the code with an even mantissa.
-fn nearest(twice: f32) -> u8 {
+pub fn nearest(twice: f32) -> u8 {
     let magnitude = twice.abs();
     // Midway between neighbours; odd codes lose a tie on either side.
     let upto = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
@@ -53,8 +42,8 @@ fn nearest(twice: f32) -> u8 {
     if twice < 0.0 && code > 0 { code | 8 } else { code }
 }
 
-fn power_of_two(reals: &[f32]) -> f32 {
-    let most = largest(reals);
+fn power_of_two(reals: Reals<'_>) -> f32 {
+    let most = largest(reals.values);
     if most == 0.0 {
         return 0.0;
     }
@@ -62,8 +51,8 @@ fn power_of_two(reals: &[f32]) -> f32 {
     better(reals, scale, 2.0 * scale)
 }
 
-fn multiple_of(reals: &[f32], outer: f32) -> f32 {
-    let most = largest(reals);
+fn multiple_of(reals: Reals<'_>) -> f32 {
+    let (most, outer) = (largest(reals.values), reals.outer);
     if most == 0.0 || outer == 0.0 {
         return 0.0;
     }
@@ -82,10 +71,11 @@ fn largest(reals: &[f32]) -> f32 {
 }
 
 /// Of two scales the one of less squared error.
-fn better(reals: &[f32], a: f32, b: f32) -> f32 {
+fn better(reals: Reals<'_>, a: f32, b: f32) -> f32 {
     let error = |scale: f32| -> f32 {
         let half = 0.5 * scale;
-        reals.iter().map(|x| (x - half * f32::from(E2M1[usize::from(nearest(x / half))])).powi(2)).sum()
+        let off = |x: &f32| (x - half * f32::from(E2M1[usize::from(nearest(x / half))])).powi(2);
+        reals.values.iter().zip(reals.importance).map(|(x, weight)| weight * off(x)).sum()
     };
     if a > 0.0 && error(a) <= error(b) { a } else { b }
 }

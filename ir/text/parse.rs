@@ -12,7 +12,7 @@
 //! Types are inferred while parsing, so an ill-typed node is reported where it stands.
 
 use super::lex::{Lexer, Token};
-use crate::formats::DType;
+use crate::formats::{CACHED, DType};
 use crate::graph::{Attr, Attrs, Fused, Graph, Stage, TokenRange, ValueId};
 use crate::model::{Call, Model, ModelInfo, WeightTable};
 use crate::ops::{AttrKind, Class, Op};
@@ -227,10 +227,10 @@ impl<'a> Parser<'a> {
     fn cache(&mut self, role: CacheRole) -> Result<Type> {
         self.mark("<")?;
         let dtype = match &self.token {
-            Token::Word(w) => DType::parse(w).filter(|d| d.is_cached()),
+            Token::Word(w) => DType::parse(w).filter(|d| CACHED.contains(d)),
             _ => None,
         };
-        let Some(dtype) = dtype else { return Err(self.expected("`f16`, `bf16`, `f32` or `i8`")) };
+        let Some(dtype) = dtype else { return Err(self.expected("`f32`, `f16`, `bf16`, `i8`, `fp8` or `i4`")) };
         self.advance()?;
         let window = self.window()?;
         self.mark(">")?;

@@ -208,8 +208,9 @@ pub fn print_plan(plan: &Plan) -> String {
         put!(out, "# k{k} {} for t = {}\n{}\n", kernel.name, span(kernel.range), print_graph(&kernel.body));
     }
     for (pack, spec) in plan.packs.iter().zip(&plan.program.weights) {
-        if let Some(gain) = &pack.column_scale {
-            put!(out, "# {} is {:?} with its columns times {gain:?}\n", name(&spec.name), pack.weight);
+        if !pack.is_entry() {
+            put!(out, "# {} is packed as\n", name(&spec.name));
+            print_graph(&pack.recipe).lines().for_each(|line| put!(out, "#   {line}\n"));
         }
     }
     for line in print_program(&plan.program).lines() {

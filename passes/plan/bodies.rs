@@ -9,7 +9,6 @@
 //!
 //! Inputs are named by what they are and numbered, so equal kernels have equal bodies.
 
-use crate::saturate::packed_form;
 use ir::cost::Workload;
 use ir::graph::{Fused, Input};
 use ir::ops::Class;
@@ -22,8 +21,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 pub enum Source {
     /// A value of the graph.
     Value(ValueId),
-    /// A weight, by name under the call's prefix, and what is folded into its columns.
-    Weight(String, Option<String>, Type),
+    /// A value of the graph that is a weight, or computed from weights when packing.
+    Weight(ValueId),
 }
 
 /// A kernel where it stands in a graph.
@@ -101,10 +100,10 @@ fn cut(graph: &Graph, group: &Fused) -> Result<Cut> {
             let input = Input { name: format!("{stem}{count}"), ty: ty.clone() };
             *count += 1;
             to.insert(*operand, body.input(input.name, input.ty));
-            match packed_form(graph, *operand) {
-                _ if *ty == Type::Step => {}
-                Some((weight, scale)) => sources.push(Source::Weight(weight, scale, ty.clone())),
-                None => sources.push(Source::Value(*operand)),
+            match ty {
+                Type::Step => {}
+                _ if ty.is_static() && graph.node(*operand).is_some() => sources.push(Source::Weight(*operand)),
+                _ => sources.push(Source::Value(*operand)),
             }
         }
     }

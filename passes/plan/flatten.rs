@@ -5,6 +5,7 @@ use super::{rows_of, too_large};
 use crate::memory::{Lifetime, assign, buffer_bytes};
 use ir::ops::Class;
 use ir::plan::{Arg, Buffer, BufferId, CacheId, KernelId, Launch, Limits, Pack, RowCount, WeightId};
+use ir::recipe::recipe;
 use ir::{Graph, Model, Place, Result, TokenRange, Type, ValueId, bail};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -15,7 +16,7 @@ pub struct Tables {
     pub weights: Vec<PackedWeight>,
     /// Caches: name and type.
     pub caches: Vec<(String, Type)>,
-    known_weights: HashMap<(String, Option<String>), usize>,
+    known_weights: HashMap<String, usize>,
     known_caches: HashMap<String, usize>,
 }
 
@@ -28,11 +29,9 @@ pub struct PackedWeight {
 }
 
 impl Tables {
-    fn weight(&mut self, prefix: &str, name: &str, scale: Option<&str>, ty: &Type) -> Arg {
-        let key = (format!("{prefix}{name}"), scale.map(|s| format!("{prefix}{s}")));
-        let weights = &mut self.weights;
-        let index = *self.known_weights.entry(key).or_insert_with_key(|(weight, column_scale)| {
-            let pack = Pack { weight: weight.clone(), column_scale: column_scale.clone() };
+    fn weight(&mut self, recipe: Graph, ty: &Type) -> Arg {
+        let (pack, weights) = (Pack { recipe }, &mut self.weights);
+        let index = *self.known_weights.entry(pack.name()).or_insert_with(|| {
             weights.push(PackedWeight { pack, ty: ty.clone() });
             weights.len() - 1
         });
@@ -183,8 +182,11 @@ impl Flattener<'_> {
         let mut args = vec![];
         for source in &site.inputs {
             args.push(match source {
-                Source::Weight(name, scale, ty) => {
-                    Bound::Fixed(self.tables.weight(self.prefix, name, scale.as_deref(), ty))
+                Source::Weight(value) => {
+                    let Some(recipe) = recipe(self.graph, *value, self.prefix) else {
+                        bail!(Internal, "{value} is no weight");
+                    };
+                    Bound::Fixed(self.tables.weight(recipe, self.graph.ty(*value)))
                 }
                 Source::Value(value) => match self.bound.get(value) {
                     Some(bound) => *bound,

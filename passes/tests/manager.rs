@@ -56,7 +56,7 @@ fn a_failing_pass_leaves_a_reproducer() {
     // What makes no sense is not worth one.
     let options = Options { kv: Some(DType::Q4_0), ..Options::new(target()) };
     let error = compile(llama(), &options, &mut hooks).map(drop).unwrap_err();
-    assert_eq!(error.to_string(), "pass precision: caches cannot be stored as q4_0");
+    assert_eq!(error.to_string(), "pass precision: caches of heads of 32 cannot be stored as q4_0");
     assert!(error.advice().unwrap().contains("f16") && !path.exists());
     let options = Options::new(target());
     let mut model = llama();

@@ -33,7 +33,7 @@ fn replay(plan: &Plan, model: &Model, lengths: &[usize], rows: &[i32]) -> BTreeM
     let step = Step::new(&lengths.iter().map(|n| (0, *n)).collect::<Vec<_>>());
     let tokens: usize = lengths.iter().sum();
     let variant = program.variants.iter().find(|v| (v.tokens.min..=v.tokens.max).contains(&tokens)).unwrap();
-    let weights: Vec<Value> = plan.packs.iter().map(|p| packed(model, &p.weight, p.column_scale.as_deref())).collect();
+    let weights: Vec<Value> = plan.packs.iter().map(|p| packed(model, p)).collect();
     let empty = |c: &ir::plan::CacheSpec| Cache::empty(&text::parse_type(&c.ty).unwrap(), lengths.len()).unwrap();
     let mut caches: Vec<Value> = program.caches.iter().map(|c| Value::Cache(empty(c))).collect();
     let mut buffers: HashMap<u32, Value> = HashMap::new();
@@ -71,14 +71,9 @@ fn replay(plan: &Plan, model: &Model, lengths: &[usize], rows: &[i32]) -> BTreeM
     program.outputs.iter().map(|o| (o.name.clone(), buffers[&o.buffer.0].clone())).collect()
 }
 
-fn packed(model: &Model, name: &str, column_scale: Option<&str>) -> Value {
-    let weight = model.weights.get(name).unwrap();
-    let mut data = weight.read_all().unwrap();
-    if let Some(scale) = column_scale {
-        let scale = model.weights.get(scale).unwrap().read_all().unwrap();
-        data.iter_mut().enumerate().for_each(|(i, x)| *x *= scale[i % scale.len()]);
-    }
-    Value::Tensor(Tensor::new(weight.dtype_shape().1, data))
+fn packed(model: &Model, pack: &ir::plan::Pack) -> Value {
+    let weight = model.weights.make(&pack.recipe).unwrap();
+    Value::Tensor(Tensor::new(weight.dtype_shape().1, weight.read_all().unwrap()))
 }
 
 #[test]

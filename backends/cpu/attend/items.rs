@@ -82,15 +82,32 @@ fn each(
             load_index(e, record, i)
         });
         let tokens = e.i64(attention.shape.item.tokens as i64);
-        e.for_loop((zero, count, tokens), before, |e, from, before| {
-            let left = e.sub(count, from);
-            let (first, count) = (e.add(first, from), e.min(left, tokens));
-            let item = attention.item(e, first, count, sequence, length);
-            let reading = e.i64(READING);
-            let weight = e.add(item.rows, reading);
-            visit(e, &Placed { item: &item, before: before[0], weight });
-            let work = e.mul(item.blocks, weight);
-            vec![e.add(before[0], work)]
+        let mut run = |e: &mut Emitter, (low, high): (Val, Val), before: &[Val]| {
+            e.for_loop((low, high, tokens), before, |e, from, before| {
+                let left = e.sub(high, from);
+                let (first, count) = (e.add(first, from), e.min(left, tokens));
+                let item = attention.item(e, first, count, sequence, length);
+                let reading = e.i64(READING);
+                let weight = e.add(item.rows, reading);
+                visit(e, &Placed { item: &item, before: before[0], weight });
+                let work = e.mul(item.blocks, weight);
+                vec![e.add(before[0], work)]
+            })
+        };
+        if !attention.shape.mixed {
+            return run(e, (zero, count), before);
+        }
+        // Items end where cache blocks do.
+        let position = load_index(e, attention.step.positions, first);
+        let positions = e.i64(CACHE_BLOCK as i64);
+        let beyond = e.add(position, count);
+        let start = e.rem(position, positions);
+        let start = e.sub(position, start);
+        e.for_loop((start, beyond, positions), before, |e, block, before| {
+            let (low, high) = (e.sub(block, position), e.add(block, positions));
+            let (low, high) = (e.max(low, zero), e.sub(high, position));
+            let high = e.min(high, count);
+            run(e, (low, high), before)
         })
     });
     work[0]
@@ -221,13 +238,16 @@ impl Attention {
         let most = e.i64(CACHE_BLOCK as i64 - 1);
         let (low, beyond) = (e.div(low, positions), e.add(high, most));
         let beyond = e.div(beyond, positions);
+        let own = load_index(e, self.step.positions, first);
+        let own = e.div(own, positions);
         let row = e.mul(sequence, self.step.stride);
         let heads = e.i64(shape.item.heads as i64);
         Item {
             first,
             count,
             rows: e.mul(count, heads),
-            table: e.row(self.step.tables, row, 4),
+            table: row,
+            own,
             length,
             kv_head: zero,
             head: zero,

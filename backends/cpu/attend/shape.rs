@@ -1,8 +1,7 @@
 //! What is known of an attention kernel when it is emitted: extents, rules, and how its work falls into rows and registers.
 
-use crate::cpu::cached::Stored;
 use crate::cpu::rows::walk::LANES;
-use mansard_ir::layout::{AttentionItem, CACHE_BLOCK, cache_block_bytes, row_bytes};
+use mansard_ir::layout::{AttentionItem, row_bytes};
 use mansard_ir::{Node, Result, Target, Type, bail};
 
 /// Registers that a product leaves to what it reads.
@@ -20,9 +19,8 @@ pub(super) struct Shape {
     pub(super) slices: usize,
     /// Items of each token and key-value head.
     pub(super) parts: usize,
-    pub(super) kv_heads: usize,
-    pub(super) stored: Stored,
-    pub(super) cache_block_bytes: usize,
+    /// An item's own cache block is read from other caches.
+    pub(super) mixed: bool,
     /// Bytes from token to token of queries and results.
     pub(super) row_bytes: usize,
     pub(super) scale: f32,
@@ -36,10 +34,9 @@ pub(super) struct Shape {
 
 impl Shape {
     pub(super) fn new(target: &Target, node: &Node, q: &Type, cache: &Type) -> Result<Shape> {
-        let (Type::Cache { heads: kv_heads, dim, dtype, .. }, Some(width)) = (cache, q.row_width()) else {
-            bail!(Internal, "attention of {q} over {cache}")
-        };
-        let (Some(row_bytes), Some(cache_block_bytes)) = (row_bytes(q), cache_block_bytes(cache)) else {
+        let (Type::Cache { heads: kv_heads, dim, .. }, Some(width), Some(row_bytes)) =
+            (cache, q.row_width(), row_bytes(q))
+        else {
             bail!(Internal, "attention of {q} over {cache}")
         };
         let group = width / dim / kv_heads;
@@ -50,9 +47,7 @@ impl Shape {
             item,
             slices: kv_heads * parts,
             parts,
-            kv_heads: *kv_heads,
-            stored: Stored::of(*dtype)?,
-            cache_block_bytes,
+            mixed: node.operands.len() > 4,
             row_bytes,
             scale: node.attrs.float("scale") as f32,
             causal: node.attrs.bool("causal"),
@@ -61,11 +56,6 @@ impl Shape {
             registers: target.registers,
             per_vector: (LANES * 4).div_ceil(target.vector_bytes),
         })
-    }
-
-    /// Bytes of a head of a cache block.
-    pub(super) fn head_bytes(&self) -> usize {
-        self.dim * CACHE_BLOCK * self.stored.bytes()
     }
 
     /// Bytes of a row of queries: a head in whole vectors.

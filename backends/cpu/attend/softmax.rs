@@ -10,7 +10,6 @@
 //! factor of its first real score, and every token sees itself.
 
 use super::{Attention, Item};
-use crate::cpu::cached::Stored;
 use crate::cpu::rows::walk::LANES;
 use crate::emit::{Cmp, Emitter, F32, I32, Val};
 use crate::math;
@@ -175,10 +174,8 @@ impl Attention {
         let none = e.float(F32.x(LANES), 0.0);
         let sums = e.for_loop((zero, span.blocks, one), &[none], |e, index, sums| {
             let scores = e.row(scores, index, CACHE_BLOCK * 4);
-            let scales = (self.shape.stored == Stored::Code).then(|| {
-                let block = e.add(span.first, index);
-                self.scales(e, item, self.values, block)
-            });
+            let block = e.add(span.first, index);
+            let scales = self.caches.scales(e, item, self.caches.values, block);
             let weights: Vec<Val> = (0..VECTORS)
                 .map(|i| {
                     let score = load_vector(e, scores, i);
@@ -187,7 +184,8 @@ impl Attention {
                     let at = e.gep_const(scores, i * LANES * 4);
                     let scaled = match scales {
                         Some(scales) => {
-                            let scale = load_vector(e, scales, i);
+                            let scale = self.caches.stored.load_scales(e, scales, i * LANES, LANES);
+                            let scale = self.scale_in(e, item, block, scale);
                             e.mul(weight, scale)
                         }
                         None => weight,
@@ -204,6 +202,15 @@ impl Attention {
         let factor = e.load(factor, F32, 4);
         let out = e.row(state.out, row, self.shape.item.row_bytes);
         self.scale_row(e, out, factor, sums[0]);
+    }
+
+    /// The scale of values in a cache block: none in an item's own, where that is read from other caches.
+    fn scale_in(&self, e: &mut Emitter, item: &Item, block: Val, scale: Val) -> Val {
+        if self.recent.is_none() {
+            return scale;
+        }
+        let (own, one) = (e.cmp(Cmp::Eq, block, item.own), e.float(scale.ty, 1.0));
+        e.select(own, one, scale)
     }
 
     /// `out = out * factor`, and the row's sums of weights likewise, plus `sums`.

@@ -54,11 +54,37 @@ fn half_precision_caches() {
 
 #[test]
 fn other_stored_types() {
-    for cache in ["bf16", "i8"] {
+    for cache in ["bf16", "i8", "fp8"] {
         attend((6, 2), 64, cache, CAUSAL, &RAGGED, 1e-5);
         attend((2, 1), 80, cache, CAUSAL, &RAGGED, 1e-5);
         attend((4, 1), 20, cache, "causal = true, window = 70, softcap = 2.0", &[(190, 3), (0, 65)], 1e-5);
     }
+}
+
+#[test]
+fn int4_caches() {
+    attend((6, 2), 64, "i4", CAUSAL, &RAGGED, 1e-5);
+    attend((3, 1), 96, "i4", CAUSAL, &RAGGED, 1e-5);
+    attend((4, 1), 32, "i4", "causal = true, window = 70, softcap = 2.0", &[(190, 3), (0, 65)], 1e-5);
+    attend((2, 2), 256, "i4", "causal = false, window = 0, softcap = 0.0", &[(0, 130), (0, 3)], 1e-5);
+}
+
+#[test]
+fn recent_positions_in_other_caches() {
+    let mixed = |(q, kv): (usize, usize), dim: usize, (cache, recent): (&str, &str), rules: &str, step: &[_]| {
+        let text = format!(
+            "graph @attend(%q: f32[t, {q}, {dim}], %k: keys<{cache}>[c, {kv}, {dim}], %v: values<{cache}>[c, {kv}, {dim}], \
+             %kr: keys<{recent}, window = 64>[c, {kv}, {dim}], %vr: values<{recent}, window = 64>[c, {kv}, {dim}], \
+             %step: step[s]) stage planned when t = 1..512 {{ \
+             %y = attend_mixed %q, %k, %v, %kr, %vr, %step {{scale = 0.3, {rules}}} return y = %y }}"
+        );
+        harness::case(&text, step, 1e-5);
+    };
+    let prompts = [(0, 130), (200, 1), (61, 70), (63, 1), (64, 1), (127, 4)];
+    mixed((9, 3), 64, ("i4", "f16"), CAUSAL, &prompts);
+    mixed((4, 1), 256, ("i4", "f16"), "causal = true, window = 70, softcap = 0.0", &prompts);
+    mixed((2, 1), 96, ("i4", "f16"), "causal = true, window = 0, softcap = 2.0", &prompts);
+    mixed((2, 1), 32, ("i8", "f32"), CAUSAL, &RAGGED);
 }
 
 #[test]

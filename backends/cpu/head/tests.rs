@@ -129,7 +129,7 @@ fn packed_planes_are_the_codes() {
             bytes.extend_from_slice(b);
             Ok(())
         };
-        pack::pack(&weight, None, threads, &mut sink).unwrap();
+        pack::pack(&weight, threads, &mut sink).unwrap();
         bytes
     };
     let (bytes, p) = (packed(1), PlanesLayout::new(k));

@@ -226,6 +226,24 @@ impl Rows<'_> {
         Ok(())
     }
 
+    /// `slice` and `concat`: the columns that the result takes of each operand, one after the other.
+    pub(super) fn columns(&self, e: &mut Emitter, v: ValueId, node: &mansard_ir::Node) -> Result<()> {
+        let Some(to) = self.destination(v) else { return Ok(()) };
+        let (from, all) = (node.attrs.get("from").map_or(0, |_| node.attrs.size("from")), width(self.graph, v)?);
+        let mut filled = 0;
+        for operand in &node.operands {
+            let (row, count) = (self.row_of(*operand)?, width(self.graph, *operand)?.min(all));
+            let align = |first: usize| if first.is_multiple_of(walk::LANES) { 64 } else { 4 };
+            let (source, target) = (e.gep_const(row, 4 * from), e.gep_const(to, 4 * filled));
+            walk::visit(e, count, &mut |e, chunk| {
+                let value = chunk.load(e, source, align(from));
+                chunk.store(e, value, target, align(filled));
+            });
+            filled += count;
+        }
+        Ok(())
+    }
+
     /// A loaded index of this row: of a token, a position, a row.
     pub(super) fn index(&self, e: &mut Emitter, value: ValueId) -> Result<Val> {
         let base = self.memory(value)?;

@@ -89,6 +89,13 @@ fn rope() {
 }
 
 #[test]
+fn hadamard() {
+    for (heads, dim) in [(3, 64), (1, 256), (2, 20), (1, 80), (3, 10), (2, 16)] {
+        case(&format!("%x: f32[t, {heads}, {dim}]"), "%y = hadamard %x return y = %y", 1e-6);
+    }
+}
+
+#[test]
 fn angles() {
     for half in [4, 10, 16, 32, 40] {
         let inputs = format!("%p: i32[t], %f: f32[{half}]");
@@ -117,8 +124,9 @@ fn rows_that_leave() {
 #[test]
 fn appends() {
     // What was there before is stored again by the harness, whose scales of codes can differ in the last place.
-    for (cache, tolerance) in [("f32", 0.0), ("f16", 0.0), ("bf16", 0.0), ("i8", 1e-6)] {
-        for (heads, dim) in [(3, 64), (1, 80), (2, 20)] {
+    let stored = [("f32", 0.0), ("f16", 0.0), ("bf16", 0.0), ("fp8", 0.0), ("i8", 1e-6), ("i4", 1e-6)];
+    for (cache, tolerance) in stored {
+        for (heads, dim) in if cache == "i4" { [(3, 64), (1, 96), (2, 32)] } else { [(3, 64), (1, 80), (2, 20)] } {
             let inputs = format!(
                 "%x: f32[t, {heads}, {dim}], %k: keys<{cache}>[c, {heads}, {dim}], \
                  %v: values<{cache}, window = 9>[c, {heads}, {dim}], %step: step[s]"

@@ -26,6 +26,8 @@ pub fn target() -> Target {
     let machine = Machine {
         threads: 2,
         bandwidth: 65e9,
+        near_bandwidth: 0.0,
+        near_bytes: 0.0,
         cache_bandwidth: 200e9,
         cache_bytes: 16e6,
         peak_f32: 220e9,

@@ -108,7 +108,7 @@ fn counting_program() -> Program {
             buffer("sums", 1024, RowCount::Sequences),
             buffer("tally", 2048, RowCount::Sequences),
         ],
-        weights: vec![WeightSpec { name: "five".into(), ty: "f32[1]".into(), bytes: 64 }],
+        weights: vec![WeightSpec { name: "five".into(), ty: "f32[1]".into(), bytes: 64, recipe: None }],
         caches: vec![CacheSpec { name: "tokens".into(), ty: "keys<f32>[c, 1, 1]".into(), block_bytes: 256, group: 0 }],
         groups: CacheGroup::all(),
         kernels: ["count", "tally", "remember", "recall"].map(kernel).to_vec(),

@@ -1,0 +1,118 @@
+//! `compile --calibrate-cost`: the kernels that would be chosen are timed here, and their measured times overwrite what the
+//! roofline says in a second search.
+//!
+//! ```text
+//! compile -> time every kernel in each range of tokens -> factor by kind, format and range -> compile with these
+//! ```
+//!
+//! What was measured is in the artifact's provenance; `--costs` takes it from there, or from what `inspect --costs` says of
+//! it, so that the same inputs give the same bytes.
+
+use crate::bench::kernels::KernelTable;
+use crate::bench::roof::Roof;
+use crate::bench::steps::{Kind, Test};
+use crate::explain::pricing;
+use crate::report;
+use mansard::driver::{self, CompileOptions, Progress};
+use mansard_backends as backends;
+use mansard_ir::artifact::rounded;
+use mansard_ir::costs::{Costs, Factor};
+use mansard_ir::plan::{Program, Variant};
+use mansard_ir::{Error, Kind as ErrorKind, Place, Result, Target, TokenRange};
+use mansard_passes as passes;
+use mansard_runtime::{self as runtime, Artifact, Model, OpenOptions, physical_cores};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Times each step is run.
+const REPETITIONS: usize = 8;
+
+/// Steps that are decoded in a run.
+const DECODED: usize = 8;
+
+/// Times the kernels of the model at `input`, compiled with `options`.
+///
+/// # Errors
+/// Where this machine cannot run the targets' code, and what compiling and running can meet.
+pub fn measure(input: &Path, output: &Path, options: &CompileOptions, progress: &mut dyn Progress) -> Result<Costs> {
+    let targets = backends::targets(&options.targets)?;
+    for target in &targets {
+        if let Some(lacks) = runtime::lacking(&target.arch, &target.features) {
+            let message = format!("--calibrate-cost: code for `{}` cannot be timed here: {lacks}", target.name);
+            return Err(Error::new(ErrorKind::Unsupported, message)
+                .help("measure on such a machine, and give what was found there with --costs"));
+        }
+    }
+    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let trial = tempfile::Builder::new().prefix(".mansard-costs-").tempfile_in(folder);
+    let trial = trial.map_err(|e| Error::io(folder, e))?;
+    let mut sink = |_: passes::Event<'_>| {};
+    let unmeasured = CompileOptions { costs: Costs::default(), ..options.clone() };
+    driver::compile(input, trial.path(), &unmeasured, progress, &mut passes::Hooks::new(&mut sink))?;
+    progress.stage("time kernels", 0);
+    let model = Model::open(trial.path())?;
+    let (program, threads) = (&model.artifact().manifest().program, physical_cores());
+    // The machine that decisions are priced on, whatever it has to do with this one.
+    let machine = driver::pass_options(Target::common(&targets)?, options).target.machine;
+    let roof = Roof::on(program, machine, String::new(), threads)?;
+    let tests: Vec<(TokenRange, Test)> =
+        program.variants.iter().filter_map(|v| Some((v.tokens, test(program, v, model.info().encoder)?))).collect();
+    let only: Vec<Test> = tests.iter().map(|(_, test)| *test).collect();
+    let tables = pricing::measure(&model, &roof, &only, threads, REPETITIONS)?;
+    let of = |((range, _), table): (&(TokenRange, Test), &KernelTable)| factors(program, &roof, *range, table);
+    Ok(Costs { factors: tests.iter().zip(&tables).flat_map(of).collect() })
+}
+
+/// A step in the middle of a range: few tokens decode that many sequences, more read a prompt.
+fn test(program: &Program, variant: &Variant, encoder: bool) -> Option<Test> {
+    let (TokenRange { min, max }, limits) = (variant.tokens, &program.limits);
+    let max = max.min(limits.tokens).min(limits.context);
+    let count = ((min * max) as f64).sqrt() as usize;
+    let decoded = Test { kind: Kind::Decode, count: DECODED, batch: count, depth: 0 };
+    let read = Test { kind: Kind::Prefill, count, batch: 1, depth: 0 };
+    let fits = |test: &Test| count > 0 && test.check(limits, encoder).is_ok();
+    let decodes = !encoder && max <= limits.sequences.min(limits.rows);
+    Some(if decodes { decoded } else { read }).filter(fits).or(Some(read).filter(fits))
+}
+
+fn factors(program: &Program, roof: &Roof, tokens: TokenRange, table: &KernelTable) -> Vec<Factor> {
+    let mut sums: BTreeMap<(String, String), (f64, f64)> = BTreeMap::new();
+    for (name, predicted, measured) in table.predictions() {
+        let body = program.kernels.iter().position(|k| k.name == name).and_then(|index| roof.body(index));
+        let Some((kind, format)) = body.and_then(passes::cost::kind_and_format) else { continue };
+        let sum = sums.entry((kind.name().to_string(), format)).or_default();
+        *sum = (sum.0 + predicted, sum.1 + measured);
+    }
+    let factor = |((kind, format), (predicted, measured)): ((String, String), (f64, f64))| Factor {
+        kind,
+        format,
+        tokens,
+        factor: rounded(measured / predicted).clamp(1e-3, 1e3),
+    };
+    sums.into_iter().map(factor).collect()
+}
+
+/// The costs in an artifact, or in JSON.
+///
+/// # Errors
+/// Where it is neither.
+pub fn read(path: &Path) -> Result<Costs> {
+    let place = || path.display().to_string();
+    if report::starts_with(path, b'[')? {
+        let json = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+        return Costs::from_json(&json).at(place);
+    }
+    let artifact = Artifact::open(path, &OpenOptions { verify_weights: false })?;
+    let costs = artifact.manifest().provenance.costs.clone();
+    costs.check().at(place).map(|()| costs)
+}
+
+/// A table of factors.
+pub fn table(costs: &Costs) -> String {
+    let mut rows = vec![["kernels", "format", "tokens", "measured / predicted"].map(String::from).to_vec()];
+    rows.extend(costs.factors.iter().map(|f| {
+        let tokens = format!("{} to {}", f.tokens.min, f.tokens.max);
+        vec![f.kind.clone(), f.format.clone(), tokens, format!("{:.2}", f.factor)]
+    }));
+    report::table(&rows)
+}
