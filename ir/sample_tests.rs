@@ -64,7 +64,7 @@ fn random_weights_have_a_plausible_size() {
 #[test]
 fn random_models_are_legal_and_run() {
     let mut seen = std::collections::BTreeSet::new();
-    for seed in 0..160 {
+    for seed in 0..600 {
         let model = graph(seed, 30).unwrap();
         crate::verify::verify_model(&model).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         let text = crate::text::print_model(&model);
