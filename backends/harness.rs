@@ -188,23 +188,16 @@ pub fn run(
     let results = |(memories, _): &(Vec<Memory>, usize)| {
         memories.iter().enumerate().for_each(|(i, m)| m.check_canaries(&format!("argument {i} of `{}`", kernel.name)));
         let mut results = outputs..;
+        // caches, and estimates, are changed where they are
+        let changed = |v| body.argument(body.root(v)).expect("an input in memory");
         let read = |v| match body.ty(v) {
-            ty @ Type::Cache { .. } => memories[root_argument(body, v)].read_cache(ty, &lengths, &pool),
-            ty if in_place(body, v) => memories[root_argument(body, v)].read_rows(ty, arrays.rows_of(ty)),
+            ty @ Type::Cache { .. } => memories[changed(v)].read_cache(ty, &lengths, &pool),
+            ty if in_place(body, v) => memories[changed(v)].read_rows(ty, arrays.rows_of(ty)),
             ty => memories[results.next().unwrap_or(0)].read_rows(ty, arrays.rows_of(ty)),
         };
         body.results.iter().map(|(_, v)| *v).map(read).collect()
     };
     runs.iter().map(results).collect()
-}
-
-/// The argument that a result was made in: the input at the root of its appends, or the estimates.
-fn root_argument(body: &Graph, mut value: mansard_ir::ValueId) -> usize {
-    while let Some(node) = body.node(value) {
-        value = node.operands[0];
-    }
-    let before = &body.inputs[..value.0 as usize];
-    before.iter().filter(|input| input.ty != Type::Step).count()
 }
 
 impl Given {

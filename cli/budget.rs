@@ -14,7 +14,6 @@ mod divergence;
 
 use crate::calibration;
 use crate::driver::{self, CompileOptions, Progress, Summary};
-pub(crate) use calibrate::reference_options;
 use calibrate::{Calibration, Subjects};
 use divergence::Reference;
 pub use divergence::{CHUNK, WINDOW, divergence_term, log_sum};
@@ -116,9 +115,9 @@ pub fn compile(
         reference: &reference,
     };
     // Before what takes long: the text may be none.
-    let calibration_hash = blake3::hash(calibration::text(subjects.text)?.as_bytes()).to_hex().to_string();
+    let calibration_hash = calibration::hash(subjects.text)?;
     progress.stage("reference", 0);
-    driver::compile(input, &reference, &reference_options(options), &mut driver::Quiet, hooks)?;
+    driver::compile(input, &reference, &driver::reference_options(options), &mut driver::Quiet, hooks)?;
     let calibration = subjects.calibrate(progress)?;
     let search = Search { input, output, options, budget, model: &model, calibration: &calibration, calibration_hash };
     search.run(decisions, &reference, progress, hooks)

@@ -31,6 +31,14 @@ pub fn text(path: Option<&Path>) -> Result<String> {
     Ok(text)
 }
 
+/// BLAKE3 of such a text.
+///
+/// # Errors
+/// As [`text`].
+pub fn hash(path: Option<&Path>) -> Result<String> {
+    Ok(blake3::hash(text(path)?.as_bytes()).to_hex().to_string())
+}
+
 /// Hash of what any measurement of a model on a text depends on, and of what else is named.
 ///
 /// # Errors

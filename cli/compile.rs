@@ -7,12 +7,12 @@ use mansard::budget::{self, Budget, Outcome};
 use mansard::driver::{self, CompileOptions, Progress, Summary};
 use mansard::machine::MachineFile;
 use mansard_backends::{self as backends, Layer};
+use mansard_ir::artifact::Provenance;
 use mansard_ir::artifact::Quality;
 use mansard_ir::quantize::{QUANTIZERS, Quantizer};
 use mansard_ir::text::{print_model, print_plan};
-use mansard_ir::{DType, Error, Place, Result, Stage, Tuning, bail};
+use mansard_ir::{DType, Result, Stage, Tuning, bail};
 use mansard_passes::{self as passes, Event, Hooks, State};
-use mansard_runtime::{Artifact, OpenOptions};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -376,14 +376,8 @@ fn outcome_table(outcome: &Outcome) -> String {
 
 /// The choices in an artifact, or in JSON.
 fn tuning(path: &Path) -> Result<Tuning> {
-    let place = || path.display().to_string();
-    if report::starts_with(path, b'{')? {
-        let json = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-        return Tuning::from_json(&json).at(place);
-    }
-    let artifact = Artifact::open(path, &OpenOptions { verify_weights: false })?;
-    let tuning = artifact.manifest().provenance.tuning.clone();
-    tuning.check().at(place).map(|()| tuning)
+    let checked = |from: &Provenance| from.tuning.check().map(|()| from.tuning.clone());
+    report::json_or_artifact(path, b'{', Tuning::from_json, checked)
 }
 
 /// `--emit` and `--stop-after`.

@@ -15,12 +15,12 @@ use crate::explain::pricing;
 use crate::report;
 use mansard::driver::{self, CompileOptions, Progress};
 use mansard_backends as backends;
-use mansard_ir::artifact::rounded;
+use mansard_ir::artifact::{Provenance, rounded};
 use mansard_ir::costs::{Costs, Factor};
 use mansard_ir::plan::{Program, Variant};
-use mansard_ir::{Error, Kind as ErrorKind, Place, Result, Target, TokenRange};
+use mansard_ir::{Error, Kind as ErrorKind, Result, Target, TokenRange};
 use mansard_passes as passes;
-use mansard_runtime::{self as runtime, Artifact, Model, OpenOptions, physical_cores};
+use mansard_runtime::{self as runtime, Model, physical_cores};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -97,14 +97,8 @@ fn factors(program: &Program, roof: &Roof, tokens: TokenRange, table: &KernelTab
 /// # Errors
 /// Where it is neither.
 pub fn read(path: &Path) -> Result<Costs> {
-    let place = || path.display().to_string();
-    if report::starts_with(path, b'[')? {
-        let json = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-        return Costs::from_json(&json).at(place);
-    }
-    let artifact = Artifact::open(path, &OpenOptions { verify_weights: false })?;
-    let costs = artifact.manifest().provenance.costs.clone();
-    costs.check().at(place).map(|()| costs)
+    let checked = |from: &Provenance| from.costs.check().map(|()| from.costs.clone());
+    report::json_or_artifact(path, b'[', Costs::from_json, checked)
 }
 
 /// A table of factors.

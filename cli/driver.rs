@@ -133,6 +133,13 @@ pub fn import(path: &Path, options: &CompileOptions) -> Result<Model> {
     frontend::open(path, &options)
 }
 
+/// Every weight and cache in f32.
+pub fn reference_options(options: &CompileOptions) -> CompileOptions {
+    let kv = Some(DType::F32);
+    let quantizer = Some(Quantizer::Nearest);
+    CompileOptions { float_weights: true, weights: None, formats: BTreeMap::new(), quantizer, kv, ..options.clone() }
+}
+
 /// The options of the passes for one target.
 pub fn pass_options(mut target: Target, options: &CompileOptions) -> passes::Options {
     if let Some(file) = &options.machine {

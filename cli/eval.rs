@@ -123,10 +123,12 @@ pub fn card(path: &Path, text: Option<&Path>, against: &Path) -> Result<Quality>
     let window = WINDOW.min(model.artifact().manifest().program.limits.context);
     let request = Request { text, tokens: None, against: Some(against), window, most: None };
     let mut hash = blake3::Hasher::new();
-    tokens(&model, &request)?.iter().for_each(|token| _ = hash.update(&token.to_le_bytes()));
-    let Evaluation { positions, perplexity, perplexity_error, divergence } = measure(&model, &engine, &request)?;
+    let text = tokens(&model, &request)?;
+    text.iter().for_each(|token| _ = hash.update(&token.to_le_bytes()));
+    let Evaluation { positions, perplexity, perplexity_error, divergence } =
+        measured(&model, &engine, &request, &text)?;
     let Some(divergence) = divergence else { bail!(Internal, "nothing was compared") };
-    let (layer_error_predicted, layers) = layers(&model, against, &tokens(&model, &request)?)?;
+    let (layer_error_predicted, layers) = layers(&model, against, &text)?;
     let decided = model.artifact().manifest().provenance.decided.as_ref();
     Ok(Quality {
         text: hash.finalize().to_hex().to_string(),
@@ -176,13 +178,16 @@ fn layers(model: &Model, against: &Path, tokens: &[u32]) -> Result<(f64, Vec<Lay
 /// # Errors
 /// As [`run`].
 pub fn measure(model: &Model, engine: &EngineArguments, request: &Request<'_>) -> Result<Evaluation> {
+    measured(model, engine, request, &tokens(model, request)?)
+}
+
+fn measured(model: &Model, engine: &EngineArguments, request: &Request<'_>, tokens: &[u32]) -> Result<Evaluation> {
     if model.info().encoder {
         bail!(Usage, "a {} model is an encoder: it predicts no next token", model.info().architecture);
     }
     if request.window < 2 {
         bail!(Usage, "--window: expected at least 2 tokens, found {}", request.window);
     }
-    let tokens = tokens(model, request)?;
     let folder = tempfile::tempdir().map_err(|e| Error::io("a temporary folder", e))?;
     let other = request.against.map(|path| reference(path, folder.path(), engine)).transpose()?;
     let windows: Vec<&[u32]> = tokens.chunks(request.window).filter(|w| w.len() > 1).collect();

@@ -78,6 +78,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 
 fn measured(arguments: &Arguments, most: usize) -> Result<MachineTable> {
     let target = backends::target("native")?;
+    // The question that also asks the system for the registers of matrix units.
+    if let Some(reason) = mansard_runtime::lacking(&target.arch, &target.features) {
+        bail!(Unsupported, "no measurement of {}: {reason}", target.cpu);
+    }
     let loops = Loops::new(&target)?;
     let caches = levels(&runtime::caches());
     let peaks = loops.loops.iter().filter(|l| matches!(l, Loop::Products(_))).count();

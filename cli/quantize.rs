@@ -53,8 +53,7 @@ pub fn calibrated_on(quantizer: Quantizer, options: &CompileOptions) -> Result<O
     if quantizer.row().needs == Needs::Weights {
         return Ok(None);
     }
-    let text = calibration::text(options.calibration.as_deref())?;
-    Ok(Some(blake3::hash(text.as_bytes()).to_hex().to_string()))
+    calibration::hash(options.calibration.as_deref()).map(Some)
 }
 
 /// One matrix to be quantized, and where its rows go.

@@ -1,7 +1,8 @@
 //! What commands share: standard output, files that appear whole, tables, figures with units, token ids from the outside.
 
+use mansard_ir::artifact::Provenance;
 use mansard_ir::{Error, Kind, Place, Result, bail};
-use mansard_runtime::{EngineOptions, Model};
+use mansard_runtime::{Artifact, EngineOptions, Model, OpenOptions};
 use std::fs::File;
 use std::io::{BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
@@ -105,15 +106,26 @@ pub fn table(rows: &[Vec<String>]) -> String {
     out
 }
 
-/// The file begins with that byte: JSON does with a bracket, but an artifact with the length of its header, whose low byte is
-/// none.
+/// What was kept from an earlier compilation: in a file of JSON, or in an artifact's provenance. JSON begins with a bracket, but
+/// an artifact with the length of its header, whose low byte is none.
 ///
 /// # Errors
-/// Where it cannot be read.
-pub fn starts_with(path: &Path, byte: u8) -> Result<bool> {
+/// Where the file is neither, or what it holds makes no sense.
+pub fn json_or_artifact<T>(
+    path: &Path,
+    bracket: u8,
+    from_json: impl Fn(&str) -> Result<T>,
+    from_provenance: impl Fn(&Provenance) -> Result<T>,
+) -> Result<T> {
+    let place = || path.display().to_string();
     let mut first = [0];
     let read = File::open(path).and_then(|mut file| file.read(&mut first)).map_err(|e| Error::io(path, e))?;
-    Ok(read == 1 && first == [byte])
+    if read == 1 && first == [bracket] {
+        let json = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+        return from_json(&json).at(place);
+    }
+    let artifact = Artifact::open(path, &OpenOptions { verify_weights: false })?;
+    from_provenance(&artifact.manifest().provenance).at(place)
 }
 
 /// Every line two spaces to the right.

@@ -154,8 +154,7 @@ impl<'a> Interpreter<'a> {
         values: &mut BTreeMap<String, Value>,
         kept: &mut Vec<NewCache>,
     ) -> Result<()> {
-        let for_tokens = |g: &&Graph| g.range.is_none_or(|r| (r.min..=r.max).contains(&tokens));
-        let Some(body) = self.model.graphs_of(call).find(for_tokens) else {
+        let Some(body) = self.model.graphs_of(call).find(|g| g.suits(tokens)) else {
             bail!(Input, "no graph @{} for {tokens} tokens", call.graph);
         };
         let mut inputs = vec![];

@@ -82,6 +82,13 @@ pub struct TokenRange {
     pub max: usize,
 }
 
+impl TokenRange {
+    /// So many tokens are in it.
+    pub fn contains(self, tokens: usize) -> bool {
+        (self.min..=self.max).contains(&tokens)
+    }
+}
+
 /// The kernel a run of nodes becomes. What kind of kernel it is follows from the classes of its ops.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fused {
@@ -149,6 +156,36 @@ impl Graph {
     /// The node that defines a value; `None` for inputs.
     pub fn node(&self, value: ValueId) -> Option<&Node> {
         self.nodes.get((value.0 as usize).checked_sub(self.inputs.len())?)
+    }
+
+    /// Every value that a node defines, in order.
+    pub fn computed(&self) -> Vec<ValueId> {
+        (0..self.nodes.len()).map(|index| self.value_of(index)).collect()
+    }
+
+    /// Where a kernel's launch has an input's argument; `None` for the step, which is no argument, and for nodes.
+    pub fn argument(&self, value: ValueId) -> Option<usize> {
+        let index = value.0 as usize;
+        self.inputs.get(index).filter(|input| input.ty != Type::Step)?;
+        Some(self.inputs[..index].iter().filter(|input| input.ty != Type::Step).count())
+    }
+
+    /// How many arguments of a kernel's launch are inputs; results follow them.
+    pub fn arguments(&self) -> usize {
+        self.inputs.iter().filter(|input| input.ty != Type::Step).count()
+    }
+
+    /// What a value was made of by changing it in place: first operands, back to an input.
+    pub fn root(&self, mut value: ValueId) -> ValueId {
+        while let Some(node) = self.node(value) {
+            value = node.operands[0];
+        }
+        value
+    }
+
+    /// It is for steps of so many tokens.
+    pub fn suits(&self, tokens: usize) -> bool {
+        self.range.is_none_or(|range| range.contains(tokens))
     }
 
     /// The value node `index` defines.

@@ -109,6 +109,14 @@ enum Role {
     Epilogue,
 }
 
+/// The kind of a kernel whose whole body is given ([`kind`]).
+///
+/// # Errors
+/// Where the body is of no kind.
+pub fn kind_of(body: &Graph) -> Result<KernelKind> {
+    kind(body, &body.computed())
+}
+
 /// The kind of the kernel that the nodes `values` (ascending) of `graph` make.
 ///
 /// # Errors

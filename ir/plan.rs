@@ -81,8 +81,7 @@ impl Kernel {
     /// # Errors
     /// Where the body is of no kind.
     pub fn kind(&self) -> crate::Result<crate::kernel::KernelKind> {
-        let values: Vec<_> = self.body.values().filter(|v| self.body.node(*v).is_some()).collect();
-        crate::kernel::kind(&self.body, &values)
+        crate::kernel::kind_of(&self.body)
     }
 
     /// Bytes of scratch that each worker needs.
@@ -155,6 +154,13 @@ pub struct Program {
     pub variants: Vec<Variant>,
     /// What a step returns.
     pub outputs: Vec<Output>,
+}
+
+impl Program {
+    /// What is launched in steps of so many tokens.
+    pub fn variant(&self, tokens: usize) -> Option<&Variant> {
+        self.variants.iter().find(|variant| variant.tokens.contains(tokens))
+    }
 }
 
 /// Bounds of one step.
@@ -315,6 +321,19 @@ pub struct KernelSpec {
     pub flops_per_token: f64,
     /// Bytes of weights one launch reads.
     pub weight_bytes: usize,
+}
+
+impl KernelSpec {
+    /// What it computes.
+    ///
+    /// # Errors
+    /// Where its text is damaged.
+    pub fn body(&self) -> crate::Result<Graph> {
+        match crate::text::parse(&self.name, &self.text)?.graphs.pop() {
+            Some(body) => Ok(body),
+            None => crate::bail!(Input, "kernel `{}` has no body", self.name),
+        }
+    }
 }
 
 /// Launches for steps of `tokens` tokens.

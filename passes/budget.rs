@@ -259,10 +259,9 @@ impl Prices {
         let counts_caches = formats.contains(&DType::F32);
         for steps in traffic.steps(o.limits.tokens) {
             let tokens = steps.step.tokens.ceil() as usize;
-            let suits = |g: &&Graph| g.range.is_none_or(|r| (r.min..=r.max).contains(&tokens));
             let mut known: BTreeMap<&str, Vec<Priced>> = BTreeMap::new();
             for call in &model.calls {
-                let Some(graph) = model.graphs_of(call).find(suits) else { continue };
+                let Some(graph) = model.graphs_of(call).find(|g| g.suits(tokens)) else { continue };
                 let is_free = |local: &str| free.contains(format!("{}{local}", call.prefix).as_str());
                 let priced = known.entry(graph.name.as_str()).or_insert_with(|| {
                     formats.iter().map(|f| Priced::of(graph, *f, &is_free, &o.target.machine, &steps.step)).collect()

@@ -116,9 +116,8 @@ impl Roofline {
 
 /// What measured costs of a kernel are filed under: its kind, and the format of what it streams.
 pub fn kind_and_format(body: &Graph) -> Option<(KernelKind, String)> {
-    let values: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some()).collect();
     let operands = body.nodes.iter().flat_map(|n| &n.operands);
-    Some((ir::kernel::kind(body, &values).ok()?, format(operands.map(|o| body.ty(*o)))))
+    Some((ir::kernel::kind_of(body).ok()?, format(operands.map(|o| body.ty(*o)))))
 }
 
 /// The format of a kernel's cache, else of its first matrix; nothing where it reads neither.
@@ -151,10 +150,9 @@ pub fn workload_seconds(model: &Model, machine: &Machine, traffic: &Traffic, mos
     let mut seconds = 0.0;
     for steps in traffic.steps(most) {
         let tokens = steps.step.tokens.ceil() as usize;
-        let suits = |g: &&Graph| g.range.is_none_or(|r| (r.min..=r.max).contains(&tokens));
         let mut known: BTreeMap<&str, f64> = BTreeMap::new();
         for call in &model.calls {
-            let Some(graph) = model.graphs_of(call).find(suits) else { continue };
+            let Some(graph) = model.graphs_of(call).find(|g| g.suits(tokens)) else { continue };
             seconds += steps.count
                 * *known.entry(graph.name.as_str()).or_insert_with(|| {
                     graph.kernels.iter().map(|k| kernel_seconds(graph, &k.values, machine, &steps.step)).sum()

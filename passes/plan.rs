@@ -75,8 +75,7 @@ fn name(derivations: &mut [Derivation], model: &Model, bodies: &Bodies) {
         let of = Some((derivation.graph.clone(), derivation.tokens));
         index = if of == before { index + 1 } else { 0 };
         before = of;
-        let holds = |r: TokenRange| r.min <= derivation.tokens.min && derivation.tokens.min <= r.max;
-        let graph = model.graphs.iter().position(|g| g.name == derivation.graph && g.range.is_none_or(holds));
+        let graph = model.graphs.iter().position(|g| g.name == derivation.graph && g.suits(derivation.tokens.min));
         let site = graph.and_then(|graph| bodies.sites.get(graph)?.get(index));
         derivation.kernel = site.map_or(String::new(), |site| bodies.kernels[site.kernel.0 as usize].name.clone());
     }

@@ -15,7 +15,7 @@
 use crate::rebuild::Builder;
 use crate::{Options, State};
 use ir::ops::Class;
-use ir::{Attrs, DType, Dim, Error, Graph, Input, Kind, Model, Op, Place, Result, Type, ValueId, attrs};
+use ir::{Attrs, DType, Dim, Graph, Input, Model, Op, Place, Result, Type, ValueId, attrs};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Standard deviations of the second plane's part that an estimate is trusted to.
@@ -122,13 +122,9 @@ fn rewrite(graph: &Graph, planes: &dyn Fn(&str) -> bool) -> Result<Graph> {
 }
 
 fn project(builder: &mut Builder, x: ValueId, w: ValueId, step: ValueId) -> Result<ValueId> {
-    let estimates = builder.add(named("estimate")?, Attrs::none(), &[x, w, step])?;
-    let bounds = builder.add(named("estimate_bounds")?, attrs! { margin = MARGIN }, &[x, w, step])?;
-    builder.add(named("rescore")?, Attrs::none(), &[estimates, bounds, x, w, step])
-}
-
-fn named(op: &str) -> Result<Op> {
-    Op::named(op).ok_or_else(|| Error::new(Kind::Internal, format!("the op table has no `{op}`")))
+    let estimates = builder.push("estimate", Attrs::none(), &[x, w, step])?;
+    let bounds = builder.push("estimate_bounds", attrs! { margin = MARGIN }, &[x, w, step])?;
+    builder.push("rescore", Attrs::none(), &[estimates, bounds, x, w, step])
 }
 
 fn set(ty: &mut Type) {

@@ -31,7 +31,7 @@ use crate::{Options, State};
 use ir::formats::CACHED;
 use ir::ops::Class;
 use ir::{
-    Attrs, CacheRole, DType, Dim, Error, Graph, Input, Kind, Model, Node, Op, Place, Result, TokenRange, Type, ValueId,
+    Attrs, CacheRole, DType, Dim, Error, Graph, Input, Kind, Model, Node, Place, Result, TokenRange, Type, ValueId,
 };
 use std::collections::BTreeMap;
 
@@ -176,12 +176,12 @@ fn choose(graph: &Graph, kv: DType, widening: bool) -> Result<Graph> {
             && let (x, weight) = (builder.graph.ty(operands[0]), graph.ty(node.operands[1]))
             && let Some(op) = rounding(x, weight, widening && node.op.class() == Class::Contract)
         {
-            operands[0] = builder.add(named(op)?, Attrs::none(), &operands[..1])?;
+            operands[0] = builder.push(op, Attrs::none(), &operands[..1])?;
         }
         if kv == DType::I4
             && let Some(turned) = turned(graph, node)
         {
-            operands[turned] = builder.add(named("hadamard")?, Attrs::none(), &[operands[turned]])?;
+            operands[turned] = builder.push("hadamard", Attrs::none(), &[operands[turned]])?;
         }
         to[graph.value_of(index).0 as usize] = recent.copy(&mut builder, node, &operands)?;
     }
@@ -223,7 +223,7 @@ impl Recent {
             (Class::Attend, [q, keys, values, step]) => match (self.beside.get(keys), self.beside.get(values)) {
                 (Some((_, recent_keys)), Some((_, recent_values))) => {
                     let operands = [*q, *keys, *values, *recent_keys, *recent_values, *step];
-                    builder.add(named("attend_mixed")?, node.attrs.clone(), &operands)
+                    builder.push("attend_mixed", node.attrs.clone(), &operands)
                 }
                 _ => builder.copy(node, operands),
             },
@@ -247,10 +247,6 @@ fn turned(graph: &Graph, node: &Node) -> Option<usize> {
         Class::Attend => Some(0),
         _ => None,
     }
-}
-
-fn named(op: &str) -> Result<Op> {
-    Op::named(op).ok_or_else(|| Error::new(Kind::Internal, format!("the op table has no `{op}`")))
 }
 
 /// The op that rounds activations of type `x` before they are multiplied with `weight`.

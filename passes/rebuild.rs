@@ -3,7 +3,7 @@
 //! [`Builder`] appends nodes to a new graph and gives equal nodes one value; [`live`] drops what no result needs. Inputs
 //! are kept even where unused: calls bind them by name.
 
-use ir::{Attr, Attrs, Graph, Op, Result, Type, ValueId};
+use ir::{Attr, Attrs, Graph, Op, Result, Type, ValueId, bail};
 use std::collections::HashMap;
 
 /// A graph under construction in which no two nodes are equal.
@@ -30,6 +30,14 @@ impl Builder {
         let value = self.graph.push_op(op, operands, attrs)?;
         self.seen.insert(key, value);
         Ok(value)
+    }
+
+    /// [`Builder::add`] of the op of that name.
+    pub fn push(&mut self, op: &str, attrs: Attrs, operands: &[ValueId]) -> Result<ValueId> {
+        match Op::named(op) {
+            Some(op) => self.add(op, attrs, operands),
+            None => bail!(Internal, "the op table has no `{op}`"),
+        }
     }
 
     /// The value of the weight of that name.

@@ -172,7 +172,7 @@ impl Executable {
 
     /// The variant for steps of `tokens` tokens.
     pub fn variant_for(&self, tokens: usize) -> Option<usize> {
-        self.variants.iter().position(|v| (v.tokens.min..=v.tokens.max).contains(&tokens))
+        self.variants.iter().position(|v| v.tokens.contains(tokens))
     }
 
     /// Launches of a variant.

@@ -3,12 +3,14 @@
 //! ```text
 //! read       acc ^= buffer[..]                     lines of several streams, asked for ahead of use: the fastest form counts
 //! f32 ...    acc[strip][row] += w[k][strip] * x[row][k]    a register tile as contractions have it, from the first-level cache
+//!            C += A . B                                    on matrix units, where there are any: four tiles of sums
 //! ```
 //!
 //! A loop is a kernel of the usual calling convention. Its first argument is a buffer of `t` times [`PROBE_UNIT`] bytes,
 //! divided among the workers; the second has 64 bytes for each worker to leave a result in; `r` is how often to do it all.
 //! Products take what they multiply from the first [`PANEL_UNITS`] of a worker's share.
 
+use super::dot::amx::{self, Operands};
 use super::dot::isa::dot4;
 use super::{StepField, step_field};
 use crate::emit::{BF16, Emitter, F32, I8, I32, KernelArgs, Val};
@@ -51,7 +53,7 @@ pub struct Loops {
     pub loops: Vec<Loop>,
     /// Their code.
     pub image: Image,
-    tile: (usize, usize),
+    target: Target,
 }
 
 impl Loops {
@@ -65,13 +67,19 @@ impl Loops {
         let text: String = names.iter().zip(&loops).map(|(name, l)| l.emit(name, target)).collect();
         let mut image = crate::assemble("probe", &text, target)?;
         image.entries.sort_by_key(|(name, _)| names.iter().position(|n| n == name));
-        Ok(Loops { loops, image, tile: tile(target) })
+        Ok(Loops { loops, image, target: target.clone() })
     }
 
     /// Operations of one worker in a round of products; a multiply-add is two.
     pub fn operations(&self, peak: Peak) -> f64 {
-        let (strips, rows) = self.tile;
-        (2 * STRIP * depth(peak) * strips * rows * STEPS) as f64
+        let products = match units(&self.target, peak) {
+            Some(operands) => operands.products(),
+            None => {
+                let (strips, rows) = tile(&self.target);
+                STRIP * depth(peak) * strips * rows
+            }
+        };
+        (2 * products * STEPS) as f64
     }
 }
 
@@ -89,6 +97,15 @@ pub fn loops(target: &Target) -> Vec<Loop> {
 /// Strips and rows of the register tile: accumulators enough to hide latency, and room for weights and an activation.
 fn tile(target: &Target) -> (usize, usize) {
     if target.wide_registers() >= 32 { (4, 6) } else { (1, 5) }
+}
+
+/// What matrix units multiply at that precision, where there are any.
+fn units(target: &Target, peak: Peak) -> Option<Operands> {
+    match peak {
+        Peak::Bf16 => target.has("amx-bf16").then_some(Operands::Pairs),
+        Peak::I8 => target.has("amx-int8").then_some(Operands::Codes(64)),
+        _ => None,
+    }
 }
 
 /// Products that one lane adds up at once.
@@ -149,6 +166,9 @@ fn read(e: &mut Emitter, buffer: Val, units: Val, rounds: Val, (streams, ahead):
 
 /// A register tile of weights of a panel's strips times its rows, so many rounds.
 fn products(e: &mut Emitter, target: &Target, panel: Val, rounds: Val, peak: Peak) -> Vec<Val> {
+    if let Some(operands) = units(target, peak) {
+        return vec![amx::peak(e, operands, panel, rounds, STEPS)];
+    }
     let (strips, rows) = tile(target);
     let sum = if peak == Peak::I8 { e.int(I32.x(STRIP), 0) } else { e.float(F32.x(STRIP), 0.0) };
     let (zero, one, steps) = (e.i64(0), e.i64(1), e.i64(STEPS as i64));
@@ -227,5 +247,6 @@ mod tests {
         let (strips, rows) = tile(&crate::target("x86-64-v4").unwrap());
         assert!(64 * strips * STEPS <= WEIGHT_BYTES);
         assert!(WEIGHT_BYTES + 4 * STEPS * rows <= PANEL_UNITS * PROBE_UNIT);
+        const { assert!(Operands::PEAK_BYTES <= PANEL_UNITS * PROBE_UNIT) };
     }
 }

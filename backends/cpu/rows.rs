@@ -41,7 +41,7 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let body = &kernel.body;
     let (mut e, k) = Emitter::kernel(kernel, target);
     let memory = super::memory(&mut e, k, body);
-    let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some()).collect();
+    let nodes = body.computed();
     let count = count_of(&mut e, k, lead(body, &nodes)?)?;
     let (low, high) = e.share(k, count);
     let mut result = Ok(());

@@ -13,9 +13,9 @@ use mansard::machine;
 use mansard_backends as backends;
 use mansard_backends::cpu::probe::Loops;
 use mansard_ir::cost::{Work, Workload};
-use mansard_ir::plan::Program;
-use mansard_ir::text::parse;
-use mansard_ir::{Graph, Machine, Result, ValueId, bail};
+use mansard_ir::kernel::{self, KernelKind};
+use mansard_ir::plan::{KernelSpec, Program};
+use mansard_ir::{Graph, Machine, Result, bail};
 use mansard_passes as passes;
 use mansard_runtime::{self as runtime, Model, Probe};
 use std::collections::BTreeMap;
@@ -86,13 +86,7 @@ impl Roof {
     /// # Errors
     /// Where a kernel's body is no graph.
     pub fn on(program: &Program, machine: Machine, peaks: String, threads: usize) -> Result<Roof> {
-        let mut bodies = vec![];
-        for kernel in &program.kernels {
-            match parse(&kernel.name, &kernel.text)?.graphs.pop() {
-                Some(body) => bodies.push(body),
-                None => bail!(Input, "kernel `{}` has no body", kernel.name),
-            }
-        }
+        let bodies = program.kernels.iter().map(KernelSpec::body).collect::<Result<_>>()?;
         Ok(Roof { machine, peaks, bodies, bytes: weight_bytes(program), threads })
     }
 
@@ -108,13 +102,13 @@ impl Roof {
     /// What one launch of kernel `index` does in a step.
     pub fn work(&self, index: usize, step: &Workload) -> Work {
         let Some(body) = self.bodies.get(index) else { return Work::default() };
-        step.work(body, &nodes(body))
+        step.work(body, &body.computed())
     }
 
     /// Seconds of one launch of kernel `index`, as decisions are priced.
     pub fn predicted(&self, index: usize, step: &Workload) -> f64 {
         let Some(body) = self.bodies.get(index) else { return 0.0 };
-        passes::cost::kernel_seconds(body, &nodes(body), &self.machine, step)
+        passes::cost::kernel_seconds(body, &body.computed(), &self.machine, step)
     }
 
     /// A kernel's body.
@@ -122,10 +116,14 @@ impl Roof {
         self.bodies.get(index)
     }
 
+    /// The name of its kind.
+    pub fn kind(&self, index: usize) -> &'static str {
+        self.body(index).and_then(|body| kernel::kind_of(body).ok()).map_or("rows", KernelKind::name)
+    }
+
     /// The least time of a whole step, every launch for itself; activations stay in caches that cost nothing.
     pub fn step_seconds(&self, program: &Program, step: &Workload) -> f64 {
-        let holds = |min: usize, max: usize| (min as f64..=max as f64).contains(&step.tokens);
-        let Some(variant) = program.variants.iter().find(|v| holds(v.tokens.min, v.tokens.max)) else { return 0.0 };
+        let Some(variant) = program.variant(step.tokens.ceil() as usize) else { return 0.0 };
         let mut launches: BTreeMap<usize, f64> = BTreeMap::new();
         for launch in &variant.launches {
             *launches.entry(launch.kernel.0 as usize).or_default() += 1.0;
@@ -162,10 +160,6 @@ impl Roof {
              {peak_bf16:.0} GFLOP/s bf16, {peak_f32:.0} GFLOP/s f32 (peaks: {peaks})\n"
         )
     }
-}
-
-fn nodes(body: &Graph) -> Vec<ValueId> {
-    body.values().filter(|v| body.node(*v).is_some()).collect()
 }
 
 fn weight_bytes(program: &Program) -> usize {

@@ -18,7 +18,6 @@ use mansard_backends as backends;
 use mansard_ir::artifact::WEIGHTS_PREFIX;
 use mansard_ir::formats::dequantize;
 use mansard_ir::model::{Source, Weight};
-use mansard_ir::quantize::Quantizer;
 use mansard_ir::recipe::matrices;
 use mansard_ir::{DType, Error, Model, Place, Result, bail};
 use mansard_passes::budget::{Decisions, Subject};
@@ -154,7 +153,7 @@ impl Subjects<'_> {
         let opened = runtime::Model::open(self.reference)?;
         let tokens = opened.tokens()?.encode(text, true)?;
         let mut reference = Reference::new(&opened, &tokens, TOKENS, threads)?;
-        let model = driver::import(self.input, &reference_options(self.options))?;
+        let model = driver::import(self.input, &driver::reference_options(self.options))?;
         let mut found = Calibration::default();
         progress.stage("calibrate", self.decisions.all.len() + 1);
         // The reference stays as it is: another file is changed.
@@ -170,7 +169,7 @@ impl Subjects<'_> {
                 }
                 Subject::Caches => {
                     for kv in decision.alternatives.iter().filter_map(|a| a.format).filter(|kv| *kv != DType::F32) {
-                        let options = CompileOptions { kv: Some(kv), ..reference_options(self.options) };
+                        let options = CompileOptions { kv: Some(kv), ..driver::reference_options(self.options) };
                         found.caches.insert(kv.to_string(), self.compiled(&options, &trial, &mut reference)?);
                     }
                 }
@@ -231,17 +230,10 @@ impl Subjects<'_> {
         if felt <= 0.0 {
             return Ok(0.0);
         }
-        let options = CompileOptions { formats, ..reference_options(self.options) };
+        let options = CompileOptions { formats, ..driver::reference_options(self.options) };
         let all = self.compiled(&options, trial, reference)?;
         Ok((all - of_weights).max(0.0) / felt)
     }
-}
-
-/// Every weight and cache in f32.
-pub fn reference_options(options: &CompileOptions) -> CompileOptions {
-    let kv = Some(DType::F32);
-    let quantizer = Some(Quantizer::Nearest);
-    CompileOptions { float_weights: true, weights: None, formats: BTreeMap::new(), quantizer, kv, ..options.clone() }
 }
 
 /// Relative squared error of rows spread over a matrix.

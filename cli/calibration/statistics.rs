@@ -11,14 +11,13 @@
 //! rest; they are written to one file, from which they are read one by one. It is kept if it has at most [`STORED_BYTES`].
 
 use super::{key, stored};
-use crate::budget::reference_options;
 use crate::driver::{self, CompileOptions, Progress, Quiet};
 use mansard_ir::eval::Value;
 use mansard_ir::file::MappedFile;
 use mansard_ir::ops::Class;
-use mansard_ir::plan::Arg;
+use mansard_ir::plan::{Arg, KernelSpec};
 use mansard_ir::quantize::moments::Moments;
-use mansard_ir::{Dim, Error, Graph, Kind, Op, Place, Result, Type, ValueId, bail, text};
+use mansard_ir::{Dim, Error, Graph, Op, Place, Result, ValueId, bail};
 use mansard_runtime::{self as runtime, Engine, EngineOptions, Moment, OpenOptions, Rows, Watch, Work};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
@@ -130,9 +129,8 @@ fn take(input: &Path, options: &CompileOptions, text: &str, path: &Path, progres
     let folder = path.parent().unwrap_or(Path::new("."));
     let reference = folder.join("reference.mansard");
     // Run here, whatever machine the artifact is for; its matrices are those of the file.
-    let reference_options = reference_options(options);
     let targets = vec!["native".into()];
-    let native = CompileOptions { targets, machine: None, as_written: true, ..reference_options };
+    let native = CompileOptions { targets, machine: None, as_written: true, ..driver::reference_options(options) };
     progress.stage("reference", 0);
     let mut sink = |_: mansard_passes::Event<'_>| {};
     driver::compile(input, &reference, &native, &mut Quiet, &mut mansard_passes::Hooks::new(&mut sink))?;
@@ -212,13 +210,8 @@ struct Taps {
 impl Taps {
     fn new(opened: &runtime::Model, tokens: usize) -> Result<Taps> {
         let program = &opened.artifact().manifest().program;
-        let mut bodies = vec![];
-        for kernel in &program.kernels {
-            let graphs = text::parse(&kernel.name, &kernel.text)?.graphs;
-            let body = graphs.into_iter().next();
-            bodies.push(body.ok_or_else(|| Error::new(Kind::Internal, format!("kernel `{}` is empty", kernel.name)))?);
-        }
-        let variant = program.variants.iter().find(|v| (v.tokens.min..=v.tokens.max).contains(&tokens));
+        let bodies: Vec<Graph> = program.kernels.iter().map(KernelSpec::body).collect::<Result<_>>()?;
+        let variant = program.variant(tokens);
         let Some(variant) = variant else { bail!(Internal, "no variant for {tokens} tokens") };
         let mut all: Vec<Tap> = vec![];
         for (launch, launched) in variant.launches.iter().enumerate() {
@@ -227,7 +220,7 @@ impl Taps {
             for node in body.nodes.iter().filter(|n| matches!(n.op.class(), Class::Contract | Class::ContractExperts)) {
                 let (value, weight) = (node.operands[0], node.operands[1]);
                 let Some((_, [.., Dim::N(columns)])) = body.ty(value).as_tensor() else { continue };
-                let Some(Arg::Weight(id)) = argument(body, weight).and_then(|at| launched.args.get(at)) else {
+                let Some(Arg::Weight(id)) = body.argument(weight).and_then(|at| launched.args.get(at)) else {
                     continue;
                 };
                 if body.ty(value).rows() == Some(Dim::R) {
@@ -293,13 +286,6 @@ impl Taps {
     }
 }
 
-/// Index of the argument that an input of a body is bound to: the step is none.
-fn argument(body: &Graph, value: ValueId) -> Option<usize> {
-    let index = value.0 as usize;
-    body.inputs.get(index).filter(|input| input.ty != Type::Step)?;
-    Some(body.inputs[..index].iter().filter(|input| input.ty != Type::Step).count())
-}
-
 /// A value of a kernel's body, from what its launch reads.
 fn evaluate(body: &Graph, value: ValueId, watch: &Watch<'_>, known: &mut HashMap<ValueId, Value>) -> Result<Value> {
     if let Some(value) = known.get(&value) {
@@ -312,7 +298,7 @@ fn evaluate(body: &Graph, value: ValueId, watch: &Watch<'_>, known: &mut HashMap
                 node.operands.iter().map(|o| evaluate(body, *o, watch, known)).collect::<Result<_>>()?;
             (node.op.row().eval)(&operands.iter().collect::<Vec<_>>(), &node.attrs)?
         }
-        None => match argument(body, value) {
+        None => match body.argument(value) {
             Some(at) => {
                 let Some(arg) = watch.launch().args.get(at) else { bail!(Internal, "a launch has too few arguments") };
                 watch.read(*arg, body.ty(value), false)?

@@ -28,8 +28,7 @@ impl<'a> Loaded<'a> {
     /// # Errors
     /// Where there is no such graph, or a weight cannot be read.
     pub fn new(model: &'a Model, call: &Call, tokens: usize) -> Result<Loaded<'a>> {
-        let fits = |g: &&Graph| g.range.is_none_or(|r| (r.min..=r.max).contains(&tokens));
-        let Some(graph) = model.graphs.iter().filter(|g| g.name == call.graph).find(fits) else {
+        let Some(graph) = model.graphs.iter().filter(|g| g.name == call.graph).find(|g| g.suits(tokens)) else {
             return Err(Error::new(Kind::Input, format!("no graph @{} for {tokens} tokens", call.graph)));
         };
         let mut weights = HashMap::new();

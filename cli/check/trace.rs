@@ -8,8 +8,8 @@ use super::distance;
 use super::layers::Values;
 use mansard_ir::eval::{self, Value};
 use mansard_ir::ops::Class;
-use mansard_ir::plan::{Arg, Program, in_place};
-use mansard_ir::{Error, Graph, Kind, Model, Place, Result, Type, ValueId, bail, text};
+use mansard_ir::plan::{Arg, KernelSpec, Program, in_place};
+use mansard_ir::{Error, Graph, Kind, Model, Place, Result, Type, ValueId, bail};
 use mansard_runtime::{Engine, Moment, Watch, Work};
 use std::collections::BTreeSet;
 
@@ -76,7 +76,7 @@ impl<'a> Tracer<'a> {
     /// # Errors
     /// Where one is no text of a graph.
     pub fn new(program: &'a Program, compared: Compared) -> Result<Tracer<'a>> {
-        let bodies = program.kernels.iter().map(|kernel| body(&kernel.name, &kernel.text)).collect::<Result<_>>()?;
+        let bodies = program.kernels.iter().map(KernelSpec::body).collect::<Result<_>>()?;
         Ok(Tracer { program, bodies, compared, seen: BTreeSet::new(), checks: vec![] })
     }
 
@@ -137,12 +137,6 @@ fn estimates(body: &Graph) -> bool {
     body.nodes.iter().any(|n| n.op.class() == Class::Estimate)
 }
 
-/// A kernel's body from its text.
-fn body(name: &str, source: &str) -> Result<Graph> {
-    let graphs = text::parse(name, source)?.graphs;
-    graphs.into_iter().next().ok_or_else(|| Error::new(Kind::Input, format!("kernel `{name}`: expected a graph")))
-}
-
 fn given(watch: &Watch<'_>) -> Result<Values> {
     let named = [("tokens", Arg::Tokens), ("positions", Arg::Positions), ("rows", Arg::Rows)];
     let mut values = Values::from([("step".to_string(), Value::Step(watch.step()))]);
@@ -174,12 +168,12 @@ fn compare(body: &Graph, inputs: &[Value], watch: &Watch<'_>, call: Option<usize
     let place = || format!("kernel `{}`", body.name);
     let no_weights = &mut |name: &str, _: &Type| bail!(Input, "weight `{name}` in a kernel");
     let expected = eval::graph(body, inputs, no_weights).at(place)?;
-    let mut written = watch.launch().args.iter().skip(arguments(body));
+    let mut written = watch.launch().args.iter().skip(body.arguments());
     let mut off = 0f64;
     for ((_, value), expected) in body.results.iter().zip(&expected) {
         let ty = body.ty(*value);
         let args = &watch.launch().args;
-        let arg = if in_place(body, *value) { args.get(changed_argument(body, *value)) } else { written.next() };
+        let arg = if in_place(body, *value) { changed(body, *value, args) } else { written.next() };
         let Some(arg) = arg else { bail!(Input, "kernel `{}`: a launch has too few arguments", body.name) };
         off = off.max(distance::worst(&watch.read(*arg, ty, true).at(place)?, expected));
     }
@@ -188,17 +182,9 @@ fn compare(body: &Graph, inputs: &[Value], watch: &Watch<'_>, call: Option<usize
     Ok(KernelCheck { kernel: body.name.clone(), call, tokens, launch: watch.launch, off, tolerance })
 }
 
-/// Arguments of a launch that are inputs: the step is none.
-fn arguments(body: &Graph) -> usize {
-    body.inputs.iter().filter(|i| i.ty != Type::Step).count()
-}
-
 /// The argument that a result is in place of: the input at the root of appends, or the estimates.
-fn changed_argument(body: &Graph, mut value: ValueId) -> usize {
-    while let Some(node) = body.node(value) {
-        value = node.operands[0];
-    }
-    body.inputs[..value.0 as usize].iter().filter(|input| input.ty != Type::Step).count()
+fn changed<'a>(body: &Graph, value: ValueId, args: &'a [Arg]) -> Option<&'a Arg> {
+    args.get(body.argument(body.root(value))?)
 }
 
 /// The results that a call has yet to write.
@@ -234,8 +220,8 @@ impl<'a> Pending<'a> {
     fn written(&mut self, program: &Program, body: &Graph, watch: &Watch<'_>, results: &mut Values) -> Result<()> {
         let args = &watch.launch().args;
         let rescored = body.results.iter().filter(|(_, v)| in_place(body, *v));
-        let rescored = rescored.filter_map(|(_, v)| args.get(changed_argument(body, *v)));
-        for arg in args.iter().skip(arguments(body)).chain(rescored) {
+        let rescored = rescored.filter_map(|(_, v)| changed(body, *v, args));
+        for arg in args.iter().skip(body.arguments()).chain(rescored) {
             let Arg::Buffer(id) = arg else { continue };
             let buffer = &program.buffers[id.0 as usize];
             // Rescored estimates keep their name; as an output they have the result's.

@@ -9,7 +9,7 @@
 use crate::bench::roof::Roof;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{Arg, Program, Variant};
-use mansard_ir::{TokenRange, Traffic, Type};
+use mansard_ir::{Graph, TokenRange, Traffic};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -85,7 +85,7 @@ fn timeline(program: &Program, roof: &Roof, variant: &Variant) -> Timeline {
     for (at, launch) in variant.launches.iter().enumerate() {
         // Arguments are what the body is given, the step left out, then what it leaves.
         let body = roof.body(launch.kernel.0 as usize);
-        let given = body.map_or(0, |b| b.inputs.iter().filter(|input| input.ty != Type::Step).count());
+        let given = body.map_or(0, Graph::arguments);
         for (index, arg) in launch.args.iter().enumerate() {
             let Arg::Buffer(id) = arg else { continue };
             if index < given {

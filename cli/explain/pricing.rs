@@ -9,7 +9,6 @@ use crate::bench::kernels::{self, KernelTable, Misses};
 use crate::bench::roof::Roof;
 use crate::bench::steps::{Kind, Part, Runner, Test, workload};
 use mansard_ir::cost::Work;
-use mansard_ir::kernel::KernelKind;
 use mansard_ir::plan::{Limits, Program};
 use mansard_ir::{Machine, Result, Traffic};
 use mansard_runtime::{EngineOptions, Model};
@@ -155,8 +154,7 @@ fn rows(program: &Program, encoder: bool, roof: &Roof, steps: &[Vec<Part>]) -> V
     let mut sums: BTreeMap<usize, (usize, Work, f64, f64)> = BTreeMap::new();
     for step in steps {
         let step = workload(step, encoder);
-        let holds = |min: usize, max: usize| (min as f64..=max as f64).contains(&step.tokens);
-        let variant = program.variants.iter().find(|v| holds(v.tokens.min, v.tokens.max));
+        let variant = program.variant(step.tokens.ceil() as usize);
         for launch in variant.iter().flat_map(|v| &v.launches) {
             let index = launch.kernel.0 as usize;
             let sum = sums.entry(index).or_default();
@@ -170,17 +168,11 @@ fn rows(program: &Program, encoder: bool, roof: &Roof, steps: &[Vec<Part>]) -> V
     }
     let row = |(index, (launches, work, predicted, least)): (usize, (usize, Work, f64, f64))| {
         let (_, bound) = roof.least(&(work * (1.0 / launches as f64)));
-        let kind = roof.body(index).and_then(kind_of).map_or("rows", KernelKind::name);
+        let kind = roof.kind(index);
         let row = Row { kernel: program.kernels[index].name.clone(), kind: kind.into(), launches, ..Row::default() };
         Row { least, bound: bound.name().into(), predicted, ..filled(row, &work, &roof.machine) }
     };
     sums.into_iter().map(row).collect()
-}
-
-/// The kind of a kernel's body.
-pub fn kind_of(body: &mansard_ir::Graph) -> Option<KernelKind> {
-    let values: Vec<_> = body.values().filter(|v| body.node(*v).is_some()).collect();
-    mansard_ir::kernel::kind(body, &values).ok()
 }
 
 fn filled(row: Row, work: &Work, machine: &Machine) -> Row {

@@ -1,9 +1,7 @@
 //! Why each kernel and each format: what the search kept of its reasons in the artifact.
 
-use super::pricing::kind_of;
 use crate::bench::roof::Roof;
 use mansard_ir::artifact::{Decided, Decision, Derivation, Manifest};
-use mansard_ir::kernel::KernelKind;
 use mansard_ir::ops::Class;
 use mansard_passes::knapsack::{Item, solve};
 use mansard_runtime::missing;
@@ -36,7 +34,7 @@ pub fn kernels(manifest: &Manifest, roof: &Roof) -> Vec<Story> {
         let of_kernel = manifest.provenance.derivations.iter().filter(|d| d.kernel == spec.name);
         Story {
             kernel: spec.name.clone(),
-            kind: roof.body(index).and_then(kind_of).map_or("rows", KernelKind::name).into(),
+            kind: roof.kind(index).into(),
             ops: ops.collect::<Vec<_>>().join(" "),
             body: spec.text.clone(),
             tile: tile(index),

@@ -11,7 +11,7 @@
 //! NVFP4", appendix B.
 
 use super::Reals;
-use crate::formats::{E2M1, IntFormat};
+use crate::formats::{E2M1, IntFormat, e4m3, to_e4m3};
 
 /// Largest value of e2m1.
 const TOP: f32 = 6.0;
@@ -56,14 +56,13 @@ fn multiple_of(reals: Reals<'_>) -> f32 {
     if most == 0.0 || outer == 0.0 {
         return 0.0;
     }
-    let near = |top: f32| e4m3(most / top / outer) * outer;
+    let near = |top: f32| nearest_e4m3(most / top / outer) * outer;
     better(reals, near(TOP), near(4.0))
 }
 
-/// The nearest value of e4m3, of a positive one.
-fn e4m3(x: f32) -> f32 {
-    let step = (x.log2().floor().max(-6.0) - 3.0).exp2();
-    ((x / step).round_ties_even() * step).min(E4M3_TOP)
+/// The nearest value of e4m3.
+fn nearest_e4m3(x: f32) -> f32 {
+    e4m3(to_e4m3(x))
 }
 
 fn largest(reals: &[f32]) -> f32 {
@@ -91,6 +90,6 @@ mod tests {
         }
         // Beyond the largest; ties: 5 / 2 lies between codes 4 (2.0) and 5 (3.0).
         assert_eq!([nearest(99.0), nearest(-99.0), nearest(5.0), nearest(-0.4), nearest(0.5)], [7, 15, 4, 0, 0]);
-        assert_eq!([e4m3(449.0), e4m3(1.0), e4m3(17.0), e4m3(19.0), e4m3(0.003)], [448.0, 1.0, 16.0, 20.0, 0.00390625]);
+        assert_eq!([449.0, 1.0, 17.0, 19.0, 0.003].map(nearest_e4m3), [448.0, 1.0, 16.0, 20.0, 0.00390625]);
     }
 }

@@ -14,8 +14,7 @@
 //! together because they read the same factors.
 
 use super::linear::{add, factor};
-use super::moments::Moments;
-use super::table::importance;
+use super::moments::{Moments, importance};
 use super::{Blocks, Line, MOST, Reals, float4, put_figures};
 use crate::formats::{DType, Zero};
 use crate::{Result, bail};

@@ -114,3 +114,11 @@ fn add_to(lines: &mut [(usize, &mut [f32])], rows: &[f32], columns: usize, range
         }
     }
 }
+/// Mean squares on a scale of their own, none of them nothing: what was never seen should still be about right.
+pub(super) fn importance(squares: &[f32]) -> Vec<f32> {
+    let mean = squares.iter().map(|x| f64::from(*x)).sum::<f64>() / squares.len().max(1) as f64;
+    if mean <= 0.0 {
+        return vec![1.0; squares.len()];
+    }
+    squares.iter().map(|x| (f64::from(*x) / mean + 1e-2) as f32).collect()
+}

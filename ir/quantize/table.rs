@@ -1,6 +1,7 @@
 //! The table of quantizers: how codes and scales are chosen, and what must be known of a matrix's inputs for it.
 
 use super::moments::Moments;
+use super::moments::importance;
 use super::{gptq, quantize_by_importance};
 use crate::formats::DType;
 use crate::{Result, bail};
@@ -126,13 +127,4 @@ impl Prepared {
         }
         Ok(())
     }
-}
-
-/// Mean squares on a scale of their own, none of them nothing: what was never seen should still be about right.
-pub(super) fn importance(squares: &[f32]) -> Vec<f32> {
-    let mean = squares.iter().map(|x| f64::from(*x)).sum::<f64>() / squares.len().max(1) as f64;
-    if mean <= 0.0 {
-        return vec![1.0; squares.len()];
-    }
-    squares.iter().map(|x| (f64::from(*x) / mean + 1e-2) as f32).collect()
 }

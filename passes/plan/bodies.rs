@@ -173,7 +173,6 @@ fn unique(names: &mut BTreeSet<String>, name: String) -> String {
 
 /// Operations of one launch for one token, and the bytes of weights one launch reads.
 pub fn work(body: &Graph) -> (f64, usize) {
-    let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some()).collect();
-    let work = Workload::one(1, 0).work(body, &nodes);
+    let work = Workload::one(1, 0).work(body, &body.computed());
     (work.operations(), work.weight_bytes as usize)
 }

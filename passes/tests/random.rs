@@ -32,7 +32,7 @@ fn replay(plan: &Plan, model: &Model, lengths: &[usize], rows: &[i32]) -> BTreeM
     let program = &plan.program;
     let step = Step::new(&lengths.iter().map(|n| (0, *n)).collect::<Vec<_>>());
     let tokens: usize = lengths.iter().sum();
-    let variant = program.variants.iter().find(|v| (v.tokens.min..=v.tokens.max).contains(&tokens)).unwrap();
+    let variant = program.variant(tokens).unwrap();
     let weights: Vec<Value> = plan.packs.iter().map(|p| packed(model, p)).collect();
     let empty = |c: &ir::plan::CacheSpec| Cache::empty(&text::parse_type(&c.ty).unwrap(), lengths.len()).unwrap();
     let mut caches: Vec<Value> = program.caches.iter().map(|c| Value::Cache(empty(c))).collect();

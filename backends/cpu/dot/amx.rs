@@ -55,6 +55,15 @@ impl Operands {
         }
     }
 
+    /// Bytes that [`peak`] multiplies.
+    pub const PEAK_BYTES: usize = 4 * TILE_BYTES;
+
+    /// Products of the four tiles of [`peak`].
+    pub fn products(self) -> usize {
+        let columns = if self == Operands::Pairs { COLUMNS } else { self.shape().0 };
+        4 * TOKENS * STRIP * columns
+    }
+
     /// Bytes of a row of A, and lines of B.
     fn shape(self) -> (usize, usize) {
         match self {
@@ -90,6 +99,27 @@ impl Operands {
 /// Gives the registers back.
 pub fn release(e: &mut Emitter) {
     e.act("llvm.x86.tilerelease", &[]);
+}
+
+/// Four tiles of sums of what lies at `panel`, `rounds` times `steps` times: nothing but products. Gives a line of the result.
+pub fn peak(e: &mut Emitter, operands: Operands, panel: Val, rounds: Val, steps: usize) -> Val {
+    let out = e.stack(TILE_BYTES);
+    operands.configure(e);
+    for (i, register) in (A..B + 2).enumerate() {
+        let at = e.gep_const(panel, i * TILE_BYTES);
+        load(e, register, at, 4 * STRIP);
+    }
+    (0..A).for_each(|sum| zero(e, sum));
+    let name = if operands == Operands::Pairs { "llvm.x86.tdpbf16ps" } else { "llvm.x86.tdpbssd" };
+    let (low, high) = (e.i64(0), e.scaled(rounds, steps, 0));
+    e.repeat(low, high, 1, |e, _| {
+        for sum in 0..A {
+            multiply(e, name, sum, A + sum % 2, B + sum / 2);
+        }
+    });
+    store(e, 0, out);
+    release(e);
+    e.load(out, I32.x(STRIP), 64)
 }
 
 /// Bytes of a strip with its codes unpacked.

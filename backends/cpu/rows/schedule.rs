@@ -340,8 +340,7 @@ mod tests {
         let text = format!("graph @g(%x: f32[t, 64], %y: f32[t, 64], %g: f32[64]) stage planned {{ {body} }}");
         let model = mansard_ir::text::parse("g", &text).unwrap();
         let graph = &model.graphs[0];
-        let nodes: Vec<ValueId> = graph.values().filter(|v| graph.node(*v).is_some()).collect();
-        schedule(graph, &nodes, &|v| v.0 < 3 || results.contains(&v.0)).unwrap()
+        schedule(graph, &graph.computed(), &|v| v.0 < 3 || results.contains(&v.0)).unwrap()
     }
 
     #[test]
