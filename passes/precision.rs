@@ -21,6 +21,8 @@
 //!                   graph @layer when t = 65..512   %q = round_bf16 %x      # bf16: nearer to %x, and faster
 //! ```
 //!
+//! There, queries are bf16 too where caches are narrow: attention multiplies in bf16 then.
+//!
 //! These choices change values beyond rounding. Each is one line of `State::approximations`, which ends up in the
 //! artifact's provenance.
 
@@ -53,7 +55,7 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
     let (mut rounded, mut caches) = (Rounded::default(), 0);
     let graphs = std::mem::take(&mut state.model.graphs);
     for graph in &graphs {
-        for next in by_tokens(graph, options) {
+        for next in by_tokens(graph, kv, options) {
             let widening = next.range.is_some_and(|range| range.min >= MANY);
             let next = choose(&next, kv, widening).at(|| format!("graph @{}", graph.name))?;
             rounded.count(&next);
@@ -75,6 +77,9 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
             .approximations
             .push(format!("integer contractions of {MANY} tokens or more: activations and weights in bf16"));
     }
+    if rounded.attention > 0 {
+        state.approximations.push(format!("attention of {MANY} tokens or more: products in bf16"));
+    }
     if caches > 0 {
         match kv {
             DType::F32 => {}
@@ -89,7 +94,7 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
             _ => state.approximations.push(format!("keys and values: {kv}")),
         }
     }
-    let Rounded { int8, bf16, widened } = rounded;
+    let Rounded { int8, bf16, widened, .. } = rounded;
     Ok(vec![format!("caches {kv}, {int8} contractions of int8 activations, {} of bf16", bf16 + widened)])
 }
 
@@ -100,11 +105,15 @@ struct Rounded {
     bf16: usize,
     /// bf16 activations with integer weights.
     widened: usize,
+    /// bf16 queries.
+    attention: usize,
 }
 
 impl Rounded {
     /// Adds those of a graph.
     fn count(&mut self, graph: &Graph) {
+        let queries = graph.nodes.iter().filter(|n| n.op.class() == Class::Attend).map(|n| graph.ty(n.operands[0]));
+        self.attention += queries.filter(|q| matches!(q.as_tensor(), Some((DType::BF16, _)))).count();
         let contractions =
             graph.nodes.iter().filter(|n| matches!(n.op.class(), Class::Contract | Class::ContractExperts));
         for node in contractions {
@@ -123,11 +132,11 @@ impl Rounded {
 pub(crate) const MANY: usize = 65;
 
 /// The graph, or twice: for steps of few tokens and of many, where those multiply integer weights in another way.
-fn by_tokens(graph: &Graph, options: &Options) -> Vec<Graph> {
+fn by_tokens(graph: &Graph, kv: DType, options: &Options) -> Vec<Graph> {
     let most = options.limits.tokens;
     let widened = |node: &ir::Node| match node.operands[..] {
         [x, w] if node.op.class() == Class::Contract => widens(graph.ty(x), graph.ty(w)),
-        _ => false,
+        _ => attends_in_bf16(graph, node, kv),
     };
     if !options.target.widens_codes() || most < MANY || !graph.nodes.iter().any(widened) {
         return vec![graph.clone()];
@@ -142,6 +151,18 @@ fn widens(x: &Type, weight: &Type) -> bool {
         return false;
     };
     weight.int().is_some() && k.is_multiple_of(32)
+}
+
+/// Attention over narrow caches, in heads that matrix units can multiply 32 dims at a time. Scores of bf16 products are scaled
+/// afterwards, by what leaves the largest the largest.
+fn attends_in_bf16(graph: &Graph, node: &Node, kv: DType) -> bool {
+    let Some((DType::F32, [.., Dim::N(dim)])) = node.operands.first().and_then(|q| graph.ty(*q).as_tensor()) else {
+        return false;
+    };
+    node.op.class() == Class::Attend
+        && kv != DType::F32
+        && dim.is_multiple_of(32)
+        && node.attrs.float("scale") >= f64::from(f32::MIN_POSITIVE)
 }
 
 /// Widths of the heads that the model caches.
@@ -182,6 +203,9 @@ fn choose(graph: &Graph, kv: DType, widening: bool) -> Result<Graph> {
             && let Some(turned) = turned(graph, node)
         {
             operands[turned] = builder.push("hadamard", Attrs::none(), &[operands[turned]])?;
+        }
+        if widening && attends_in_bf16(graph, node, kv) {
+            operands[0] = builder.push("round_bf16", Attrs::none(), &operands[..1])?;
         }
         to[graph.value_of(index).0 as usize] = recent.copy(&mut builder, node, &operands)?;
     }

@@ -24,10 +24,12 @@ mod softmax;
 mod source;
 #[cfg(test)]
 mod tests;
+mod tiled;
 
 use super::{StepField, step_field};
+use crate::cpu::dot::amx::{self, Operands};
 use crate::cpu::rows::walk::{self, LANES, load_index};
-use crate::emit::{Cmp, Emitter, F32, I32, Val};
+use crate::emit::{BF16, Cmp, Emitter, F32, I32, Val};
 use mansard_ir::layout::{AttentionItem, CACHE_BLOCK};
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
@@ -73,7 +75,13 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
             scratch_bytes: step_field(&mut e, k, StepField::ScratchBytes),
         },
     };
+    if attention.shape.tiled {
+        Operands::Pairs.configure(&mut e);
+    }
     items::emit(&attention, &mut e, k);
+    if attention.shape.tiled {
+        amx::release(&mut e);
+    }
     Ok(e.finish())
 }
 
@@ -93,6 +101,10 @@ struct Buffers {
     starts: Val,
     /// `i32[rows]`: first position beyond.
     ends: Val,
+    /// A head of a cache block as matrix units read it.
+    panel: Val,
+    /// A head's values that are all 0.
+    nothing: Val,
 }
 
 impl Buffers {
@@ -106,8 +118,26 @@ impl Buffers {
             factors: e.stack(rows * 4),
             starts: e.stack(rows * 4),
             ends: e.stack(rows * 4),
+            panel: e.stack(if shape.tiled { tiled::panel_bytes(shape.dim) } else { 0 }),
+            nothing: zeros(e, if shape.tiled { shape.stride() } else { 0 }),
         }
     }
+}
+
+fn zeros(e: &mut Emitter, bytes: usize) -> Val {
+    let zeros = e.stack(bytes);
+    for offset in (0..bytes).step_by(64) {
+        let (at, zero) = (e.gep_const(zeros, offset), e.int(I32.x(LANES), 0));
+        e.store(zero, at, 64);
+    }
+    zeros
+}
+
+/// What multiplies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Units {
+    Vector,
+    Matrix,
 }
 
 struct StepPointers {
@@ -171,23 +201,36 @@ impl Item {
 impl Attention {
     /// Sums up cache blocks `from..to` of an item.
     fn positions(&self, e: &mut Emitter, item: &Item, state: &State, (from, to): (Val, Val)) {
-        self.begin(e, item, state);
-        let (from, to) = (e.add(item.low, from), e.add(item.low, to));
+        let run = (e.add(item.low, from), e.add(item.low, to));
         let (few, one, long) = (e.i64(FEW_ROWS), e.i64(1), e.i64(AttentionItem::SPAN as i64));
         let few = e.cmp(Cmp::Le, item.rows, few);
-        let most = e.select(few, long, one);
+        if self.shape.tiled {
+            e.either(
+                few,
+                |e| self.spans(e, item, state, run, (long, Units::Vector)),
+                |e| self.spans(e, item, state, run, (one, Units::Matrix)),
+            );
+        } else {
+            let most = e.select(few, long, one);
+            self.spans(e, item, state, run, (most, Units::Vector));
+        }
+    }
+
+    /// Sums up cache blocks `from..to`, `most` at a time.
+    fn spans(&self, e: &mut Emitter, item: &Item, state: &State, (from, to): (Val, Val), (most, units): (Val, Units)) {
+        self.begin(e, item, state, units);
         e.for_loop((from, to, most), &[], |e, first, _| {
             let left = e.sub(to, first);
             let span = Span { first, blocks: e.min(left, most), end: to };
-            self.scores(e, item, span);
-            self.soften(e, item, state, span);
-            self.weigh(e, item, state, span);
+            self.scores(e, item, span, units);
+            self.soften(e, item, state, span, units);
+            self.weigh(e, item, state, span, units);
             vec![]
         });
     }
 
     /// Copies the queries, resets sums and finds what each row sees.
-    fn begin(&self, e: &mut Emitter, item: &Item, state: &State) {
+    fn begin(&self, e: &mut Emitter, item: &Item, state: &State, units: Units) {
         let (shape, b) = (&self.shape, &self.buffers);
         let zero = e.i64(0);
         e.repeat(zero, item.count, 1, |e, token| {
@@ -199,12 +242,13 @@ impl Attention {
             let window = e.i64(shape.window as i64);
             let start = if shape.window > 0 { e.sub(own, window) } else { zero };
             let (start, end) = (e.convert("trunci", start, I32), e.convert("trunci", end, I32));
-            let from = e.row(self.q, token_id, shape.row_bytes);
-            let from = e.row(from, item.head, shape.dim * 4);
+            let head_bytes = shape.dim * if shape.halves { 2 } else { 4 };
+            let from = e.row(self.q, token_id, shape.query_bytes);
+            let from = e.row(from, item.head, head_bytes);
             let heads = e.i64(shape.item.heads as i64);
             let row = e.mul(token, heads);
             e.repeat(zero, heads, 1, |e, head| {
-                let (row, from) = (e.add(row, head), e.row(from, head, shape.dim * 4));
+                let (row, from) = (e.add(row, head), e.row(from, head, head_bytes));
                 for (to, value) in [(b.starts, start), (b.ends, end)] {
                     let to = e.row(to, row, 4);
                     e.store(value, to, 4);
@@ -213,7 +257,7 @@ impl Attention {
                 let below = e.float(F32, FAR_BELOW);
                 e.store(below, most, 4);
                 let (q, out) = (e.row(b.q, row, shape.stride()), e.row(state.out, row, shape.item.row_bytes));
-                self.copy_query(e, from, q);
+                self.copy_query(e, from, q, units);
                 let none = e.float(F32.x(LANES), 0.0);
                 for i in 0..shape.item.row_bytes / (LANES * 4) {
                     let at = e.gep_const(out, i * LANES * 4);
@@ -223,13 +267,26 @@ impl Attention {
         });
     }
 
-    /// Scaled, in units of ln 2 unless a cap comes between.
-    fn copy_query(&self, e: &mut Emitter, from: Val, to: Val) {
+    /// Queries of f32 are scaled; those of bf16 become f32 for vector units, and stay for matrix units.
+    fn copy_query(&self, e: &mut Emitter, from: Val, to: Val, units: Units) {
         let shape = &self.shape;
-        let units = if shape.softcap > 0.0 { 1.0 } else { std::f32::consts::LOG2_E };
+        if units == Units::Matrix {
+            for i in 0..shape.dim / (2 * LANES) {
+                let [from, to] = [from, to].map(|at| e.gep_const(at, i * 64));
+                let x = e.load(from, I32.x(LANES), 64);
+                e.store(x, to, 64);
+            }
+            return;
+        }
         walk::visit(e, shape.dim, &mut |e, chunk| {
+            if shape.halves {
+                let from = chunk.halved(e, from);
+                let x = e.load(from, BF16.x(chunk.lanes), 32);
+                let x = e.convert("extf", x, F32);
+                return chunk.store(e, x, to, 64);
+            }
             let x = chunk.load(e, from, walk::head_align(2, shape.dim));
-            let scale = e.float(x.ty, shape.scale * units);
+            let scale = e.float(x.ty, shape.query_factor());
             let x = e.mul(x, scale);
             chunk.store(e, x, to, 64);
         });
@@ -247,12 +304,15 @@ impl Attention {
     }
 
     /// Scores of a span.
-    fn scores(&self, e: &mut Emitter, item: &Item, span: Span) {
+    fn scores(&self, e: &mut Emitter, item: &Item, span: Span, units: Units) {
         let zero = e.i64(0);
         e.repeat(zero, span.blocks, 1, |e, index| {
             let block = e.add(span.first, index);
             let scores = e.row(self.buffers.scores, index, CACHE_BLOCK * 4);
-            self.source_of(e, item, block, &|e, source| self.scores_of(e, source, item, block, scores));
+            self.source_of(e, item, block, &|e, source| match units {
+                Units::Vector => self.scores_of(e, source, item, block, scores),
+                Units::Matrix => self.tiled_scores(e, source, item, block, scores),
+            });
         });
     }
 
@@ -288,7 +348,7 @@ impl Attention {
     }
 
     /// Weighted values of a span.
-    fn weigh(&self, e: &mut Emitter, item: &Item, state: &State, span: Span) {
+    fn weigh(&self, e: &mut Emitter, item: &Item, state: &State, span: Span, units: Units) {
         let zero = e.i64(0);
         e.repeat(zero, span.blocks, 1, |e, index| {
             let block = e.add(span.first, index);
@@ -297,7 +357,10 @@ impl Attention {
             let last = e.sub(span.end, one);
             let further = e.min(further, last);
             let next = self.caches.head(e, item, self.caches.keys, further);
-            self.source_of(e, item, block, &|e, source| self.weigh_of(e, source, item, state, (block, scores, next)));
+            self.source_of(e, item, block, &|e, source| match units {
+                Units::Vector => self.weigh_of(e, source, item, state, (block, scores, next)),
+                Units::Matrix => self.tiled_weigh(e, source, item, state, (block, scores)),
+            });
         });
     }
 

@@ -321,8 +321,12 @@ pub fn append(o: &[&Type], _: &Attrs) -> Rule {
     }
 }
 
+/// Queries of bf16 say that products are of bf16, of 32 dims at a time.
 pub fn attend(o: &[&Type], attrs: &Attrs) -> Rule {
-    f32s(o[0])?;
+    let halves = matches!(o[0].as_tensor(), Some((DType::BF16, [.., Dim::N(dim)])) if dim % 32 == 0);
+    if !halves {
+        f32s(o[0])?;
+    }
     step(o[3])?;
     if attrs.int("window") < 0 || attrs.float("softcap") < 0.0 {
         bail!(Input, "`window` and `softcap` cannot be negative");
@@ -340,7 +344,7 @@ pub fn attend(o: &[&Type], attrs: &Attrs) -> Rule {
                     bail!(Input, "expected to see at most the {kept} positions that the cache keeps, found {seen}");
                 }
             }
-            Ok(o[0].clone())
+            Ok(Type::tensor(DType::F32, with_dims(Dim::T, q)))
         }
         _ => bail!(Input, "expected queries of the caches' head dim, in a multiple of their heads"),
     }

@@ -349,7 +349,7 @@ ops! {
         int("window", "positions seen back from, and with, a token's own; 0 for all"),
         float("softcap", "scores become cap * tanh(score / cap); 0 for none")
     } Attend: attend, state::attend, flops::attention, attend,
-        "softmax(scale q k^T) v; query head h reads key head h * kv_heads / heads";
+        "softmax(scale q k^T) v; query head h reads key head h * kv_heads / heads; bf16 queries: products may be of bf16";
     "attend_mixed" (q, keys, values, recent_keys, recent_values, step) {
         float("scale", "multiplies scores"),
         flag("causal", "a token sees no later position"),

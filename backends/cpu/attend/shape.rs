@@ -2,7 +2,7 @@
 
 use crate::cpu::rows::walk::LANES;
 use mansard_ir::layout::{AttentionItem, row_bytes};
-use mansard_ir::{Node, Result, Target, Type, bail};
+use mansard_ir::{DType, Node, Result, Target, Type, bail};
 
 /// Registers that a product leaves to what it reads.
 const SPARE: usize = 8;
@@ -21,8 +21,14 @@ pub(super) struct Shape {
     pub(super) parts: usize,
     /// An item's own cache block is read from other caches.
     pub(super) mixed: bool,
-    /// Bytes from token to token of queries and results.
+    /// Bytes from token to token of queries.
+    pub(super) query_bytes: usize,
+    /// Bytes from token to token of results.
     pub(super) row_bytes: usize,
+    /// Queries are bf16.
+    pub(super) halves: bool,
+    /// Matrix units multiply them, where an item has many rows.
+    pub(super) tiled: bool,
     pub(super) scale: f32,
     pub(super) causal: bool,
     pub(super) window: usize,
@@ -34,21 +40,25 @@ pub(super) struct Shape {
 
 impl Shape {
     pub(super) fn new(target: &Target, node: &Node, q: &Type, cache: &Type) -> Result<Shape> {
-        let (Type::Cache { heads: kv_heads, dim, .. }, Some(width), Some(row_bytes)) =
-            (cache, q.row_width(), row_bytes(q))
+        let (Type::Cache { heads: kv_heads, dim, .. }, Some(width), Some(query_bytes), Some(row_bytes)) =
+            (cache, q.row_width(), row_bytes(q), row_bytes(&node.ty))
         else {
             bail!(Internal, "attention of {q} over {cache}")
         };
         let group = width / dim / kv_heads;
         let item = AttentionItem::new(group, *dim);
         let parts = group / item.heads;
+        let halves = matches!(q.as_tensor(), Some((DType::BF16, _)));
         Ok(Shape {
             dim: *dim,
             item,
             slices: kv_heads * parts,
             parts,
             mixed: node.operands.len() > 4,
+            query_bytes,
             row_bytes,
+            halves,
+            tiled: halves && target.has("amx-bf16"),
             scale: node.attrs.float("scale") as f32,
             causal: node.attrs.bool("causal"),
             window: node.attrs.size("window"),
@@ -56,6 +66,26 @@ impl Shape {
             registers: target.registers,
             per_vector: (LANES * 4).div_ceil(target.vector_bytes),
         })
+    }
+
+    /// Scores are in units of ln 2, unless a cap comes between.
+    fn units(&self) -> f32 {
+        if self.softcap > 0.0 { 1.0 } else { std::f32::consts::LOG2_E }
+    }
+
+    /// What queries are multiplied with before all else: those of bf16 stay as they are.
+    pub(super) fn query_factor(&self) -> f32 {
+        if self.halves { 1.0 } else { self.scale * self.units() }
+    }
+
+    /// What scores are multiplied with before they are capped.
+    pub(super) fn capped_factor(&self) -> f32 {
+        if self.halves { self.scale } else { 1.0 }
+    }
+
+    /// What scores are multiplied with on their way to weights.
+    pub(super) fn score_factor(&self) -> f32 {
+        if self.halves && self.softcap == 0.0 { self.scale * self.units() } else { 1.0 }
     }
 
     /// Bytes of a row of queries: a head in whole vectors.

@@ -9,7 +9,7 @@
 //! A row that sees nothing of a span keeps its maximum, far below every score; what such weights add is wiped out by the
 //! factor of its first real score, and every token sees itself.
 
-use super::{Attention, Item};
+use super::{Attention, Item, Units};
 use crate::cpu::rows::walk::LANES;
 use crate::emit::{Cmp, Emitter, F32, I32, Val};
 use crate::math;
@@ -54,12 +54,12 @@ impl Attention {
     }
 
     /// Scores of a span become weights; `out`, sums and maxima move on.
-    pub(super) fn soften(&self, e: &mut Emitter, item: &Item, state: &State, span: Span) {
+    pub(super) fn soften(&self, e: &mut Emitter, item: &Item, state: &State, span: Span, units: Units) {
         self.prepare(e, item, span);
         let zero = e.i64(0);
         e.repeat(zero, item.rows, 1, |e, row| self.maximum(e, state, span, row));
         self.factors(e, item, state.most, self.buffers.most);
-        e.repeat(zero, item.rows, 1, |e, row| self.weights(e, item, state, span, row));
+        e.repeat(zero, item.rows, 1, |e, row| self.weights(e, item, state, (span, row), units));
     }
 
     /// Caps scores, and masks those of positions that not every row sees.
@@ -95,6 +95,7 @@ impl Attention {
             let at = e.gep_const(scores, vector * LANES * 4);
             let mut score = e.load(at, ty, 64);
             if self.shape.softcap > 0.0 {
+                score = by(e, score, self.shape.capped_factor());
                 let cap = e.float(ty, self.shape.softcap);
                 score = math::softcap(e, score, cap);
                 let log2e = e.float(ty, std::f32::consts::LOG2_E);
@@ -102,7 +103,7 @@ impl Attention {
             }
             if let Some(first) = masked {
                 let seen = self.seen(e, row, first, vector);
-                let below = e.float(ty, OUT_OF_SIGHT);
+                let below = e.float(ty, OUT_OF_SIGHT / self.shape.score_factor());
                 score = e.select(seen, score, below);
             }
             e.store(score, at, 64);
@@ -131,6 +132,12 @@ impl Attention {
         e.and(seen, late)
     }
 
+    /// Sixteen scores of a row.
+    fn score(&self, e: &mut Emitter, scores: Val, index: usize) -> Val {
+        let score = load_vector(e, scores, index);
+        by(e, score, self.shape.score_factor())
+    }
+
     /// The row's largest score, with this span.
     fn maximum(&self, e: &mut Emitter, state: &State, span: Span, row: Val) {
         let (zero, one) = (e.i64(0), e.i64(1));
@@ -140,7 +147,7 @@ impl Attention {
         let before = e.broadcast(before, LANES);
         let most = e.for_loop((zero, span.blocks, one), &[before], |e, index, most| {
             let scores = e.row(scores, index, CACHE_BLOCK * 4);
-            let x: Vec<Val> = (0..VECTORS).map(|i| load_vector(e, scores, i)).collect();
+            let x: Vec<Val> = (0..VECTORS).map(|i| self.score(e, scores, i)).collect();
             let (a, b) = (e.max(x[0], x[1]), e.max(x[2], x[3]));
             let most_here = e.max(a, b);
             vec![e.max(most_here, most[0])]
@@ -165,7 +172,7 @@ impl Attention {
     }
 
     /// The row's weights in this span, times the scales of values; its sums, by the factor.
-    fn weights(&self, e: &mut Emitter, item: &Item, state: &State, span: Span, row: Val) {
+    fn weights(&self, e: &mut Emitter, item: &Item, state: &State, (span, row): (Span, Val), units: Units) {
         let (zero, one) = (e.i64(0), e.i64(1));
         let scores = self.row_of_scores(e, row);
         let most = e.row(self.buffers.most, row, 4);
@@ -178,10 +185,9 @@ impl Attention {
             let scales = self.caches.scales(e, item, self.caches.values, block);
             let weights: Vec<Val> = (0..VECTORS)
                 .map(|i| {
-                    let score = load_vector(e, scores, i);
+                    let score = self.score(e, scores, i);
                     let below = e.sub(score, most);
                     let weight = math::exp2(e, below);
-                    let at = e.gep_const(scores, i * LANES * 4);
                     let scaled = match scales {
                         Some(scales) => {
                             let scale = self.caches.stored.load_scales(e, scales, i * LANES, LANES);
@@ -190,7 +196,17 @@ impl Attention {
                         }
                         None => weight,
                     };
-                    e.store(scaled, at, 64);
+                    match units {
+                        Units::Vector => {
+                            let at = e.gep_const(scores, i * LANES * 4);
+                            e.store(scaled, at, 64);
+                        }
+                        // Never beyond the scores that have been read.
+                        Units::Matrix => {
+                            let (at, scaled) = (e.gep_const(scores, i * LANES * 2), math::round_bf16(e, scaled));
+                            e.store(scaled, at, 32);
+                        }
+                    }
                     weight
                 })
                 .collect();
@@ -265,6 +281,14 @@ impl Attention {
             }
         });
     }
+}
+
+fn by(e: &mut Emitter, x: Val, factor: f32) -> Val {
+    if factor == 1.0 {
+        return x;
+    }
+    let factor = e.float(x.ty, factor);
+    e.mul(x, factor)
 }
 
 fn load_vector(e: &mut Emitter, base: Val, index: usize) -> Val {

@@ -7,9 +7,20 @@ use mansard_ir::layout::AttentionItem;
 const RAGGED: [(usize, usize); 5] = [(0, 9), (200, 1), (61, 6), (63, 1), (127, 4)];
 
 fn attend(heads: (usize, usize), dim: usize, cache: &str, rules: &str, step: &[(usize, usize)], tolerance: f64) {
-    let (q, kv) = heads;
+    attend_by("f32", heads, dim, cache, rules, step, tolerance);
+}
+
+fn attend_by(
+    query: &str,
+    (q, kv): (usize, usize),
+    dim: usize,
+    cache: &str,
+    rules: &str,
+    step: &[(usize, usize)],
+    tolerance: f64,
+) {
     let text = format!(
-        "graph @attend(%q: f32[t, {q}, {dim}], %k: keys<{cache}>[c, {kv}, {dim}], %v: values<{cache}>[c, {kv}, {dim}], \
+        "graph @attend(%q: {query}[t, {q}, {dim}], %k: keys<{cache}>[c, {kv}, {dim}], %v: values<{cache}>[c, {kv}, {dim}], \
          %step: step[s]) stage planned when t = 1..512 {{ %y = attend %q, %k, %v, %step {{scale = 0.3, {rules}}} return y = %y }}"
     );
     harness::case(&text, step, tolerance);
@@ -61,6 +72,26 @@ fn other_stored_types() {
     }
 }
 
+/// On matrix units keys, weights and values are rounded to bf16, too.
+#[test]
+fn queries_of_bf16() {
+    let halves = |heads, dim, cache, rules: &str, step: &[(usize, usize)]| {
+        attend_by("bf16", heads, dim, cache, rules, step, 1e-2);
+    };
+    let prompts = [(0, 150), (200, 70), (61, 6), (63, 1), (127, 20), (0, 1)];
+    for cache in ["f16", "f32", "bf16", "i8", "fp8", "i4"] {
+        halves((9, 3), 64, cache, CAUSAL, &prompts);
+        halves((2, 2), 32, cache, "causal = false, window = 0, softcap = 0.0", &[(0, 130), (0, 3), (0, 65)]);
+    }
+    for dim in [32, 96, 128, 256] {
+        halves((4, 1), dim, "f16", "causal = true, window = 70, softcap = 0.0", &prompts);
+        halves((8, 2), dim, "f16", "causal = true, window = 0, softcap = 2.0", &prompts);
+    }
+    halves((72, 1), 64, "f16", CAUSAL, &prompts);
+    let step: Vec<(usize, usize)> = (0..20).map(|i| (37 * i, 1)).chain([(100, 70)]).collect();
+    halves((6, 3), 32, "f16", CAUSAL, &step);
+}
+
 #[test]
 fn int4_caches() {
     attend((6, 2), 64, "i4", CAUSAL, &RAGGED, 1e-5);
@@ -71,20 +102,28 @@ fn int4_caches() {
 
 #[test]
 fn recent_positions_in_other_caches() {
-    let mixed = |(q, kv): (usize, usize), dim: usize, (cache, recent): (&str, &str), rules: &str, step: &[_]| {
+    let by = |query,
+              (q, kv): (usize, usize),
+              dim: usize,
+              (cache, recent): (&str, &str),
+              rules: &str,
+              step: &[_],
+              off| {
         let text = format!(
-            "graph @attend(%q: f32[t, {q}, {dim}], %k: keys<{cache}>[c, {kv}, {dim}], %v: values<{cache}>[c, {kv}, {dim}], \
+            "graph @attend(%q: {query}[t, {q}, {dim}], %k: keys<{cache}>[c, {kv}, {dim}], %v: values<{cache}>[c, {kv}, {dim}], \
              %kr: keys<{recent}, window = 64>[c, {kv}, {dim}], %vr: values<{recent}, window = 64>[c, {kv}, {dim}], \
              %step: step[s]) stage planned when t = 1..512 {{ \
              %y = attend_mixed %q, %k, %v, %kr, %vr, %step {{scale = 0.3, {rules}}} return y = %y }}"
         );
-        harness::case(&text, step, 1e-5);
+        harness::case(&text, step, off);
     };
+    let mixed = |heads, dim, caches, rules: &str, step: &[_]| by("f32", heads, dim, caches, rules, step, 1e-5);
     let prompts = [(0, 130), (200, 1), (61, 70), (63, 1), (64, 1), (127, 4)];
     mixed((9, 3), 64, ("i4", "f16"), CAUSAL, &prompts);
     mixed((4, 1), 256, ("i4", "f16"), "causal = true, window = 70, softcap = 0.0", &prompts);
     mixed((2, 1), 96, ("i4", "f16"), "causal = true, window = 0, softcap = 2.0", &prompts);
     mixed((2, 1), 32, ("i8", "f32"), CAUSAL, &RAGGED);
+    by("bf16", (9, 3), 64, ("i4", "f16"), CAUSAL, &prompts, 1e-2);
 }
 
 #[test]

@@ -10,7 +10,7 @@
 //! A token tile may reach past the step's last row, as in [`super`]. Codes are unpacked once for all tokens of a step.
 
 use super::{Contraction, Dot, Place, by_strips, internal};
-use crate::cpu::dot::amx::{self, Operands, TOKENS};
+use crate::cpu::dot::amx::{self, Later, Operands, Sums, TOKENS};
 use crate::cpu::dot::{self, Rows, Weights};
 use crate::emit::{Cmp, Emitter, F32, I8, Val};
 use mansard_ir::kernel::PROLOGUE_TOKENS;
@@ -225,7 +225,7 @@ impl Contraction<'_> {
     fn tile(&self, e: &mut Emitter, memory: Memory, (cache_tile, all): (usize, Val), tile: Tile) -> Result<()> {
         let dots = &self.component.dots;
         let bytes = tile.strips * tile.tokens * STRIP * 4;
-        let mut offset = 0;
+        let (mut offset, mut asked) = (0, vec![]);
         for (index, dot) in dots.iter().enumerate() {
             let weight = self.pointer(dot.weight)?;
             let stride = row_bytes(self.body.ty(dot.x)).ok_or_else(|| internal(self.body))?;
@@ -248,7 +248,10 @@ impl Contraction<'_> {
                     let (first, bytes) = panel.map_or((strip, packed), |panel| (panel, bytes));
                     let strips: Vec<Val> = (0..tile.strips).map(|s| e.gep_const(first, s * bytes)).collect();
                     if self.is_tiled(memory.operands, dot) {
-                        amx::pairs(e, dot.k, &strips, rows, out);
+                        let sums = Sums { first: out, row: STRIP * 4, strip: rows.count * STRIP * 4, add: false };
+                        let later = (!asked.contains(&dot.x)).then(|| self.later(e, &rows, cache_tile, tile));
+                        asked.push(dot.x);
+                        amx::pairs(e, dot.k, &strips, rows, later, sums);
                     } else {
                         self.vectors(e, dot, &strips, rows, out);
                     }
@@ -275,6 +278,18 @@ impl Contraction<'_> {
             }
         });
         result
+    }
+
+    /// This tile's part of the next token tile's rows, which all tiles of the cache tile together ask for: they may come from
+    /// another worker's cache, and stand too far apart for hardware to see a pattern.
+    fn later(&self, e: &mut Emitter, rows: &Rows, cache_tile: usize, tile: Tile) -> Later {
+        let count = tile.tokens.div_ceil(cache_tile.div_ceil(tile.strips));
+        let done = e.sub(tile.strip, tile.from);
+        let first = e.scaled(done, count, 0);
+        let strips = e.i64(tile.strips as i64);
+        let first = e.div(first, strips);
+        let first = e.row(rows.first, first, rows.stride);
+        Later { first: e.gep_const(first, tile.tokens * rows.stride), count }
     }
 
     /// Products of what matrix units do not multiply beside what only they do: `f32[strip][rows.count][16]`.

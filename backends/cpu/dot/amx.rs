@@ -117,7 +117,7 @@ pub fn peak(e: &mut Emitter, operands: Operands, panel: Val, rounds: Val, steps:
             multiply(e, name, sum, A + sum % 2, B + sum / 2);
         }
     });
-    store(e, 0, out);
+    store(e, 0, out, 4 * STRIP);
     release(e);
     e.load(out, I32.x(STRIP), 64)
 }
@@ -130,12 +130,54 @@ pub fn panel_bytes(operands: Operands, k: usize) -> usize {
     }
 }
 
-/// Products of 16 rows, or twice as many, with bf16 strips. `out` gets `f32[strip][rows.count][16]`.
-pub fn pairs(e: &mut Emitter, k: usize, strips: &[Val], rows: Rows, out: Val) {
+/// Where sums of [`pairs`] go.
+#[derive(Clone, Copy)]
+pub struct Sums {
+    /// That of the first row with the first output.
+    pub first: Val,
+    /// Bytes from row to row.
+    pub row: usize,
+    /// Bytes from strip to strip.
+    pub strip: usize,
+    /// They are added to what is there.
+    pub add: bool,
+}
+
+/// Lanes of two vectors of 16 as pairs.
+pub const PAIRS: [usize; 2 * STRIP] = {
+    let (mut lanes, mut i) = ([0; 2 * STRIP], 0);
+    while i < 2 * STRIP {
+        lanes[i] = i / 2 + i % 2 * STRIP;
+        i += 1;
+    }
+    lanes
+};
+
+/// Rows that will be read later, and are asked for meanwhile.
+#[derive(Clone, Copy)]
+pub struct Later {
+    /// The first.
+    pub first: Val,
+    /// How many.
+    pub count: usize,
+}
+
+/// Products of 16 rows, or twice as many, with bf16 strips. Rows to come lie as far apart as these.
+pub fn pairs(e: &mut Emitter, k: usize, strips: &[Val], rows: Rows, later: Option<Later>, out: Sums) {
     let tiles = rows.count / TOKENS;
     for (c, strips) in strips.chunks(2).enumerate() {
         let used = || (0..strips.len()).flat_map(|s| (0..tiles).map(move |a| (s, a, 2 * s + a)));
-        used().for_each(|(_, _, sum)| zero(e, sum));
+        let at = |e: &mut Emitter, s: usize, a: usize| {
+            e.gep_const(out.first, (2 * c + s) * out.strip + a * TOKENS * out.row)
+        };
+        for (s, a, sum) in used() {
+            if out.add {
+                let from = at(e, s, a);
+                load(e, sum, from, out.row);
+            } else {
+                zero(e, sum);
+            }
+        }
         let (low, high) = (e.i64(0), e.i64((k / COLUMNS) as i64));
         e.repeat(low, high, 1, |e, step| {
             let x = e.row(rows.first, step, 2 * COLUMNS);
@@ -148,10 +190,17 @@ pub fn pairs(e: &mut Emitter, k: usize, strips: &[Val], rows: Rows, out: Val) {
                 load(e, B + s, at, 4 * STRIP);
             }
             used().for_each(|(s, a, sum)| multiply(e, "llvm.x86.tdpbf16ps", sum, A + a, B + s));
+            if let Some(later) = later.filter(|_| c == 0) {
+                let line = e.row(later.first, step, 2 * COLUMNS);
+                for row in 0..later.count {
+                    let offset = e.i64((row * rows.stride) as i64);
+                    e.prefetch(line, offset, 1);
+                }
+            }
         });
         for (s, a, sum) in used() {
-            let at = e.gep_const(out, ((2 * c + s) * tiles + a) * TILE_BYTES);
-            store(e, sum, at);
+            let to = at(e, s, a);
+            store(e, sum, to, out.row);
         }
     }
 }
@@ -185,8 +234,7 @@ pub fn widen(e: &mut Emitter, weights: Weights<'_>, k: usize, strip: Val, panel:
                     let real = weights.reals(e, figures[quad * 4 / unit], byte);
                     math::round_bf16(e, real)
                 });
-                let lanes: Vec<usize> = (0..STRIP).flat_map(|row| [row, STRIP + row]).collect();
-                let pairs = e.shuffle(even, odd, &lanes);
+                let pairs = e.shuffle(even, odd, &PAIRS);
                 let at = e.gep_const(to, (2 * quad + pair as usize) * 4 * STRIP);
                 e.store(pairs, at, 64);
             }
@@ -245,7 +293,7 @@ impl Codes<'_> {
             load(e, B + i % 2, codes, 4 * STRIP);
             zero(e, i);
             multiply(e, "llvm.x86.tdpbssd", i, A + i % 2, B + i % 2);
-            store(e, i, *sum);
+            store(e, i, *sum, 4 * STRIP);
         }
         let mut acc = acc.to_vec();
         for (i, sum) in sums.iter().enumerate() {
@@ -276,8 +324,8 @@ fn load(e: &mut Emitter, to: usize, at: Val, stride: usize) {
     e.act("llvm.x86.tileloadd64", &[to, at, stride]);
 }
 
-fn store(e: &mut Emitter, from: usize, at: Val) {
-    let (from, stride) = (register(e, from), e.i64(4 * STRIP as i64));
+fn store(e: &mut Emitter, from: usize, at: Val, stride: usize) {
+    let (from, stride) = (register(e, from), e.i64(stride as i64));
     e.act("llvm.x86.tilestored64", &[from, at, stride]);
 }
 
