@@ -16,7 +16,7 @@ use crate::calibration;
 use crate::driver::{self, CompileOptions, Progress, Summary};
 use calibrate::{Calibration, Subjects};
 use divergence::Reference;
-pub use divergence::{CHUNK, WINDOW, divergence_term, log_sum};
+pub use divergence::{WINDOW, divergence_term, log_sum, steps};
 use mansard_backends as backends;
 use mansard_ir::artifact::{Alternative, Decided, Decision, rounded};
 use mansard_ir::{DType, Error, Kind, Model, Result, Target, bail};

@@ -11,7 +11,7 @@
 //! the mean.
 
 use crate::report::{self, EngineArguments, OpenArguments};
-use mansard::budget::{CHUNK, WINDOW, divergence_term, log_sum};
+use mansard::budget::{WINDOW, divergence_term, log_sum, steps};
 use mansard::check;
 use mansard::driver::{self, CompileOptions, Quiet};
 use mansard_ir::artifact::{LayerError, Quality, rounded};
@@ -200,15 +200,14 @@ fn measured(model: &Model, engine: &EngineArguments, request: &Request<'_>, toke
         if let Some(theirs) = &mut theirs {
             theirs.restart()?;
         }
-        for first in (0..window.len()).step_by(CHUNK) {
-            let chunk = &window[first..window.len().min(first + CHUNK)];
-            let q = ours.read(chunk)?;
-            let p = theirs.as_mut().map(|theirs| theirs.read(chunk)).transpose()?;
+        for (first, step) in steps(window) {
+            let q = ours.read(step)?;
+            let p = theirs.as_mut().map(|theirs| theirs.read(step)).transpose()?;
             for (i, q) in q.iter().enumerate() {
                 let next = window.get(first + i + 1).map(|t| *t as usize);
                 sums.add(q, p.as_ref().map(|p| p[i].as_slice()), next)?;
             }
-            bar.inc(chunk.len() as u64);
+            bar.inc(step.len() as u64);
         }
     }
     bar.finish_and_clear();

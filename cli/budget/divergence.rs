@@ -13,8 +13,19 @@ use mansard_runtime::{Engine, EngineOptions, Model, SequenceId};
 /// Tokens read from an empty context.
 pub const WINDOW: usize = 512;
 
-/// Of which so many are read, and compared, at a time; two vocabularies of rows lie in memory.
-pub const CHUNK: usize = 32;
+/// Of which so many are read, and compared, at a time, over and over: programs compute steps of many tokens in another way than
+/// those of few, so either has half the text. Two vocabularies of rows lie in memory.
+const STEPS: [usize; 5] = [128, 32, 32, 32, 32];
+
+/// Cuts a window into steps: the index of each one's first token, and its tokens.
+pub fn steps(window: &[u32]) -> impl Iterator<Item = (usize, &[u32])> {
+    let mut first = 0;
+    STEPS.iter().cycle().map_while(move |length| {
+        let step = window.get(first..window.len().min(first + length)).filter(|step| !step.is_empty())?;
+        first += step.len();
+        Some((first - step.len(), step))
+    })
+}
 
 /// Memory for the reference's distributions.
 const KEPT_BYTES: usize = 256 << 20;
@@ -84,9 +95,9 @@ fn engine(model: &Model, threads: usize) -> Result<Engine> {
 
 fn each_row(engine: &mut Engine, tokens: &[u32], mut visit: impl FnMut(usize, &[f32])) -> Result<()> {
     let sequence: SequenceId = engine.new_sequence();
-    for (index, chunk) in tokens.chunks(CHUNK).enumerate() {
-        engine.each_row(sequence, chunk, "logits", |row, logits| {
-            visit(index * CHUNK + row, logits);
+    for (first, step) in steps(tokens) {
+        engine.each_row(sequence, step, "logits", |row, logits| {
+            visit(first + row, logits);
             Ok(())
         })?;
     }
