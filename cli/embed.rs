@@ -1,8 +1,9 @@
 //! `mansard embed`: texts become vectors, several in one ragged step.
 
 use crate::report::{self, EngineArguments, le_bytes, write_npy};
+use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::{Error, Place, Result, bail};
-use mansard_runtime::{Engine, Rows, Work};
+use mansard_runtime::{Engine, EngineOptions, Rows, Work};
 use std::io::BufRead;
 use std::path::PathBuf;
 
@@ -36,8 +37,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         let lines: std::io::Result<Vec<String>> = std::io::stdin().lock().lines().collect();
         texts = lines.map_err(|e| Error::io("standard input", e))?;
     }
-    let mut engine = model.engine(&arguments.engine.options())?;
-    let limits = *engine.limits();
+    let limits = model.artifact().manifest().program.limits;
+    // Every text of a step has cache blocks of its own, the last of them in part.
+    let positions = Some(limits.tokens + limits.sequences * (CACHE_BLOCK - 1));
+    let mut engine = model.engine(&EngineOptions { positions, ..arguments.engine.options() })?;
     let mut tokens = vec![];
     for (i, text) in texts.iter().enumerate() {
         let ids = model.tokens()?.encode(text, true)?;

@@ -551,3 +551,28 @@ fn a_killed_compilation_leaves_no_artifact() {
         }
     }
 }
+
+#[test]
+fn many_texts_are_embedded_in_few_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(goldens("bert").join(name), folder.path().join(name)).unwrap();
+    }
+    let tokenizer = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "a"}}"#;
+    write(&folder, "tokenizer.json", tokenizer.as_bytes());
+    let artifact = folder.path().join("tiny.mansard").display().to_string();
+    done(&["compile", folder.path().to_str().unwrap(), "-o", &artifact]);
+    // Each of them fills one cache block and begins another.
+    let texts: Vec<String> = (0..40).map(|i| ["a b", "b c"][i % 2].to_string() + &" c a".repeat(34)).collect();
+    let prompts = texts.iter().flat_map(|text| ["-p", text]);
+    let all = done(&["embed", &artifact].into_iter().chain(prompts).collect::<Vec<_>>());
+    let lines: Vec<&str> = all.lines().collect();
+    assert_eq!(lines.len(), 40);
+    for (i, line) in lines.iter().enumerate() {
+        let numbers = |line: &str| -> Vec<f64> { serde_json::from_str(line).unwrap() };
+        let other = numbers(lines[i % 2]);
+        assert!(numbers(line).iter().zip(&other).all(|(a, b)| (a - b).abs() < 1e-5), "text {i}");
+    }
+}
