@@ -78,18 +78,14 @@ fn queries_of_bf16() {
     let halves = |heads, dim, cache, rules: &str, step: &[(usize, usize)]| {
         attend_by("bf16", heads, dim, cache, rules, step, 1e-2);
     };
-    let prompts = [(0, 150), (200, 70), (61, 6), (63, 1), (127, 20), (0, 1)];
+    let prompts = [(0, 70), (61, 6), (63, 1), (127, 20)];
     for cache in ["f16", "f32", "bf16", "i8", "fp8", "i4"] {
-        halves((9, 3), 64, cache, CAUSAL, &prompts);
-        halves((2, 2), 32, cache, "causal = false, window = 0, softcap = 0.0", &[(0, 130), (0, 3), (0, 65)]);
+        halves((3, 1), 64, cache, CAUSAL, &prompts);
     }
-    for dim in [32, 96, 128, 256] {
-        halves((4, 1), dim, "f16", "causal = true, window = 70, softcap = 0.0", &prompts);
-        halves((8, 2), dim, "f16", "causal = true, window = 0, softcap = 2.0", &prompts);
-    }
-    halves((72, 1), 64, "f16", CAUSAL, &prompts);
-    let step: Vec<(usize, usize)> = (0..20).map(|i| (37 * i, 1)).chain([(100, 70)]).collect();
-    halves((6, 3), 32, "f16", CAUSAL, &step);
+    halves((2, 2), 32, "f16", "causal = false, window = 0, softcap = 0.0", &[(0, 130), (0, 3), (0, 65)]);
+    halves((4, 1), 96, "f16", "causal = true, window = 70, softcap = 0.0", &prompts);
+    halves((4, 2), 256, "i8", "causal = true, window = 0, softcap = 2.0", &prompts);
+    halves((72, 1), 32, "f16", CAUSAL, &[(60, 10)]);
 }
 
 #[test]
@@ -123,7 +119,7 @@ fn recent_positions_in_other_caches() {
     mixed((4, 1), 256, ("i4", "f16"), "causal = true, window = 70, softcap = 0.0", &prompts);
     mixed((2, 1), 96, ("i4", "f16"), "causal = true, window = 0, softcap = 2.0", &prompts);
     mixed((2, 1), 32, ("i8", "f32"), CAUSAL, &RAGGED);
-    by("bf16", (9, 3), 64, ("i4", "f16"), CAUSAL, &prompts, 1e-2);
+    by("bf16", (3, 1), 64, ("i4", "f16"), CAUSAL, &[(0, 70), (63, 1), (120, 20)], 1e-2);
 }
 
 #[test]

@@ -2,12 +2,15 @@
 //!
 //! ```text
 //! for cache tile of strips: unpack its codes
-//!   for token tile (16; 32 of bf16)
-//!     for strip (two of bf16): products -> memory
-//!       for token: epilogue -> store
+//!   for token tile
+//!     codes (16 tokens)    for strip: products -> memory -> epilogue -> store
+//!     bf16 (32 tokens)     for depth of some columns: for two strips: sums in memory += products
+//!                          for strip: epilogue -> store
 //! ```
 //!
-//! A token tile may reach past the step's last row, as in [`super`]. Codes are unpacked once for all tokens of a step.
+//! A token tile may reach past the step's last row, as in [`super`]. Codes are unpacked once for all tokens of a step. Units
+//! multiply faster than the second-level cache can give them both operands, so activations of a token tile are read
+//! [`DEPTH`] columns at a time: they stay in the first-level cache while all strips pass.
 
 use super::{Contraction, Dot, Place, by_strips, internal};
 use crate::cpu::dot::amx::{self, Later, Operands, Sums, TOKENS};
@@ -22,6 +25,9 @@ use std::collections::BTreeMap;
 /// all processors with such units. Unpacked codes lie on a worker's stack.
 const CACHE_TILE_BYTES: usize = 512 << 10;
 
+/// Columns of bf16 that are multiplied before the next strips follow, or some more or fewer.
+const DEPTH: usize = 320;
+
 /// Token rows at a time of what vector units multiply in a tile.
 const VECTOR_ROWS: usize = 4;
 
@@ -33,7 +39,7 @@ struct Memory {
     panels: Option<Val>,
     /// Stored integer tiles on their way to sums.
     sums: Option<Val>,
-    /// `f32[dots][strips][tokens][16]`.
+    /// `f32[dots][strips][tokens][16]`: of codes for one strip, of bf16 for a cache tile.
     products: Val,
 }
 
@@ -111,7 +117,7 @@ impl Contraction<'_> {
             operands,
             panels: (panels > 0).then(|| e.stack(panels)),
             sums: codes.then(|| e.stack(2 * TOKENS * STRIP * 4)),
-            products: e.stack(dots.len() * strips * tokens * STRIP * 4),
+            products: e.stack(dots.len() * if codes { 1 } else { tile } * tokens * STRIP * 4),
         };
         if codes {
             self.clear_padding(e, rows)?;
@@ -124,8 +130,17 @@ impl Contraction<'_> {
             let to = e.min(to, high);
             result = self.unpack(e, memory, tile, (from, to)).and_then(|()| {
                 self.token_tiles_of(e, rows, tokens, |e, first, tokens| {
+                    let of = |strip, strips| Tile { first, tokens, strip, strips, from };
+                    if codes {
+                        return by_strips(e, 1, (from, to), |e, strip, _| {
+                            self.codes(e, memory, tile, of(strip, 1))?;
+                            self.leave(e, (memory.products, 1), rows, of(strip, 1))
+                        });
+                    }
+                    self.pairs(e, memory, tile, (from, to), &of)?;
                     by_strips(e, strips, (from, to), |e, strip, strips| {
-                        self.tile(e, memory, (tile, rows), Tile { first, tokens, strip, strips, from })
+                        let products = self.products_at(e, memory, 0, tile, of(strip, strips));
+                        self.leave(e, (products, tile), rows, of(strip, strips))
                     })
                 })
             });
@@ -221,43 +236,102 @@ impl Contraction<'_> {
         result.and(last)
     }
 
-    /// Products of one tile, epilogue, stores.
-    fn tile(&self, e: &mut Emitter, memory: Memory, (cache_tile, all): (usize, Val), tile: Tile) -> Result<()> {
+    /// Activations of a token tile.
+    fn rows_of(&self, e: &mut Emitter, dot: &Dot, tile: Tile) -> Result<Rows> {
+        let stride = row_bytes(self.body.ty(dot.x)).ok_or_else(|| internal(self.body))?;
+        let x = self.pointer(dot.x)?;
+        Ok(dot.rows(e.row(x, tile.first, stride), stride, tile.tokens))
+    }
+
+    /// The unpacked strips of dot `index` from that of the tile on; `None` where they are read as they are packed.
+    fn panel_at(&self, e: &mut Emitter, memory: Memory, index: usize, cache_tile: usize, tile: Tile) -> Option<Val> {
+        let of = |dot: &Dot| self.panel_bytes(memory.operands, dot);
         let dots = &self.component.dots;
-        let bytes = tile.strips * tile.tokens * STRIP * 4;
-        let (mut offset, mut asked) = (0, vec![]);
-        for (index, dot) in dots.iter().enumerate() {
-            let weight = self.pointer(dot.weight)?;
-            let stride = row_bytes(self.body.ty(dot.x)).ok_or_else(|| internal(self.body))?;
-            let x = self.pointer(dot.x)?;
-            let rows = dot.rows(e.row(x, tile.first, stride), stride, tile.tokens);
-            let out = e.gep_const(memory.products, index * bytes);
-            let strip = dot::strip_at(e, weight, tile.strip, dot.dtype, dot.k);
-            let bytes = self.panel_bytes(memory.operands, dot);
-            let panel = memory.panels.filter(|_| bytes > 0).map(|panels| {
-                let (panel, at) = (e.gep_const(panels, offset), e.sub(tile.strip, tile.from));
-                offset += cache_tile * bytes;
-                e.row(panel, at, bytes)
-            });
-            match (panel, memory.sums, self.weights(dot)) {
-                (Some(panel), Some(sums), Some(weights)) => {
-                    amx::codes(e, weights, dot.k, (strip, panel), rows, (sums, out));
-                }
-                _ => {
-                    let packed = StripLayout::new(dot.dtype, dot.k).bytes;
-                    let (first, bytes) = panel.map_or((strip, packed), |panel| (panel, bytes));
-                    let strips: Vec<Val> = (0..tile.strips).map(|s| e.gep_const(first, s * bytes)).collect();
-                    if self.is_tiled(memory.operands, dot) {
-                        let sums = Sums { first: out, row: STRIP * 4, strip: rows.count * STRIP * 4, add: false };
-                        let later = (!asked.contains(&dot.x)).then(|| self.later(e, &rows, cache_tile, tile));
-                        asked.push(dot.x);
-                        amx::pairs(e, dot.k, &strips, rows, later, sums);
-                    } else {
-                        self.vectors(e, dot, &strips, rows, out);
-                    }
-                }
-            }
+        let (own, before) = (of(&dots[index]), dots[..index].iter().map(of).sum::<usize>());
+        let panels = memory.panels.filter(|_| own > 0)?;
+        let (panel, at) = (e.gep_const(panels, cache_tile * before), e.sub(tile.strip, tile.from));
+        Some(e.row(panel, at, own))
+    }
+
+    /// Where sums of dot `index` with a tile's strips are kept, of all those of a cache tile.
+    fn products_at(&self, e: &mut Emitter, memory: Memory, index: usize, cache_tile: usize, tile: Tile) -> Val {
+        let strip_bytes = tile.tokens * STRIP * 4;
+        let (all, at) = (e.gep_const(memory.products, index * cache_tile * strip_bytes), e.sub(tile.strip, tile.from));
+        e.row(all, at, strip_bytes)
+    }
+
+    /// Integer products of one strip.
+    fn codes(&self, e: &mut Emitter, memory: Memory, cache_tile: usize, tile: Tile) -> Result<()> {
+        for (index, dot) in self.component.dots.iter().enumerate() {
+            let rows = self.rows_of(e, dot, tile)?;
+            let out = e.gep_const(memory.products, index * tile.tokens * STRIP * 4);
+            let strip = dot::strip_at(e, self.pointer(dot.weight)?, tile.strip, dot.dtype, dot.k);
+            let panel = self.panel_at(e, memory, index, cache_tile, tile);
+            let (Some(panel), Some(sums), Some(weights)) = (panel, memory.sums, self.weights(dot)) else {
+                bail!(Internal, "`{}` has codes that are not unpacked", self.body.name);
+            };
+            amx::codes(e, weights, dot.k, (strip, panel), rows, (sums, out));
         }
+        Ok(())
+    }
+
+    /// Products in bf16 of all strips of a cache tile with a token tile, some columns at a time.
+    fn pairs(
+        &self,
+        e: &mut Emitter,
+        memory: Memory,
+        cache_tile: usize,
+        strips: (Val, Val),
+        tile: &dyn Fn(Val, usize) -> Tile,
+    ) -> Result<()> {
+        let mut asked = vec![];
+        for (index, dot) in self.component.dots.iter().enumerate() {
+            if !self.is_tiled(memory.operands, dot) {
+                by_strips(e, 2, strips, |e, strip, strips| {
+                    let tile = tile(strip, strips);
+                    let rows = self.rows_of(e, dot, tile)?;
+                    let strip = dot::strip_at(e, self.pointer(dot.weight)?, strip, dot.dtype, dot.k);
+                    let bytes = StripLayout::new(dot.dtype, dot.k).bytes;
+                    let strips: Vec<Val> = (0..strips).map(|s| e.gep_const(strip, s * bytes)).collect();
+                    let out = self.products_at(e, memory, index, cache_tile, tile);
+                    self.vectors(e, dot, &strips, rows, out);
+                    Ok(())
+                })?;
+                continue;
+            }
+            let first_use = !asked.contains(&dot.x);
+            asked.push(dot.x);
+            let mut result = Ok(());
+            by_depth(e, dot.k, |e, (column, depth), add| {
+                let of_strips = by_strips(e, 2, strips, |e, strip, strips| {
+                    let tile = tile(strip, strips);
+                    let (bytes, first) = match self.panel_at(e, memory, index, cache_tile, tile) {
+                        Some(panel) => (self.panel_bytes(memory.operands, dot), panel),
+                        None => {
+                            let packed = StripLayout::new(dot.dtype, dot.k).bytes;
+                            (packed, dot::strip_at(e, self.pointer(dot.weight)?, strip, dot.dtype, dot.k))
+                        }
+                    };
+                    let first = e.row(first, column, 2 * STRIP);
+                    let strips: Vec<Val> = (0..strips).map(|s| e.gep_const(first, s * bytes)).collect();
+                    let rows = self.rows_of(e, dot, tile)?;
+                    let rows = Rows { first: e.row(rows.first, column, 2), ..rows };
+                    let strip_bytes = tile.tokens * STRIP * 4;
+                    let first = self.products_at(e, memory, index, cache_tile, tile);
+                    let later = first_use.then(|| self.later(e, &rows, cache_tile, tile));
+                    amx::pairs(e, depth, &strips, rows, later, Sums { first, row: STRIP * 4, strip: strip_bytes, add });
+                    Ok(())
+                });
+                result = std::mem::replace(&mut result, Ok(())).and(of_strips);
+            });
+            result?;
+        }
+        Ok(())
+    }
+
+    /// Epilogue and stores of a tile, whose products begin at `products`; those of each dot are of `kept` strips.
+    fn leave(&self, e: &mut Emitter, (products, kept): (Val, usize), all: Val, tile: Tile) -> Result<()> {
+        let strip_bytes = tile.tokens * STRIP * 4;
         // What lies past the step's last row goes no further.
         let (zero, tokens, left) = (e.i64(0), e.i64(tile.tokens as i64), e.sub(all, tile.first));
         let tokens = e.min(tokens, left);
@@ -266,8 +340,8 @@ impl Contraction<'_> {
             let first = e.add(tile.first, row);
             for s in 0..tile.strips {
                 let mut start = BTreeMap::new();
-                for (index, dot) in dots.iter().enumerate() {
-                    let at = e.gep_const(memory.products, index * bytes + s * tile.tokens * STRIP * 4);
+                for (index, dot) in self.component.dots.iter().enumerate() {
+                    let at = e.gep_const(products, (index * kept + s) * strip_bytes);
                     let at = e.row(at, row, STRIP * 4);
                     start.insert(dot.value, e.load(at, F32.x(STRIP), 64));
                 }
@@ -305,5 +379,20 @@ impl Contraction<'_> {
                 e.store(product, at, 64);
             }
         });
+    }
+}
+
+/// Emits `body((first column, columns), add)` for runs of some [`DEPTH`] columns; all but the first add to what is there.
+fn by_depth(e: &mut Emitter, k: usize, mut body: impl FnMut(&mut Emitter, (Val, usize), bool)) {
+    let depth = k.div_ceil(k.div_ceil(DEPTH)).next_multiple_of(A8::GROUP);
+    let (whole, left) = (k / depth * depth, k % depth);
+    let zero = e.i64(0);
+    body(e, (zero, depth), false);
+    let (low, high) = (e.i64(depth as i64), e.i64(whole as i64));
+    if whole > depth {
+        e.repeat(low, high, depth as i64, |e, column| body(e, (column, depth), true));
+    }
+    if left > 0 {
+        body(e, (high, left), true);
     }
 }

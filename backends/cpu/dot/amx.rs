@@ -101,18 +101,19 @@ pub fn release(e: &mut Emitter) {
     e.act("llvm.x86.tilerelease", &[]);
 }
 
-/// Four tiles of sums of what lies at `panel`, `rounds` times `steps` times: nothing but products. Gives a line of the result.
+/// Four tiles of sums of what lies at `panel`, `rounds` times `steps` times: products, and loads of what they multiply from the
+/// first-level cache. Gives a line of the result.
 pub fn peak(e: &mut Emitter, operands: Operands, panel: Val, rounds: Val, steps: usize) -> Val {
     let out = e.stack(TILE_BYTES);
     operands.configure(e);
-    for (i, register) in (A..B + 2).enumerate() {
-        let at = e.gep_const(panel, i * TILE_BYTES);
-        load(e, register, at, 4 * STRIP);
-    }
     (0..A).for_each(|sum| zero(e, sum));
     let name = if operands == Operands::Pairs { "llvm.x86.tdpbf16ps" } else { "llvm.x86.tdpbssd" };
     let (low, high) = (e.i64(0), e.scaled(rounds, steps, 0));
     e.repeat(low, high, 1, |e, _| {
+        for (i, register) in (A..B + 2).enumerate() {
+            let at = e.gep_const(panel, i * TILE_BYTES);
+            load(e, register, at, 4 * STRIP);
+        }
         for sum in 0..A {
             multiply(e, name, sum, A + sum % 2, B + sum / 2);
         }
