@@ -6,8 +6,9 @@
 //!                                       ->     %y = matmul %q, %w
 //! ```
 //!
-//! Where caches are int4, keys and queries are turned by a Hadamard matrix first (`hadamard`), and every cache has one in
-//! f16 beside it, in which a token sees the positions of its own cache block (`attend_mixed`):
+//! Where caches are codes, keys, queries and values are turned by a Hadamard matrix first (`hadamard`), and what is attended is
+//! turned back. Those of int4 have one in f16 beside them, in which a token sees the positions of its own cache block
+//! (`attend_mixed`):
 //!
 //! ```text
 //! keys<i4>[c, 3, 64]   keys_recent<f16, window = 64>[c, 3, 64]           positions 0..64 in int4, 64..=70 in f16, for token 70
@@ -32,9 +33,7 @@ use crate::weights;
 use crate::{Options, State};
 use ir::formats::CACHED;
 use ir::ops::Class;
-use ir::{
-    Attrs, CacheRole, DType, Dim, Error, Graph, Input, Kind, Model, Node, Place, Result, TokenRange, Type, ValueId,
-};
+use ir::{Attrs, DType, Dim, Error, Graph, Input, Kind, Model, Node, Place, Result, TokenRange, Type, ValueId};
 use std::collections::BTreeMap;
 
 /// The pass.
@@ -84,11 +83,12 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
         match kv {
             DType::F32 => {}
             DType::I8 => {
-                state.approximations.push("keys and values: int8 with one scale for each head and position".into());
+                state
+                    .approximations
+                    .push("keys and values: int8 with one scale for each head and position, turned".into());
             }
             DType::I4 => {
-                let how =
-                    "int4 with one scale for each head and position, keys turned; f16 in a token's own cache block";
+                let how = "int4 with one scale for each head and position, turned; f16 in a token's own cache block";
                 state.approximations.push(format!("keys and values: {how}"));
             }
             _ => state.approximations.push(format!("keys and values: {kv}")),
@@ -199,15 +199,18 @@ fn choose(graph: &Graph, kv: DType, widening: bool) -> Result<Graph> {
         {
             operands[0] = builder.push(op, Attrs::none(), &operands[..1])?;
         }
-        if kv == DType::I4
-            && let Some(turned) = turned(graph, node)
-        {
-            operands[turned] = builder.push("hadamard", Attrs::none(), &[operands[turned]])?;
+        let turned = turned(graph, node, kv);
+        if let Some(operand) = turned {
+            operands[operand] = builder.push("hadamard", Attrs::none(), &[operands[operand]])?;
         }
         if widening && attends_in_bf16(graph, node, kv) {
             operands[0] = builder.push("round_bf16", Attrs::none(), &operands[..1])?;
         }
-        to[graph.value_of(index).0 as usize] = recent.copy(&mut builder, node, &operands)?;
+        let mut value = recent.copy(&mut builder, node, &operands)?;
+        if turned.is_some() && node.op.class() == Class::Attend {
+            value = builder.push("hadamard", Attrs::none(), &[value])?;
+        }
+        to[graph.value_of(index).0 as usize] = value;
     }
     builder.graph.results = graph.results.iter().map(|(n, v)| (n.clone(), to[v.0 as usize])).collect();
     recent.leave(&mut builder.graph);
@@ -262,15 +265,17 @@ impl Recent {
     }
 }
 
-/// The operand that is turned where keys have few bits: keys before they are appended, and queries. Products of the two do
-/// not change, but no dim of a key stands out any more.
-fn turned(graph: &Graph, node: &Node) -> Option<usize> {
-    let keys = |operand: usize| matches!(graph.ty(node.operands[operand]), Type::Cache { role: CacheRole::Keys, .. });
-    match node.op.class() {
-        Class::Append if keys(0) => Some(1),
-        Class::Attend => Some(0),
-        _ => None,
-    }
+/// The operand that is turned where caches are codes: keys and values before they are appended, and queries; what is attended
+/// is turned back. Nothing changes by that, but no dim of a key or value stands out any more.
+fn turned(graph: &Graph, node: &Node, kv: DType) -> Option<usize> {
+    let operand = match node.op.class() {
+        Class::Append => 1,
+        Class::Attend => 0,
+        _ => return None,
+    };
+    let even = |(_, shape): (DType, &[Dim])| matches!(shape, [.., Dim::N(dim)] if dim.is_multiple_of(2));
+    let codes = matches!(kv, DType::I8 | DType::I4);
+    graph.ty(node.operands[operand]).as_tensor().filter(|rows| codes && even(*rows)).map(|_| operand)
 }
 
 /// The op that rounds activations of type `x` before they are multiplied with `weight`.

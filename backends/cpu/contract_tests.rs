@@ -48,7 +48,7 @@ fn every_format() {
 
 #[test]
 fn pairs_of_bf16() {
-    for (n, k) in [(40, 512), (7, 66), (48, 2)] {
+    for (n, k) in [(40, 992), (7, 66), (48, 2)] {
         let body = format!(
             "graph @k(%x: bf16[t, {k}], %w: bf16[{n}, {k}]) stage planned {{range}} {{
                %y = matmul %x, %w
