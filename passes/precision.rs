@@ -18,8 +18,8 @@
 //! Where all targets have matrix units for bf16, so do those of integer weights in steps of many tokens: graphs become two.
 //!
 //! ```text
-//! graph @layer  ->  graph @layer when t = 1..64     %q = quantize %x        # a8
-//!                   graph @layer when t = 65..512   %q = round_bf16 %x      # bf16: nearer to %x, and faster
+//! graph @layer  ->  graph @layer when t = 1..32     %q = quantize %x        # a8
+//!                   graph @layer when t = 33..512   %q = round_bf16 %x      # bf16: nearer to %x, and faster
 //! ```
 //!
 //! There, queries are bf16 too where caches are narrow: attention multiplies in bf16 then.
@@ -129,7 +129,7 @@ impl Rounded {
 }
 
 /// So many tokens are many: what is done once for all of a step's tokens, such as unpacking weights, costs little.
-pub(crate) const MANY: usize = 65;
+pub(crate) const MANY: usize = 33;
 
 /// The graph, or twice: for steps of few tokens and of many, where those multiply integer weights in another way.
 fn by_tokens(graph: &Graph, kv: DType, options: &Options) -> Vec<Graph> {
