@@ -10,6 +10,7 @@
 #![allow(unsafe_code)]
 
 mod cases;
+mod emulated;
 mod memory;
 mod qemu;
 mod samples;
@@ -83,19 +84,26 @@ pub fn check_tuned(
     let reals: Vec<Value> = inputs.iter().map(Given::reals).collect();
     let expected = eval::graph(&kernel.body, &reals, &mut |name, _| panic!("weight {name} in a kernel"));
     let expected = expected.unwrap_or_else(|e| panic!("{e}"));
+    let compare = |found: &[Value], place: &str| {
+        for (((name, _), found), expected) in kernel.body.results.iter().zip(found).zip(&expected) {
+            if let Err(difference) = memory::compare(found, expected, tolerance) {
+                panic!("`{}`, {place}: result `{name}`: {difference}", kernel.name);
+            }
+        }
+    };
+    let mut is_tried = false;
     let tried = machines().iter().flat_map(|(t, machine)| choices(t).into_iter().map(move |c| (t, machine, c)));
     for (target, machine, choice) in tried {
         let image = compile(kernel, target, choice);
         let threads = [1, 2, 3];
         for (threads, found) in threads.iter().zip(run(*machine, &image, kernel, inputs, step, &threads)) {
-            for (((name, _), found), expected) in kernel.body.results.iter().zip(&found).zip(&expected) {
-                if let Err(difference) = memory::compare(found, expected, tolerance) {
-                    let chosen = choice.map_or_else(String::new, |choice| format!(" with {choice:?}"));
-                    let place = format!("`{}`, {}{chosen}, {threads} threads", kernel.name, target.name);
-                    panic!("{place}: result `{name}`: {difference}");
-                }
-            }
+            let chosen = choice.map_or_else(String::new, |choice| format!(" with {choice:?}"));
+            compare(&found, &format!("{}{chosen}, {threads} threads", target.name));
         }
+        is_tried |= choice.is_none();
+    }
+    if is_tried {
+        emulated::check(kernel, inputs, step, &compare);
     }
 }
 
@@ -155,6 +163,23 @@ pub fn run(
     step: &Step,
     threads: &[usize],
 ) -> Vec<Vec<Value>> {
+    run_with(kernel, inputs, step, threads, |runs, arrays| {
+        let args = arrays.args();
+        match machine {
+            Machine::Here => runs.iter_mut().for_each(|(memories, n)| call(image, memories, &args, *n)),
+            Machine::Qemu(qemu) => qemu.call(image, runs, arrays),
+        }
+    })
+}
+
+/// Lays out a kernel's arguments for each of those numbers of workers, lets `call` run it on them and gives its results.
+fn run_with(
+    kernel: &Kernel,
+    inputs: &[Given],
+    step: &Step,
+    threads: &[usize],
+    call: impl FnOnce(&mut [(Vec<Memory>, usize)], &mut StepArrays),
+) -> Vec<Vec<Value>> {
     let body = &kernel.body;
     let mut rows = vec![];
     for (input, given) in body.inputs.iter().zip(inputs) {
@@ -179,11 +204,7 @@ pub fn run(
         memories.push(Memory::for_result(body.ty(*v), arrays.rows_of(body.ty(*v))));
     }
     let mut runs: Vec<(Vec<Memory>, usize)> = threads.iter().map(|n| (memories.clone(), *n)).collect();
-    let args = arrays.args();
-    match machine {
-        Machine::Here => runs.iter_mut().for_each(|(memories, n)| call(image, memories, &args, *n)),
-        Machine::Qemu(qemu) => qemu.call(image, &mut runs, &arrays),
-    }
+    call(&mut runs, &mut arrays);
     arrays.scratch.check_canaries(&format!("scratch of `{}`", kernel.name));
     let results = |(memories, _): &(Vec<Memory>, usize)| {
         memories.iter().enumerate().for_each(|(i, m)| m.check_canaries(&format!("argument {i} of `{}`", kernel.name)));

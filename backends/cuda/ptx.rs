@@ -1,0 +1,114 @@
+//! LLVM IR of GPU kernels -> PTX.
+//!
+//! ```text
+//! kernels --emit, mlir--> one module --default<O3>, NVPTX--> text of `.visible .entry` functions for one chip
+//! ```
+//!
+//! Invariant: what LLVM would abort the process for - an intrinsic it has no instruction for, or a call - is an error here.
+
+use super::{PREAMBLE, Source, emit};
+use crate::mlir::Mlir;
+use inkwell::OptimizationLevel;
+use inkwell::module::Module;
+use inkwell::passes::PassBuilderOptions;
+use inkwell::targets::{CodeModel, FileType, InitializationConfig, RelocMode, Target, TargetMachine, TargetTriple};
+use mansard_ir::plan::Kernel;
+use mansard_ir::{Error, Kind, Place, Result, bail};
+
+/// Chips that PTX is made for.
+pub const CHIPS: [&str; 2] = ["sm_80", "sm_90a"];
+
+/// The PTX version: that of CUDA 13.0, whose drivers begin with 580.
+pub const VERSION: &str = "+ptx90";
+
+/// Intrinsics that the NVPTX backend has instructions for, by prefix.
+const INTRINSICS: [&str; 20] = [
+    "llvm.nvvm.barrier.cta.sync.aligned.all",
+    "llvm.nvvm.bar.warp.sync",
+    "llvm.nvvm.read.ptx.sreg.",
+    "llvm.nvvm.shfl.sync.bfly.",
+    "llvm.nvvm.idp4a.",
+    "llvm.nvvm.mma.m16n8k",
+    "llvm.nvvm.cp.async.",
+    "llvm.ctpop.",
+    "llvm.fabs.",
+    "llvm.fma.",
+    "llvm.fmuladd.",
+    "llvm.roundeven.",
+    "llvm.sqrt.",
+    "llvm.smax.",
+    "llvm.smin.",
+    "llvm.umax.",
+    "llvm.umin.",
+    "llvm.fshl.",
+    "llvm.assume",
+    "llvm.lifetime.",
+];
+
+/// Kernels of one chip.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ptx {
+    /// What a driver or `ptxas` takes.
+    pub text: String,
+    /// Bytes of shared memory of each kernel's blocks, in order.
+    pub shared_bytes: Vec<usize>,
+}
+
+/// The text of some kernels as one module.
+///
+/// # Errors
+/// As [`emit`].
+pub fn module_text(kernels: &[Kernel]) -> Result<(String, Vec<usize>)> {
+    let sources = kernels.iter().map(emit).collect::<Result<Vec<Source>>>()?;
+    let text = std::iter::once(PREAMBLE).chain(sources.iter().map(|s| s.text.as_str())).collect();
+    Ok((text, sources.iter().map(|s| s.shared_bytes).collect()))
+}
+
+/// PTX of some kernels for a chip.
+///
+/// # Errors
+/// Where the chip is none of [`CHIPS`], or a kernel has no code.
+pub fn compile(kernels: &[Kernel], chip: &str) -> Result<Ptx> {
+    let (text, shared_bytes) = module_text(kernels)?;
+    let context = inkwell::context::Context::create();
+    let module = Mlir::new()?.lower_text("kernels", &text, &context)?;
+    let machine = optimize(&module, chip)?;
+    let said = |e: inkwell::support::LLVMString| Error::new(Kind::Internal, format!("LLVM: {e}"));
+    let buffer = machine.write_to_memory_buffer(&module, FileType::Assembly).map_err(said)?;
+    let text = String::from_utf8_lossy(buffer.as_slice()).trim_end_matches('\0').to_owned();
+    Ok(Ptx { text, shared_bytes })
+}
+
+/// Optimizes a module for a chip.
+///
+/// # Errors
+/// As [`compile`].
+pub fn optimize(module: &Module<'_>, chip: &str) -> Result<TargetMachine> {
+    if !CHIPS.contains(&chip) {
+        bail!(Unsupported, "no PTX is made for `{chip}`, expected one of {}", CHIPS.join(", "));
+    }
+    Target::initialize_nvptx(&InitializationConfig::default());
+    let triple = TargetTriple::create("nvptx64-nvidia-cuda");
+    let said = |e: inkwell::support::LLVMString| Error::new(Kind::Internal, format!("LLVM: {e}"));
+    let target = Target::from_triple(&triple).map_err(said)?;
+    let (level, reloc, code) = (OptimizationLevel::Aggressive, RelocMode::Default, CodeModel::Default);
+    let Some(machine) = target.create_target_machine(&triple, chip, VERSION, level, reloc, code) else {
+        bail!(Internal, "LLVM has no machine for {chip}");
+    };
+    module.set_triple(&triple);
+    module.set_data_layout(&machine.get_target_data().get_data_layout());
+    module.run_passes("default<O3>", &machine, PassBuilderOptions::create()).map_err(said)?;
+    module.verify().map_err(said)?;
+    check_calls(module).at(|| format!("module for {chip}"))?;
+    Ok(machine)
+}
+
+fn check_calls(module: &Module<'_>) -> Result<()> {
+    for function in module.get_functions().filter(|f| f.count_basic_blocks() == 0) {
+        let name = function.get_name().to_string_lossy().into_owned();
+        if !INTRINSICS.iter().any(|prefix| name.starts_with(prefix)) {
+            bail!(Internal, "there is no PTX instruction for `{name}`");
+        }
+    }
+    Ok(())
+}
