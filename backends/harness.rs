@@ -10,7 +10,7 @@
 #![allow(unsafe_code)]
 
 mod cases;
-mod emulated;
+pub mod emulated;
 mod memory;
 mod qemu;
 mod samples;
@@ -84,13 +84,7 @@ pub fn check_tuned(
     let reals: Vec<Value> = inputs.iter().map(Given::reals).collect();
     let expected = eval::graph(&kernel.body, &reals, &mut |name, _| panic!("weight {name} in a kernel"));
     let expected = expected.unwrap_or_else(|e| panic!("{e}"));
-    let compare = |found: &[Value], place: &str| {
-        for (((name, _), found), expected) in kernel.body.results.iter().zip(found).zip(&expected) {
-            if let Err(difference) = memory::compare(found, expected, tolerance) {
-                panic!("`{}`, {place}: result `{name}`: {difference}", kernel.name);
-            }
-        }
-    };
+    let compare = |found: &[Value]| differences(kernel, found, &expected, tolerance);
     let mut is_tried = false;
     let tried = machines().iter().flat_map(|(t, machine)| choices(t).into_iter().map(move |c| (t, machine, c)));
     for (target, machine, choice) in tried {
@@ -98,13 +92,24 @@ pub fn check_tuned(
         let threads = [1, 2, 3];
         for (threads, found) in threads.iter().zip(run(*machine, &image, kernel, inputs, step, &threads)) {
             let chosen = choice.map_or_else(String::new, |choice| format!(" with {choice:?}"));
-            compare(&found, &format!("{}{chosen}, {threads} threads", target.name));
+            let place = || format!("`{}`, {}{chosen}, {threads} threads", kernel.name, target.name);
+            compare(&found).unwrap_or_else(|difference| panic!("{}: {difference}", place()));
         }
         is_tried |= choice.is_none();
     }
     if is_tried {
-        emulated::check(kernel, inputs, step, &compare);
+        let source = crate::cuda::emit(kernel).unwrap_or_else(|e| panic!("{e}"));
+        let emulated = emulated::run(kernel, &source, inputs, step, &compare);
+        emulated.unwrap_or_else(|fault| panic!("`{}`, emulated: {fault}", kernel.name));
     }
+}
+
+/// Where the results of a kernel are further off than they may be.
+pub fn differences(kernel: &Kernel, found: &[Value], expected: &[Value], tolerance: f64) -> Result<(), String> {
+    let all = kernel.body.results.iter().zip(found).zip(expected);
+    all.into_iter().try_for_each(|(((name, _), found), expected)| {
+        memory::compare(found, expected, tolerance).map_err(|difference| format!("result `{name}`: {difference}"))
+    })
 }
 
 /// What runs a target's code.

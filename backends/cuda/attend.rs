@@ -43,7 +43,15 @@ pub(super) fn emit(e: &mut Emitter, d: Device<'_>) -> Result<()> {
             bail!(Internal, "attention over {ty}")
         };
         let (stored, scales) = (Stored::of(*dtype)?, cache_scales(*dtype, *heads, *dim, 0));
-        Ok(Source { keys: d.pointer(keys)?, values: d.pointer(values)?, tables, stored, dim: *dim, scales, block_bytes })
+        Ok(Source {
+            keys: d.pointer(keys)?,
+            values: d.pointer(values)?,
+            tables,
+            stored,
+            dim: *dim,
+            scales,
+            block_bytes,
+        })
     };
     let (caches, recent) = (source(e, 1)?, if node.operands.len() > 4 { Some(source(e, 3)?) } else { None });
     let group = width / dim / kv_heads;

@@ -44,7 +44,8 @@ pub(super) fn emit(e: &mut Emitter, mut d: Device<'_>) -> Result<()> {
     let strips: usize = components.iter().map(|c| c.n.div_ceil(STRIP)).sum();
     let (strips, mut result) = (e.i64(strips as i64), Ok(()));
     let mut item = |e: &mut Emitter, strip: Val, panel: Panel| {
-        let done = each(e, &components, strip, |e, component, strip| Contraction { d: &d, component }.item(e, strip, panel));
+        let done =
+            each(e, &components, strip, |e, component, strip| Contraction { d: &d, component }.item(e, strip, panel));
         result = std::mem::replace(&mut result, Ok(())).and(done);
     };
     if most > PANEL {
@@ -115,7 +116,8 @@ impl Prologue {
         if !nodes.is_empty() && d.kernel.range.max > PROLOGUE_TOKENS {
             bail!(Internal, "`{}` computes activations for up to {} tokens", body.name, d.kernel.range.max);
         }
-        let read = |v: &ValueId| body.values().filter(after).filter_map(|a| body.node(a)).any(|n| n.operands.contains(v));
+        let read =
+            |v: &ValueId| body.values().filter(after).filter_map(|a| body.node(a)).any(|n| n.operands.contains(v));
         let kept: Vec<(ValueId, usize)> =
             nodes.iter().filter(|v| read(v)).filter_map(|v| Some((*v, row_bytes(body.ty(*v))?))).collect();
         let bytes: usize = kept.iter().map(|(_, bytes)| bytes).sum();
@@ -283,7 +285,8 @@ impl Contraction<'_> {
             // Every entry has activations of its own, or a token's share them.
             if self.body().ty(dot.x).as_tensor().is_some_and(|(_, shape)| shape.len() == 3) {
                 let bytes = dot.activations.format().block_bytes;
-                let width = dot.activations.planes().map_or(dot.k * bytes, |planes| dot.k / A8::GROUP * A8::LINE * planes);
+                let width =
+                    dot.activations.planes().map_or(dot.k * bytes, |planes| dot.k / A8::GROUP * A8::LINE * planes);
                 x = e.row(x, j, width);
             }
             let first = e.scaled(expert, strips, 0);

@@ -16,8 +16,6 @@ mod head;
 mod pool;
 pub mod ptx;
 mod rows;
-#[cfg(test)]
-mod tests;
 mod weights;
 
 use crate::emit::{Emitter, KernelArgs, Val};
@@ -70,7 +68,11 @@ pub fn emit(kernel: &Kernel) -> Result<Source> {
     .at(place)?;
     let shared_bytes = e.shared_bytes();
     if shared_bytes > SHARED_LIMIT {
-        bail!(Unsupported, "kernel `{}` needs {shared_bytes} bytes of shared memory, {SHARED_LIMIT} are the limit", kernel.name);
+        bail!(
+            Unsupported,
+            "kernel `{}` needs {shared_bytes} bytes of shared memory, {SHARED_LIMIT} are the limit",
+            kernel.name
+        );
     }
     Ok(Source { text: e.finish(), shared_bytes })
 }

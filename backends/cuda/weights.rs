@@ -49,7 +49,13 @@ impl Packed {
     /// Columns of a line: what a lane multiplies at once.
     pub fn columns(&self) -> usize {
         match (self.dtype.int(), self.dtype) {
-            (Some(int), _) => if int.bits == 8 { 4 } else { 8 },
+            (Some(int), _) => {
+                if int.bits == 8 {
+                    4
+                } else {
+                    8
+                }
+            }
             (None, DType::BF16) => 2,
             _ => 1,
         }
@@ -113,7 +119,8 @@ impl Packed {
             let quad = e.scaled(within, 1, half * lines);
             if high_bytes(int) > 0 {
                 let high = self.part(e, strip, unit, (self.layout.high, int.unit(), high_bytes(int)));
-                let upper = if int.bits == 5 { fifth_bits(e, high, quad, quarter) } else { pairs(e, high, quad, quarter) };
+                let upper =
+                    if int.bits == 5 { fifth_bits(e, high, quad, quarter) } else { pairs(e, high, quad, quarter) };
                 codes = codes.into_iter().zip(upper).map(|(code, bits)| e.or(code, bits)).collect();
             }
             if int.zero == Zero::E2M1 {
@@ -242,7 +249,9 @@ pub fn element(e: &mut Emitter, matrix: Val, (dtype, k): (DType, usize), row: Va
         DType::F32 => (4, F32),
         DType::F16 => (2, F16),
         DType::BF16 => (2, BF16),
-        other => bail!(Unsupported, "embedding from a table of {other}: f32, f16, bf16 or a quantized format is needed"),
+        other => {
+            bail!(Unsupported, "embedding from a table of {other}: f32, f16, bf16 or a quantized format is needed")
+        }
     };
     let columns = e.i64(packed.columns() as i64);
     let (line, within) = (e.div(column, columns), e.rem(column, columns));

@@ -33,10 +33,11 @@ impl Emitter {
         let mut e = Emitter { next: arguments as u32 + 1, groups: kernel.groups.clone(), ..Emitter::empty() };
         let parameters: Vec<String> = (0..=arguments).map(|i| format!("%{i}: !llvm.ptr<1>")).collect();
         let (name, parameters) = (&kernel.name, parameters.join(", "));
-        let attributes = format!("nvvm.kernel, nvvm.reqntid = array<i32: {threads}, 1, 1>");
+        let attributes = format!("nvvm.kernel, nvvm.reqntid = array<i32: {threads}, 1, 1>, nvvm.minctasm = 1 : i32");
         let _ = writeln!(e.text, "llvm.func @{name}({parameters}) attributes {{{attributes}}} {{");
         e.entry = e.text.len();
-        let generic = |e: &mut Emitter, i| e.op(PTR, format_args!("llvm.addrspacecast %{i} : !llvm.ptr<1> to !llvm.ptr"));
+        let generic =
+            |e: &mut Emitter, i| e.op(PTR, format_args!("llvm.addrspacecast %{i} : !llvm.ptr<1> to !llvm.ptr"));
         let mut pointers: Vec<Val> = (0..=arguments).map(|i| generic(&mut e, i)).collect();
         let shared = e.fresh();
         e.line(format_args!("%{shared} = llvm.mlir.addressof @shared : !llvm.ptr<3>"));

@@ -86,8 +86,7 @@ pub(in crate::cuda) fn sum_of_parts(e: &mut Emitter, tokens: usize, partials: Va
     let (token, row) = (e.div(own, lanes), e.rem(own, lanes));
     let from = e.row(partials, token, TOKEN_BYTES);
     let from = e.row(from, row, 4);
-    let (zero, end, step, nothing) =
-        (e.i64(0), e.i64(PARTS as i64), e.i64(STRAIGHT as i64), e.float(F32, 0.0));
+    let (zero, end, step, nothing) = (e.i64(0), e.i64(PARTS as i64), e.i64(STRAIGHT as i64), e.float(F32, 0.0));
     e.for_loop((zero, end, step), &[nothing], |e, part, sum| {
         let from = e.row(from, part, STRIP * 4);
         let sum = (0..STRAIGHT).fold(sum[0], |sum, i| {

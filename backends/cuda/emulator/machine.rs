@@ -279,7 +279,8 @@ fn mma_bf16(args: &[Slots; 32], rets: &mut [Slots; 32]) {
 
 fn dot4(signed: bool, a: u32, b: u32, sum: u32) -> u32 {
     let pairs = a.to_le_bytes().into_iter().zip(b.to_le_bytes());
-    let product = |(a, b): (u8, u8)| (if signed { i32::from(a.cast_signed()) } else { a.into() }) * i32::from(b.cast_signed());
+    let product =
+        |(a, b): (u8, u8)| (if signed { i32::from(a.cast_signed()) } else { a.into() }) * i32::from(b.cast_signed());
     sum.wrapping_add_signed(pairs.map(product).sum())
 }
 
@@ -290,7 +291,12 @@ fn dot4(signed: bool, a: u32, b: u32, sum: u32) -> u32 {
 ///
 /// # Safety
 /// The arguments must be those of the kernel.
-pub(super) unsafe fn launch(code: &Code, args: &[u64], (blocks, shared): (u32, usize), schedule: Schedule) -> Result<(), String> {
+pub(super) unsafe fn launch(
+    code: &Code,
+    args: &[u64],
+    (blocks, shared): (u32, usize),
+    schedule: Schedule,
+) -> Result<(), String> {
     let mut random = Random::new(match schedule.order {
         Order::Random(seed) => seed,
         _ => 0,

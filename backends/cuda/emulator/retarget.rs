@@ -44,7 +44,8 @@ impl Code {
         let machine = host();
         module.set_triple(&machine.get_triple());
         module.set_data_layout(&machine.get_target_data().get_data_layout());
-        let retarget = Retarget { context, module: &module, builder: context.create_builder(), ops: Default::default() };
+        let retarget =
+            Retarget { context, module: &module, builder: context.create_builder(), ops: Default::default() };
         let (call, ops) = retarget.run(&machine);
         module.verify().unwrap_or_else(|e| panic!("{e}"));
         let passes = "always-inline,function(sroa,early-cse,instcombine<no-verify-fixpoint>,simplifycfg)";
@@ -198,7 +199,8 @@ impl Retarget<'_> {
         // SAFETY: there are two slots.
         let second = unsafe { b.build_gep(i64, slots, &[i64.const_int(1, false)], "") }.expect("a slot");
         let parameter = |i: u32| body.get_nth_param(i).expect("a parameter");
-        let [at, base] = [0, 2].map(|i| b.build_ptr_to_int(parameter(i).into_pointer_value(), i64, "").expect("a cast"));
+        let [at, base] =
+            [0, 2].map(|i| b.build_ptr_to_int(parameter(i).into_pointer_value(), i64, "").expect("a cast"));
         let offset = b.build_int_sub(at, base, "").expect("a difference");
         let limit = i64.const_int(SHARED_LIMIT as u64, false);
         let inside = b.build_int_compare(IntPredicate::ULT, offset, limit, "").expect("a comparison");

@@ -60,7 +60,10 @@ impl Shadow {
             }
             if writes && read.meets(own) {
                 let other = if read.thread == SEVERAL { "others".into() } else { format!("thread {}", read.thread) };
-                return Err(format!("race: thread {thread} writes byte {} of shared memory, which {other} read", at + i));
+                return Err(format!(
+                    "race: thread {thread} writes byte {} of shared memory, which {other} read",
+                    at + i
+                ));
             }
             match writes {
                 true => *written = own,

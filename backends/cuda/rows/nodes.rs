@@ -211,8 +211,7 @@ fn scale_of(e: &mut Emitter, stored: Stored, from: Val, dim: usize, lane: Val) -
         let x = real_at(e, from, d);
         vec![e.min(x, ends[0]), e.max(x, ends[1])]
     });
-    let (least, most) =
-        (group::warp(e, ends[0], &group::smallest), group::warp(e, ends[1], &group::largest));
+    let (least, most) = (group::warp(e, ends[0], &group::smallest), group::warp(e, ends[1], &group::largest));
     stored.scale(e, least, most)
 }
 
