@@ -1,6 +1,6 @@
 //! PTX of every kernel that the case files and the tiny checkpoints come to, through NVIDIA's assembler: no GPU is needed.
 //!
-//! `ptxas` must take every module without a warning and spill nothing. The snapshot beside the cases holds the registers
+//! `ptxas` must take every module without a warning and spill nothing. The snapshot `cuda_registers.snap` holds the registers
 //! and bytes of shared memory of each kernel of two checkpoints; `INSTA_UPDATE=always` accepts what comes out.
 //!
 //! Whether kernels compute what they should is shown elsewhere: by `backends/cuda/emulator`.
@@ -11,7 +11,7 @@ use mansard_ir::plan::{CacheGroup, Kernel};
 use mansard_ir::{Model, Stage, TokenRange, sample, text};
 use mansard_passes::manager::{self, State};
 use mansard_passes::{Event, Hooks, PIPELINE};
-use mansard_tests::{here, tool};
+use mansard_tests::{all_rows, compiled, here, published, tool};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -128,10 +128,10 @@ fn checkpoints_assemble_with_so_many_registers() {
         CHIPS.iter().for_each(|chip| table += &assemble(&ptxas, &kernels, chip));
     }
     let mut settings = insta::Settings::clone_current();
-    settings.set_snapshot_path(here().join("cases/cuda"));
+    settings.set_snapshot_path(here());
     settings.set_prepend_module_to_snapshot(false);
     settings.set_omit_expression(true);
-    settings.bind(|| insta::assert_snapshot!("registers", table));
+    settings.bind(|| insta::assert_snapshot!("cuda_registers", table));
 }
 
 #[test]
@@ -180,4 +180,37 @@ fn sass_holds_the_instructions_meant() {
             }
         }
     }
+}
+
+#[test]
+fn the_kernels_of_real_models_assemble() {
+    let Some(ptxas) = tool("ptxas") else { return };
+    for name in ["smollm2.gguf", "gemma3-270m.gguf"] {
+        let Some(path) = published(name) else { continue };
+        let options = CompileOptions::default();
+        let kernels = kernels(driver::import(&path, &options).unwrap(), &options).unwrap();
+        assemble(&ptxas, &distinct(kernels), "sm_90a");
+    }
+}
+
+/// One artifact holds code for a CPU and PTX beside it; what runs on the CPU is none the wiser.
+#[test]
+fn artifacts_hold_ptx_beside_cpu_code() {
+    let options = CompileOptions { chips: CHIPS.map(String::from).into(), ..CompileOptions::default() };
+    let (_folder, artifact) = compiled(&here().join("goldens/llama"), &options).unwrap();
+    let (_plain_folder, plain) = compiled(&here().join("goldens/llama"), &CompileOptions::default()).unwrap();
+    let manifest = artifact.manifest();
+    assert_eq!(manifest.ptx.iter().map(|ptx| ptx.chip.as_str()).collect::<Vec<_>>(), CHIPS);
+    assert_eq!(manifest.provenance.options["ptx"], "sm_80,sm_90a");
+    assert_eq!(manifest.program, plain.manifest().program, "the CPU's program");
+    for ptx in &manifest.ptx {
+        let text = std::str::from_utf8(artifact.section(&ptx.section).unwrap()).unwrap();
+        assert_eq!(ptx.shared_bytes.len(), manifest.program.kernels.len());
+        for kernel in &manifest.program.kernels {
+            assert!(text.contains(&format!(".entry {}(", kernel.name)), "{}: no `{}`", ptx.chip, kernel.name);
+        }
+    }
+    let logits = |artifact| all_rows(artifact, &[1, 2, 3], "logits").unwrap();
+    assert_eq!(logits(&artifact), logits(&plain));
+    assert!(plain.manifest().ptx.is_empty());
 }

@@ -158,6 +158,9 @@ struct Panel {
     own: Val,
 }
 
+/// Gives the strip of a contraction's weights, and its rows of activations.
+type Operands<'a> = dyn Fn(&mut Emitter, &Dot) -> Result<(Val, Vec<Val>)> + 'a;
+
 struct Contraction<'a> {
     d: &'a Device<'a>,
     component: &'a Component,
@@ -202,7 +205,7 @@ impl Contraction<'_> {
         &self,
         e: &mut Emitter,
         tokens: usize,
-        operands: &dyn Fn(&mut Emitter, &Dot) -> Result<(Val, Vec<Val>)>,
+        operands: &Operands<'_>,
         place: impl FnOnce(&mut Emitter, Val, Val, Val) -> Place,
     ) -> Result<()> {
         e.scoped(|e| {

@@ -7,6 +7,8 @@
 //! Invariant: what LLVM would abort the process for - an intrinsic it has no instruction for, or a call - is an error here.
 
 use super::{PREAMBLE, Source, emit};
+use crate::Layer;
+use crate::machine::MachineTable;
 use crate::mlir::Mlir;
 use inkwell::OptimizationLevel;
 use inkwell::module::Module;
@@ -15,11 +17,18 @@ use inkwell::targets::{CodeModel, FileType, InitializationConfig, RelocMode, Tar
 use mansard_ir::plan::Kernel;
 use mansard_ir::{Error, Kind, Place, Result, bail};
 
-/// Chips that PTX is made for.
+/// Chips that PTX is made for: A100 and later; H100 and H200.
 pub const CHIPS: [&str; 2] = ["sm_80", "sm_90a"];
 
+/// Their stated figures.
+const MACHINES: [&str; CHIPS.len()] =
+    [include_str!("../../machines/sm_80.toml"), include_str!("../../machines/sm_90a.toml")];
+
 /// The PTX version: that of CUDA 13.0, whose drivers begin with 580.
-pub const VERSION: &str = "+ptx90";
+pub const VERSION: &str = "9.0";
+
+/// As LLVM names it.
+const FEATURE: &str = "+ptx90";
 
 /// Intrinsics that the NVPTX backend has instructions for, by prefix.
 const INTRINSICS: [&str; 20] = [
@@ -44,6 +53,19 @@ const INTRINSICS: [&str; 20] = [
     "llvm.assume",
     "llvm.lifetime.",
 ];
+
+/// A chip as the passes see it, where kernels are for GPUs alone.
+///
+/// # Errors
+/// Where it is none of [`CHIPS`].
+pub fn target(chip: &str) -> Result<mansard_ir::Target> {
+    let Some(index) = CHIPS.iter().position(|known| *known == chip) else {
+        bail!(Unsupported, "no PTX is made for `{chip}`, expected one of {}", CHIPS.join(", "));
+    };
+    let machine = MachineTable::parse(MACHINES[index]).at(|| format!("machines/{chip}.toml"))?.whole();
+    let [name, arch, cpu] = [chip; 3].map(String::from);
+    Ok(mansard_ir::Target { name, arch, cpu, features: vec![], registers: 255, vector_bytes: 4, machine })
+}
 
 /// Kernels of one chip.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,13 +92,33 @@ pub fn module_text(kernels: &[Kernel]) -> Result<(String, Vec<usize>)> {
 /// Where the chip is none of [`CHIPS`], or a kernel has no code.
 pub fn compile(kernels: &[Kernel], chip: &str) -> Result<Ptx> {
     let (text, shared_bytes) = module_text(kernels)?;
+    let text = String::from_utf8_lossy(&lower(&text, chip, Layer::Asm)?).trim_end_matches('\0').to_owned();
+    Ok(Ptx { text, shared_bytes })
+}
+
+/// Some kernels for people to read; [`Layer::Asm`] is PTX.
+///
+/// # Errors
+/// As [`compile`]; there is no object code.
+pub fn show(kernels: &[Kernel], chip: &str, layer: Layer) -> Result<Vec<u8>> {
+    match layer {
+        Layer::Mlir => Ok(module_text(kernels)?.0.into_bytes()),
+        Layer::Llvm => lower(&module_text(kernels)?.0, chip, layer),
+        Layer::Asm => Ok(compile(kernels, chip)?.text.into_bytes()),
+        Layer::Object => bail!(Unsupported, "object code for {chip} is NVIDIA's assembler's to make: emit ptx or sass"),
+    }
+}
+
+fn lower(text: &str, chip: &str, layer: Layer) -> Result<Vec<u8>> {
     let context = inkwell::context::Context::create();
-    let module = Mlir::new()?.lower_text("kernels", &text, &context)?;
+    let module = Mlir::new()?.lower_text("kernels", text, &context)?;
     let machine = optimize(&module, chip)?;
+    if layer == Layer::Llvm {
+        return Ok(module.print_to_string().to_string().into_bytes());
+    }
     let said = |e: inkwell::support::LLVMString| Error::new(Kind::Internal, format!("LLVM: {e}"));
     let buffer = machine.write_to_memory_buffer(&module, FileType::Assembly).map_err(said)?;
-    let text = String::from_utf8_lossy(buffer.as_slice()).trim_end_matches('\0').to_owned();
-    Ok(Ptx { text, shared_bytes })
+    Ok(buffer.as_slice().to_vec())
 }
 
 /// Optimizes a module for a chip.
@@ -84,15 +126,13 @@ pub fn compile(kernels: &[Kernel], chip: &str) -> Result<Ptx> {
 /// # Errors
 /// As [`compile`].
 pub fn optimize(module: &Module<'_>, chip: &str) -> Result<TargetMachine> {
-    if !CHIPS.contains(&chip) {
-        bail!(Unsupported, "no PTX is made for `{chip}`, expected one of {}", CHIPS.join(", "));
-    }
+    target(chip)?;
     Target::initialize_nvptx(&InitializationConfig::default());
     let triple = TargetTriple::create("nvptx64-nvidia-cuda");
     let said = |e: inkwell::support::LLVMString| Error::new(Kind::Internal, format!("LLVM: {e}"));
-    let target = Target::from_triple(&triple).map_err(said)?;
+    let nvptx = Target::from_triple(&triple).map_err(said)?;
     let (level, reloc, code) = (OptimizationLevel::Aggressive, RelocMode::Default, CodeModel::Default);
-    let Some(machine) = target.create_target_machine(&triple, chip, VERSION, level, reloc, code) else {
+    let Some(machine) = nvptx.create_target_machine(&triple, chip, FEATURE, level, reloc, code) else {
         bail!(Internal, "LLVM has no machine for {chip}");
     };
     module.set_triple(&triple);

@@ -2,6 +2,7 @@
 
 use super::retarget::Code;
 use super::shadow::Shadow;
+use crate::cuda::{SHARED_LIMIT, THREADS};
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use mansard_ir::sample::Random;
@@ -102,7 +103,8 @@ struct Block {
     id: u32,
     blocks: u32,
     threads: u32,
-    shared: Vec<u128>,
+    /// Where its shared memory begins.
+    shared: u64,
     shadow: Shadow,
     warps: Vec<Warp>,
     waiting: u32,
@@ -147,7 +149,7 @@ pub(super) unsafe extern "C" fn call(id: u32, args: *const u64, rets: *mut u64) 
             Op::Thread => *rets = thread.id.into(),
             Op::Block => *rets = (*block).id.into(),
             Op::Blocks => *rets = (*block).blocks.into(),
-            Op::Shared => *rets = (&(*block).shared).as_ptr() as u64,
+            Op::Shared => *rets = (*block).shared,
             Op::Barrier => barrier(thread),
             Op::Shuffle | Op::Mma(_) | Op::WarpBarrier => collective(thread, op, args, rets),
             Op::Dot4 { signed } => *rets = dot4(signed, arg(0) as u32, arg(1) as u32, arg(2) as u32).into(),
@@ -198,9 +200,12 @@ unsafe fn barrier(thread: &mut Thread) {
         if (*block).waiting == (*block).threads {
             (*block).waiting = 0;
             (*block).shadow.pass_all();
-        } else {
-            while (*block).shadow.epoch == epoch {
-                thread.pause();
+            return;
+        }
+        loop {
+            thread.pause();
+            if (*block).shadow.epoch != epoch {
+                return;
             }
         }
     }
@@ -210,9 +215,8 @@ unsafe fn barrier(thread: &mut Thread) {
 unsafe fn watch(thread: &mut Thread, at: u64, size: usize, writes: bool) {
     // SAFETY: as in `call`.
     let block = unsafe { &mut *thread.block };
-    let base = block.shared.as_ptr() as u64;
-    let offset = at.wrapping_sub(base);
-    if offset < (16 * block.shared.len()) as u64 && block.fault.is_none() {
+    let offset = at.wrapping_sub(block.shared);
+    if offset < SHARED_LIMIT as u64 && block.fault.is_none() {
         block.fault = block.shadow.access(thread.id, offset as usize, size, writes).err();
     }
 }
@@ -302,14 +306,15 @@ pub(super) unsafe fn launch(
         _ => 0,
     });
     for place in order(blocks as usize, schedule.order, &mut random) {
+        // Not zero: NaNs, whatever is read of it.
+        let mut memory = vec![u128::MAX; SHARED_LIMIT / 16];
         let mut block = Box::new(Block {
             id: place as u32,
             blocks,
-            threads: super::super::THREADS as u32,
-            // Not zero: NaNs, whatever is read of it.
-            shared: vec![u128::MAX; super::super::SHARED_LIMIT / 16],
-            shadow: Shadow::new(shared, super::super::THREADS / 32),
-            warps: (0..super::super::THREADS / 32).map(|_| Warp::new()).collect(),
+            threads: THREADS as u32,
+            shared: memory.as_mut_ptr() as u64,
+            shadow: Shadow::new(shared, THREADS / 32),
+            warps: (0..THREADS / 32).map(|_| Warp::new()).collect(),
             waiting: 0,
             copies: schedule.copies,
             ops: code.ops(),

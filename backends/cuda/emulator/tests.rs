@@ -121,17 +121,15 @@ fn races_are_found_even_where_values_agree() {
     let read = format!("{own}\n  %x = llvm.load volatile %s : !llvm.ptr<3> -> i32");
     assert!(alone(&read).unwrap_err().contains("race"), "a read of another thread's word");
     // Lanes that met are in order; another warp is not.
-    let met = format!(
-        "  %c32 = arith.constant 32 : i32
+    let met = "  %c32 = arith.constant 32 : i32
   %lane = arith.remui %t, %c32 : i32
   %warp = arith.divui %t, %c32 : i32
   %lead = arith.cmpi eq, %lane, %c0 : i32
   %p = llvm.getelementptr %s[%warp] : (!llvm.ptr<3>, i32) -> !llvm.ptr<3>, i32
   %all = arith.constant -1 : i32
-  scf.if %lead {{ llvm.store %c1, %p : i32, !llvm.ptr<3> }}
+  scf.if %lead { llvm.store %c1, %p : i32, !llvm.ptr<3> }
   SYNC
-  %x = llvm.load volatile %p : !llvm.ptr<3> -> i32"
-    );
+  %x = llvm.load volatile %p : !llvm.ptr<3> -> i32";
     let sync = "llvm.call_intrinsic \"llvm.nvvm.bar.warp.sync\"(%all) : (i32) -> ()";
     assert_eq!(alone(&met.replace("SYNC", sync)), Ok(()));
     assert!(alone(&met.replace("SYNC", "")).unwrap_err().contains("race"));
