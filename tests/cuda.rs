@@ -160,7 +160,24 @@ fn ptx_is_for_the_chip_that_was_asked_for() {
 #[test]
 fn sass_holds_the_instructions_meant() {
     let (Some(ptxas), Some(nvdisasm)) = (tool("ptxas"), tool("nvdisasm")) else { return };
-    let kernels = distinct(of_checkpoint("llama"));
+    let product = |x: &str, w: &str, range: &str| {
+        let text = format!(
+            "graph @{x}_{w}(%x: {x}[t, 512], %w: {w}[64, 512]) stage planned when t = {range} {{ %y = matmul %x, %w return y = %y }}"
+        );
+        let mut kernel = kernels(text::parse("product", &text).unwrap(), &CompileOptions::default()).unwrap().remove(0);
+        kernel.name = format!("{}_{}", kernel.name, kernel.range.min);
+        kernel
+    };
+    let mut kernels = distinct(of_checkpoint("llama"));
+    let few = [("a8", "q4_0", "1..8"), ("a8", "q8_0", "1..8")].map(|(x, w, range)| product(x, w, range));
+    let many = [("a8", "q4_0", "9..512"), ("bf16", "bf16", "9..512")].map(|(x, w, range)| product(x, w, range));
+    let meant = |kernel: &Kernel| match kernel.name.as_str() {
+        "a8_q4_0_9" => "IMMA.16832.U8.S8",
+        "bf16_bf16_9" => "HMMA.16816.F32.BF16",
+        "a8_q4_0_1" | "a8_q8_0_1" => "IDP.4A.U8.S8",
+        _ => "",
+    };
+    kernels.extend(few.into_iter().chain(many));
     let folder = tempfile::tempdir().unwrap();
     let (source, cubin) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
     for chip in CHIPS {
@@ -175,6 +192,7 @@ fn sass_holds_the_instructions_meant() {
             let opcodes = of_kernel.lines().filter_map(|l| l.split("*/").nth(1)).flat_map(str::split_whitespace);
             let generic: Vec<&str> = opcodes.filter(|w| w.starts_with("LD.") || w.starts_with("ST.")).collect();
             assert!(generic.is_empty(), "{name}: {generic:?}");
+            assert!(of_kernel.contains(meant(kernel)), "{name}: no {}", meant(kernel));
             if kernel.name.contains("matmul") {
                 assert!(of_kernel.contains("LDG.E.128"), "{name}: weights are not read by 16 bytes");
             }

@@ -10,6 +10,7 @@
 //! Contractions that meet in the epilogue are computed one after the other for the same outputs. An operand prologue is
 //! computed by every block for itself, panel by panel, into shared memory.
 
+mod matrix;
 pub(super) mod product;
 
 use super::rows::emit_row;
@@ -40,6 +41,9 @@ pub(super) fn emit(e: &mut Emitter, mut d: Device<'_>) -> Result<()> {
     let components: Vec<Component> = components(body)?.into_iter().filter(|c| !c.dots.is_empty()).collect();
     let Some(first) = components.first() else { return Err(internal(body)) };
     let (rows, most) = (count_of(e, d.k, body.ty(first.dots[0].value))?, d.kernel.range.max);
+    if most > PANEL && components.iter().all(matrix::suits) {
+        return matrix::emit(e, &d, &components, rows);
+    }
     let prologue = Prologue::new(e, &mut d, &components)?;
     let strips: usize = components.iter().map(|c| c.n.div_ceil(STRIP)).sum();
     let (strips, mut result) = (e.i64(strips as i64), Ok(()));

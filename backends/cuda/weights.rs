@@ -16,7 +16,7 @@ use mansard_ir::layout::{A8, STRIP, StripLayout, code_bytes, high_bytes};
 use mansard_ir::planes::PlanesLayout;
 use mansard_ir::{DType, Result, bail};
 
-/// Rows of a strip that a lane has.
+/// Rows of a strip that a lane has where 16 bytes are loaded at once.
 pub const ROWS: usize = 4;
 
 /// How a matrix of rows of `k` is packed.
@@ -25,6 +25,8 @@ pub struct Packed {
     pub dtype: DType,
     pub k: usize,
     pub layout: StripLayout,
+    /// Neighbouring rows of a strip that a lane has: four, or two.
+    pub rows: usize,
 }
 
 /// A lane's part of a line of codes: four columns of each of its rows.
@@ -43,7 +45,7 @@ pub struct Figures {
 
 impl Packed {
     pub fn new(dtype: DType, k: usize) -> Packed {
-        Packed { dtype, k, layout: StripLayout::new(dtype, k) }
+        Packed { dtype, k, layout: StripLayout::new(dtype, k), rows: ROWS }
     }
 
     /// Columns of a line: what a lane multiplies at once.
@@ -66,27 +68,27 @@ impl Packed {
         self.k.div_ceil(self.columns())
     }
 
-    /// The reals of a line of floats: for each column those of the lane's rows `4 quarter ..`.
+    /// The reals of a line of floats: for each column those of the lane's rows `rows * place ..`.
     ///
     /// # Errors
     /// Where no kernel reads such weights.
-    pub fn reals(&self, e: &mut Emitter, strip: Val, line: Val, quarter: Val) -> Result<Vec<Vec<Val>>> {
+    pub fn reals(&self, e: &mut Emitter, strip: Val, line: Val, place: Val) -> Result<Vec<Vec<Val>>> {
         let bytes = self.columns() * self.dtype.format().block_bytes;
         let at = e.row(strip, line, STRIP * bytes);
-        let at = e.row(at, quarter, ROWS * bytes);
-        let lanes = |e: &mut Emitter, x: Val| (0..ROWS).map(|r| e.extract(x, r)).collect::<Vec<Val>>();
+        let at = e.row(at, place, self.rows * bytes);
+        let lanes = |e: &mut Emitter, x: Val| (0..self.rows).map(|r| e.extract(x, r)).collect::<Vec<Val>>();
         Ok(match self.dtype {
             DType::F32 => {
-                let x = e.load(at, F32.x(ROWS), 16);
+                let x = e.load(at, F32.x(self.rows), 4 * self.rows);
                 vec![lanes(e, x)]
             }
             DType::F16 => {
-                let x = e.load(at, F16.x(ROWS), 8);
+                let x = e.load(at, F16.x(self.rows), 2 * self.rows);
                 let x = e.convert("extf", x, F32);
                 vec![lanes(e, x)]
             }
             DType::BF16 => {
-                let pairs = e.load(at, I32.x(ROWS), 16);
+                let pairs = e.load(at, I32.x(self.rows), 4 * self.rows);
                 crate::math::bf16_pair(e, pairs).map(|x| lanes(e, x)).to_vec()
             }
             other => bail!(Unsupported, "products with weights of {other}"),
@@ -94,18 +96,18 @@ impl Packed {
     }
 
     /// The quads of a line of codes, and the unit of columns it belongs to.
-    pub fn quads(&self, e: &mut Emitter, int: IntFormat, strip: Val, line: Val, quarter: Val) -> (Val, Vec<Quad>) {
+    pub fn quads(&self, e: &mut Emitter, int: IntFormat, strip: Val, line: Val, place: Val) -> (Val, Vec<Quad>) {
         let lines = code_bytes(int) / 64;
         let per_unit = e.i64(lines as i64);
         let (unit, within) = (e.div(line, per_unit), e.rem(line, per_unit));
         let codes = self.part(e, strip, unit, (self.layout.codes, int.unit(), code_bytes(int)));
         let at = e.row(codes, within, 64);
-        let at = e.row(at, quarter, 4 * ROWS);
-        let packed = e.load(at, I32.x(ROWS), 16);
-        let rows: Vec<Val> = (0..ROWS).map(|r| e.extract(packed, r)).collect();
+        let at = e.row(at, place, 4 * self.rows);
+        let packed = e.load(at, I32.x(self.rows), 4 * self.rows);
+        let rows: Vec<Val> = (0..self.rows).map(|r| e.extract(packed, r)).collect();
         let first = e.scaled(unit, int.unit(), 0);
-        let place = e.scaled(within, 4, 0);
-        let column = e.add(first, place);
+        let before = e.scaled(within, 4, 0);
+        let column = e.add(first, before);
         if int.bits == 8 {
             return (unit, vec![Quad { column, codes: rows }]);
         }
@@ -119,8 +121,11 @@ impl Packed {
             let quad = e.scaled(within, 1, half * lines);
             if high_bytes(int) > 0 {
                 let high = self.part(e, strip, unit, (self.layout.high, int.unit(), high_bytes(int)));
-                let upper =
-                    if int.bits == 5 { fifth_bits(e, high, quad, quarter) } else { pairs(e, high, quad, quarter) };
+                let upper = if int.bits == 5 {
+                    fifth_bits(e, high, quad, (place, self.rows))
+                } else {
+                    pairs(e, high, quad, (place, self.rows))
+                };
                 codes = codes.into_iter().zip(upper).map(|(code, bits)| e.or(code, bits)).collect();
             }
             if int.zero == Zero::E2M1 {
@@ -132,15 +137,15 @@ impl Packed {
     }
 
     /// Scales and minima of the lane's rows in the group of a unit.
-    pub fn figures(&self, e: &mut Emitter, int: IntFormat, strip: Val, unit: Val, quarter: Val) -> Figures {
+    pub fn figures(&self, e: &mut Emitter, int: IntFormat, strip: Val, unit: Val, place: Val) -> Figures {
         let units = e.i64((int.group / int.unit()) as i64);
         let group = e.div(unit, units);
         let real = |e: &mut Emitter, offset| {
             let at = self.part(e, strip, group, (offset, int.group, 2 * STRIP));
-            let at = e.row(at, quarter, 2 * ROWS);
-            let x = e.load(at, F16.x(ROWS), 8);
+            let at = e.row(at, place, 2 * self.rows);
+            let x = e.load(at, F16.x(self.rows), 2 * self.rows);
             let x = e.convert("extf", x, F32);
-            (0..ROWS).map(|r| e.extract(x, r)).collect::<Vec<Val>>()
+            (0..self.rows).map(|r| e.extract(x, r)).collect::<Vec<Val>>()
         };
         let scales = real(e, self.layout.scales);
         let mins = int.zero.has_mins().then(|| {
@@ -166,11 +171,11 @@ pub fn offset(int: IntFormat) -> (bool, u8) {
     }
 }
 
-/// Bit 4 of each byte of a quad's codes: 4 bits a row of a 64-bit word, of which a lane has 16.
-fn fifth_bits(e: &mut Emitter, high: Val, quad: Val, quarter: Val) -> Vec<Val> {
+/// Bit 4 of each byte of a quad's codes: 4 bits a row of a 64-bit word, of which a lane has those of its rows.
+fn fifth_bits(e: &mut Emitter, high: Val, quad: Val, (place, rows): (Val, usize)) -> Vec<Val> {
     let at = e.row(high, quad, 8);
-    let at = e.row(at, quarter, 2);
-    let word = e.load(at, I16, 2);
+    let at = e.row(at, place, rows / 2);
+    let word = e.load(at, if rows == ROWS { I16 } else { I8 }, rows / 2);
     let word = e.convert("extui", word, I32);
     let (four, spread, bits) = (e.int(I32, 15), e.int(I32, 0x0020_4081), e.int(I32, 0x0101_0101));
     let row = |r: usize| {
@@ -181,16 +186,16 @@ fn fifth_bits(e: &mut Emitter, high: Val, quad: Val, quarter: Val) -> Vec<Val> {
         let row = e.and(row, bits);
         e.shl(row, 4)
     };
-    (0..ROWS).map(row).collect()
+    (0..rows).map(row).collect()
 }
 
 /// Bits 4 and 5 of each byte of a quad's codes.
-fn pairs(e: &mut Emitter, high: Val, quad: Val, quarter: Val) -> Vec<Val> {
+fn pairs(e: &mut Emitter, high: Val, quad: Val, (place, rows): (Val, usize)) -> Vec<Val> {
     let four = e.i64(4);
     let (line, within) = (e.div(quad, four), e.rem(quad, four));
     let at = e.row(high, line, 64);
-    let at = e.row(at, quarter, 4 * ROWS);
-    let words = e.load(at, I32.x(ROWS), 16);
+    let at = e.row(at, place, 4 * rows);
+    let words = e.load(at, I32.x(rows), 4 * rows);
     let within = e.shl(within, 1);
     let (by, two) = (e.convert("trunci", within, I32), e.int(I32, 0x0303_0303));
     let row = |r: usize| {
@@ -199,7 +204,7 @@ fn pairs(e: &mut Emitter, high: Val, quad: Val, quarter: Val) -> Vec<Val> {
         let word = e.and(word, two);
         e.shl(word, 4)
     };
-    (0..ROWS).map(row).collect()
+    (0..rows).map(row).collect()
 }
 
 /// Twice the 4-bit floats in four bytes, as signed bytes.
@@ -365,7 +370,7 @@ pub fn of_planes(e: &mut Emitter, matrix: Val, (n, k): (usize, usize), row: Val,
     let lanes = e.i64(STRIP as i64);
     let (strip, within) = (e.div(row, lanes), e.rem(row, lanes));
     let strip = e.row(matrix, strip, layout.strip_bytes);
-    let upper = Packed { dtype: DType::Q4_0, k, layout: layout.strip };
+    let upper = Packed { dtype: DType::Q4_0, k, layout: layout.strip, rows: ROWS };
     let lower = e.gep_const(matrix, layout.upper_bytes(n));
     let lower = e.row(lower, row, layout.row_bytes);
     let Some(int) = DType::Q4_0.int() else { return e.float(F32, f32::NAN) };

@@ -143,6 +143,18 @@ impl Emitter {
         self.intrinsic(name, &[codes, x, sum], I32)
     }
 
+    /// A product of matrix fragments by a warp: 16 rows of `a` and 8 columns of `b`, added to four elements a lane.
+    pub fn matrix_product(&mut self, name: &str, a: &[Val], b: &[Val], c: [Val; 4]) -> [Val; 4] {
+        let ty = c[0].ty;
+        let args: Vec<String> = a.iter().chain(b).chain(&c).map(Val::to_string).collect();
+        let types: Vec<String> = a.iter().chain(b).chain(&c).map(|v| v.ty.to_string()).collect();
+        let (args, types, four) =
+            (args.join(", "), types.join(", "), format!("!llvm.struct<({ty}, {ty}, {ty}, {ty})>"));
+        let id = self.fresh();
+        self.line(format_args!("%{id} = llvm.call_intrinsic \"llvm.nvvm.mma.{name}\"({args}) : ({types}) -> {four}"));
+        [0, 1, 2, 3].map(|i| self.op(ty, format_args!("llvm.extractvalue %{id}[{i}] : {four}")))
+    }
+
     /// Compares floats: `ogt`, `oge`, `oeq`...
     pub fn cmp_float(&mut self, how: &str, a: Val, b: Val) -> Val {
         self.op(I1.x(a.ty.lanes), format_args!("arith.cmpf {how}, {a}, {b} : {}", a.ty))

@@ -63,6 +63,8 @@ pub(super) enum Op {
 pub(super) enum Matrix {
     /// 16 x 8 x 16 of bf16, sums in f32.
     Bf16,
+    /// 16 x 8 x 32 of bytes, those of `b` signed, sums in i32.
+    Bytes { signed: bool },
 }
 
 /// The op of an intrinsic, by name.
@@ -81,6 +83,8 @@ pub(super) fn op(name: &str) -> Option<Op> {
         "llvm.nvvm.cp.async.commit.group" => Op::Commit,
         "llvm.nvvm.cp.async.wait.group" => Op::Wait,
         "llvm.nvvm.cp.async.wait.all" => Op::WaitAll,
+        "llvm.nvvm.mma.m16n8k32.row.col.u8.s8" => Op::Mma(Matrix::Bytes { signed: false }),
+        "llvm.nvvm.mma.m16n8k32.row.col.s8" => Op::Mma(Matrix::Bytes { signed: true }),
         "llvm.nvvm.mma.m16n8k16.row.col.bf16" => Op::Mma(Matrix::Bf16),
         _ => return None,
     })
@@ -251,6 +255,7 @@ unsafe fn collective(thread: &mut Thread, op: Op, args: *const u64, rets: *mut u
 fn together(op: Op, args: &[Slots; 32], rets: &mut [Slots; 32]) {
     match op {
         Op::Mma(Matrix::Bf16) => mma_bf16(args, rets),
+        Op::Mma(Matrix::Bytes { signed }) => mma_bytes(signed, args, rets),
         _ => (0..32).for_each(|lane| rets[lane][0] = args[lane ^ (args[lane][2] as usize & 31)][1]),
     }
 }
@@ -277,6 +282,23 @@ fn mma_bf16(args: &[Slots; 32], rets: &mut [Slots; 32]) {
         // A struct of four floats lies packed in the first two slots.
         for (i, pair) in sums.as_chunks::<2>().0.iter().enumerate() {
             rets[i] = u64::from(pair[0].to_bits()) | u64::from(pair[1].to_bits()) << 32;
+        }
+    }
+}
+
+/// `d[16, 8] = a[16, 32] b[32, 8] + c[16, 8]` of words of four bytes: words `t` and `t + 4` of a lane's rows and column.
+fn mma_bytes(signed: bool, args: &[Slots; 32], rets: &mut [Slots; 32]) {
+    for (lane, rets) in rets.iter_mut().enumerate() {
+        let mut sums = [0u32; 4];
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let (row, column) = (lane / 4 + 8 * (i / 2), 2 * (lane % 4) + i % 2);
+            *sum = (0..8).fold(args[lane][6 + i] as u32, |sum, word| {
+                let (a, b) = (&args[4 * (row % 8) + word % 4], &args[4 * column + word % 4]);
+                dot4(signed, a[row / 8 + word / 4 * 2] as u32, b[4 + word / 4] as u32, sum)
+            });
+        }
+        for (i, pair) in sums.as_chunks::<2>().0.iter().enumerate() {
+            rets[i] = u64::from(pair[0]) | u64::from(pair[1]) << 32;
         }
     }
 }

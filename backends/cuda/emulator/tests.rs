@@ -82,6 +82,37 @@ fn memory_that_was_not_asked_for_is_not_there() {
     assert!(fault.contains("of shared memory"), "{fault}");
 }
 
+/// Codes of both signs, with zero points and minima, one plane of activations and two, and bf16.
+#[test]
+fn tensor_cores_multiply_many_tokens() {
+    let step = Step::new(&[(0, 37), (3, 5)]);
+    let of = |weights: &str, x: &str| {
+        let text = format!(
+            "graph @k(%x: {x}[t, 512], %w: {weights}[40, 512]) stage planned when t = 9..512 {{
+                %y = matmul %x, %w return y = %y }}"
+        );
+        let kernel = harness::kernel(&text);
+        let source = cuda::emit(&kernel).unwrap();
+        (kernel, source)
+    };
+    let formats =
+        [("q8_0", "a8"), ("q4_0", "a16"), ("q4_1", "a8"), ("q5_1", "a8"), ("int4_g128", "a8"), ("mxfp4", "a8")];
+    for (weights, x) in formats.into_iter().chain([("bf16", "bf16")]) {
+        let (kernel, source) = of(weights, x);
+        assert!(source.text.contains("llvm.nvvm.mma.m16n8k"), "{weights}");
+        assert_eq!(verdict(&kernel, &source, &step), Ok(()), "{weights}");
+    }
+    let (kernel, source) = of("q8_0", "a8");
+    let text = source.text.replace(".u8.s8", ".s8");
+    let fault = verdict(&kernel, &Source { text, ..source.clone() }, &step).unwrap_err();
+    assert!(fault.contains("values are off"), "codes of the wrong sign: {fault}");
+    // The first word of a token where the second belongs.
+    let text = source.text.replace("[16] : (!llvm.ptr) -> !llvm.ptr, i8", "[0] : (!llvm.ptr) -> !llvm.ptr, i8");
+    assert_ne!(text, source.text);
+    let fault = verdict(&kernel, &Source { text, ..source }, &step).unwrap_err();
+    assert!(fault.contains("values are off"), "a word of the wrong columns: {fault}");
+}
+
 /// A function on shared memory alone.
 fn alone(body: &str) -> Result<(), String> {
     let text = format!(
