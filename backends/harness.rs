@@ -12,6 +12,7 @@
 mod cases;
 pub mod emulated;
 mod memory;
+mod program;
 mod qemu;
 mod samples;
 

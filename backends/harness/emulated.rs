@@ -2,7 +2,7 @@
 
 use super::{Given, Memory, StepArrays, run_with};
 use crate::cuda::Source;
-use crate::cuda::emulator::{Code, SCHEDULES};
+use crate::cuda::emulator::{Code, SCHEDULES, Schedule};
 use mansard_ir::eval::{Step, Value};
 use mansard_ir::plan::Kernel;
 use std::cell::RefCell;
@@ -18,6 +18,15 @@ const AGAIN: usize = 2;
 thread_local! {
     /// Host code of kernels that this thread has emulated, by their text.
     static KNOWN: RefCell<BTreeMap<String, Rc<Code>>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+/// Launches a kernel on the addresses of its arguments, the step last.
+///
+/// # Errors
+/// What threads do wrong.
+pub fn launch(code: &Code, slots: &[u64], blocks: u32, schedule: Schedule) -> Result<(), String> {
+    // SAFETY: tests lay out the arguments as the calling convention says, and keep them while the launch runs.
+    unsafe { code.launch(slots, blocks, schedule) }
 }
 
 /// Runs a kernel as it stands in `source` and hands what it computed to `compare`.
@@ -44,8 +53,7 @@ pub fn run(
         launched = runs.iter_mut().zip(SCHEDULES).try_for_each(|((memories, blocks), schedule)| {
             let mut slots: Vec<u64> = memories.iter_mut().map(|m| m.address() as u64).collect();
             slots.push(std::ptr::from_ref(&args) as u64);
-            // SAFETY: the arguments are those of the calling convention, the step last, and outlive the launch.
-            unsafe { code.launch(&slots, *blocks as u32, schedule) }
+            launch(&code, &slots, *blocks as u32, schedule)
         });
     };
     let found = run_with(kernel, inputs, step, &BLOCKS[..launches], call);
