@@ -8,7 +8,10 @@
 //!
 //! bf16 is multiplied 16 columns at a time, with sums in f32. Lane `4 g + t` has words `t` and `t + 4` of rows `2 g` and
 //! `2 g + 1`, which are neighbours in memory: the unit's rows `g` and `g + 8`. Its sums are those rows' with tokens `2 t`
-//! and `2 t + 1`. Warps wait for nobody.
+//! and `2 t + 1`.
+//!
+//! Where there is enough to do for every warp of the grid, each has a strip and panel for itself and waits for nobody. Else
+//! the warps of a block divide the columns of one strip and panel, and their sums meet in shared memory.
 
 use super::super::weights::{self, Figures, Packed};
 use super::{Component, Contraction, Device, Place, each, internal};
@@ -16,7 +19,7 @@ use crate::cpu::contract::Dot;
 use crate::emit::{Cmp, Emitter, F32, I32, Val, WARP};
 use mansard_ir::formats::IntFormat;
 use mansard_ir::layout::{A8, STRIP, StripLayout, row_bytes};
-use mansard_ir::{DType, Result};
+use mansard_ir::{DType, Result, ValueId};
 use std::collections::BTreeMap;
 
 /// Tokens of one product.
@@ -42,38 +45,106 @@ pub(super) fn suits(component: &Component) -> bool {
     })
 }
 
-/// Emits a kernel whose components all suit: warps share the panels of tokens of every strip.
+/// Emits a kernel whose components all suit: warps, or blocks, share the panels of tokens of every strip.
 pub(super) fn emit(e: &mut Emitter, d: &Device<'_>, components: &[Component], rows: Val) -> Result<()> {
     let (lane, warp) = e.lane_and_warp();
-    let (size, one, four) = (e.i64(TOKENS as i64), e.i64(1), e.i64(4));
+    let (size, zero, one, four) = (e.i64(TOKENS as i64), e.i64(0), e.i64(1), e.i64(4));
     let padded = e.scaled(rows, 1, TOKENS - 1);
     let panels = e.div(padded, size);
     let strips = e.i64(components.iter().map(|c| c.n.div_ceil(STRIP)).sum::<usize>() as i64);
     let items = e.mul(panels, strips);
     let warps = e.i64((e.block_threads() / WARP) as i64);
-    let before = e.mul(d.k.thread, warps);
-    let (first, step) = (e.add(before, warp), e.mul(d.k.threads, warps));
+    let (before, all) = (e.mul(d.k.thread, warps), e.mul(d.k.threads, warps));
+    let own = e.add(before, warp);
+    let few = e.cmp(Cmp::Lt, items, all);
+    let (first, step) = (e.select(few, d.k.thread, own), e.select(few, d.k.threads, all));
+    let parts = Parts { few, part: e.select(few, warp, zero), parts: e.select(few, warps, one) };
     let (group, pair, last) = (e.div(lane, four), e.rem(lane, four), e.sub(rows, one));
     let mut result = Ok(());
     e.for_loop((first, items, step), &[], |e, index, _| {
         let (panel, strip) = (e.rem(index, panels), e.div(index, panels));
         let panel = Panel { first: e.mul(panel, size), last, group, pair };
         result = each(e, components, strip, |e, component, strip| {
-            let contraction = Contraction { d, component };
             let mut sums = BTreeMap::new();
             for dot in &component.dots {
-                sums.insert(dot.value, product(e, d, dot, strip, &panel)?);
+                sums.insert(dot.value, product(e, d, dot, strip, &panel, &parts)?);
             }
-            for i in 0..TILES * SUMS {
-                let start = sums.iter().map(|(value, sums)| (*value, sums[i])).collect();
-                let place = panel.place(e, strip, i);
-                contraction.epilogue(e, start, place)?;
-            }
-            Ok(())
+            let (mut alone, mut together) = (Ok(()), Ok(()));
+            let contraction = Contraction { d, component };
+            e.either(
+                parts.few,
+                |e| together = join(e, &contraction, strip, &panel, &sums),
+                |e| {
+                    let each = |i: usize| sums.iter().map(|(value, sums)| (*value, sums[i])).collect();
+                    alone = (0..TILES * SUMS).try_for_each(|i| {
+                        let number = e.i64(i as i64);
+                        let place = panel.place(e, strip, number);
+                        contraction.epilogue(e, each(i), place)
+                    });
+                },
+            );
+            alone.and(together)
         });
         vec![]
     });
     result
+}
+
+/// Which columns a warp multiplies: those of unit `part`, and every so many units further.
+struct Parts {
+    /// The warps of a block share an item.
+    few: Val,
+    part: Val,
+    parts: Val,
+}
+
+/// Adds up what the warps of a block have of the same outputs; every thread stores some of them.
+fn join(
+    e: &mut Emitter,
+    contraction: &Contraction<'_>,
+    strip: Val,
+    panel: &Panel,
+    sums: &BTreeMap<ValueId, Vec<Val>>,
+) -> Result<()> {
+    const OUTPUTS: usize = STRIP * TOKENS;
+    let threads = e.block_threads();
+    e.scoped(|e| {
+        let (lane, warp) = e.lane_and_warp();
+        let mut parts = BTreeMap::new();
+        for (value, sums) in sums {
+            let memory = e.shared(4 * OUTPUTS * threads / WARP);
+            let to = e.row(memory, warp, 4 * OUTPUTS);
+            let to = e.row(to, lane, 4);
+            for (i, sum) in sums.iter().enumerate() {
+                let to = e.gep_const(to, 4 * WARP * i);
+                e.store(*sum, to, 4);
+            }
+            parts.insert(*value, memory);
+        }
+        e.barrier();
+        // A thread has the outputs of its lane in every warp.
+        let four = e.i64(4);
+        let panel = Panel { group: e.div(lane, four), pair: e.rem(lane, four), ..*panel };
+        for first in (0..OUTPUTS).step_by(threads) {
+            let number = e.scaled(warp, 1, first / WARP);
+            let mut start = BTreeMap::new();
+            for (value, memory) in &parts {
+                let from = e.row(*memory, number, 4 * WARP);
+                let from = e.row(from, lane, 4);
+                let all = (0..threads / WARP).map(|warp| {
+                    let at = e.gep_const(from, 4 * OUTPUTS * warp);
+                    e.load(at, F32, 4)
+                });
+                let all: Vec<Val> = all.collect();
+                let zero = e.float(F32, 0.0);
+                start.insert(*value, all.into_iter().fold(zero, |sum, part| e.add(sum, part)));
+            }
+            let place = panel.place(e, strip, number);
+            contraction.epilogue(e, start, place)?;
+        }
+        e.barrier();
+        Ok(())
+    })
 }
 
 /// A warp's tokens, as a lane sees them.
@@ -95,21 +166,27 @@ impl Panel {
         e.min(token, self.last)
     }
 
-    /// Where the lane's sum `i` goes.
-    fn place(&self, e: &mut Emitter, strip: Val, i: usize) -> Place {
-        let (tile, row, column) = (i / SUMS, i % SUMS / 2, i % 2);
-        let row = e.scaled(self.group, ROWS, row);
+    /// Where the lane's sum number `i` goes: `tile * 4 + row * 2 + token`.
+    fn place(&self, e: &mut Emitter, strip: Val, i: Val) -> Place {
+        let (sums, two) = (e.i64(SUMS as i64), e.i64(2));
+        let (tile, within) = (e.div(i, sums), e.rem(i, sums));
+        let (row, column) = (e.div(within, two), e.rem(within, two));
+        let rows = e.scaled(self.group, ROWS, 0);
+        let row = e.add(rows, row);
         let first = e.scaled(strip, STRIP, 0);
         let element = e.add(first, row);
-        let ahead = e.scaled(self.pair, 2, tile * COLUMNS + column);
+        let own = e.scaled(self.pair, 2, 0);
+        let own = e.add(own, column);
+        let before = e.scaled(tile, COLUMNS, 0);
+        let ahead = e.add(before, own);
         let token = e.add(self.first, ahead);
         let counts = e.cmp(Cmp::Le, token, self.last);
         Place { token: e.min(token, self.last), element, column: element, counts }
     }
 }
 
-/// One contraction's strip times a panel: sums `[tile][row][token]` of a lane.
-fn product(e: &mut Emitter, d: &Device<'_>, dot: &Dot, strip: Val, panel: &Panel) -> Result<Vec<Val>> {
+/// One contraction's strip times a panel, as far as the warp's part goes: sums `[tile][row][token]` of a lane.
+fn product(e: &mut Emitter, d: &Device<'_>, dot: &Dot, strip: Val, panel: &Panel, parts: &Parts) -> Result<Vec<Val>> {
     let stride = row_bytes(d.kernel.body.ty(dot.x)).ok_or_else(|| internal(&d.kernel.body))?;
     let (base, weight) = (d.pointer(dot.x)?, d.pointer(dot.weight)?);
     let strip = e.row(weight, strip, StripLayout::new(dot.dtype, dot.k).bytes);
@@ -127,8 +204,8 @@ fn product(e: &mut Emitter, d: &Device<'_>, dot: &Dot, strip: Val, panel: &Panel
     let packed = Packed { rows: ROWS, ..Packed::new(dot.dtype, dot.k) };
     let product = Product { dot, packed, strip, panel, tiles };
     let (columns, nothing) = (if dot.dtype.int().is_some() { A8::GROUP } else { 16 }, e.float(F32, 0.0));
-    let (zero, end, one) = (e.i64(0), e.i64((dot.k / columns) as i64), e.i64(1));
-    Ok(e.for_loop((zero, end, one), &[nothing; TILES * SUMS], |e, step, acc| {
+    let end = e.i64((dot.k / columns) as i64);
+    Ok(e.for_loop((parts.part, end, parts.parts), &[nothing; TILES * SUMS], |e, step, acc| {
         let mut acc = acc.to_vec();
         match dot.dtype.int() {
             Some(int) => product.codes(e, int, step, &mut acc),
