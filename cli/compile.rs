@@ -234,6 +234,9 @@ impl Choices {
     /// # Errors
     /// Where a value is none of those there are.
     pub fn options(&self) -> Result<CompileOptions> {
+        if let Some(chip) = CHIPS.iter().find(|chip| self.target.iter().filter(|name| name == *chip).count() > 1) {
+            bail!(Usage, "expected each target once, found `{chip}` twice");
+        }
         let is_chip = |name: &&String| CHIPS.contains(&name.as_str());
         let mut options = CompileOptions {
             targets: self.target.iter().filter(|name| !is_chip(name)).cloned().collect(),
