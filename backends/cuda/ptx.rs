@@ -31,14 +31,13 @@ pub const VERSION: &str = "9.0";
 const FEATURE: &str = "+ptx90";
 
 /// Intrinsics that the NVPTX backend has instructions for, by prefix.
-const INTRINSICS: [&str; 20] = [
+const INTRINSICS: [&str; 19] = [
     "llvm.nvvm.barrier.cta.sync.aligned.all",
     "llvm.nvvm.bar.warp.sync",
     "llvm.nvvm.read.ptx.sreg.",
     "llvm.nvvm.shfl.sync.bfly.",
     "llvm.nvvm.idp4a.",
     "llvm.nvvm.mma.m16n8k",
-    "llvm.nvvm.cp.async.",
     "llvm.ctpop.",
     "llvm.fabs.",
     "llvm.fma.",

@@ -7,7 +7,6 @@ use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use mansard_ir::sample::Random;
 use std::cell::Cell;
-use std::collections::VecDeque;
 use std::ptr;
 
 /// In which order warps, and lanes of a warp, get their turn.
@@ -18,24 +17,6 @@ pub enum Order {
     Descending,
     /// Shuffled anew for every sweep.
     Random(u64),
-}
-
-/// When an asynchronous copy arrives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Copies {
-    /// When it is issued.
-    Early,
-    /// When it is waited for.
-    Late,
-}
-
-/// How a launch goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Schedule {
-    /// Of warps and lanes.
-    pub order: Order,
-    /// Of asynchronous copies.
-    pub copies: Copies,
 }
 
 /// An intrinsic, or an access that is watched.
@@ -49,10 +30,6 @@ pub(super) enum Op {
     WarpBarrier,
     Shuffle,
     Dot4 { signed: bool },
-    Copy(usize),
-    Commit,
-    Wait,
-    WaitAll,
     Mma(Matrix),
     Load,
     Store,
@@ -79,10 +56,6 @@ pub(super) fn op(name: &str) -> Option<Op> {
         "llvm.nvvm.shfl.sync.bfly.f32" | "llvm.nvvm.shfl.sync.bfly.i32" => Op::Shuffle,
         "llvm.nvvm.idp4a.s.s" => Op::Dot4 { signed: true },
         "llvm.nvvm.idp4a.u.s" => Op::Dot4 { signed: false },
-        "llvm.nvvm.cp.async.cg.shared.global.16" => Op::Copy(16),
-        "llvm.nvvm.cp.async.commit.group" => Op::Commit,
-        "llvm.nvvm.cp.async.wait.group" => Op::Wait,
-        "llvm.nvvm.cp.async.wait.all" => Op::WaitAll,
         "llvm.nvvm.mma.m16n8k32.row.col.u8.s8" => Op::Mma(Matrix::Bytes { signed: false }),
         "llvm.nvvm.mma.m16n8k32.row.col.s8" => Op::Mma(Matrix::Bytes { signed: true }),
         "llvm.nvvm.mma.m16n8k16.row.col.bf16" => Op::Mma(Matrix::Bf16),
@@ -112,21 +85,15 @@ struct Block {
     shadow: Shadow,
     warps: Vec<Warp>,
     waiting: u32,
-    copies: Copies,
     ops: *const [Op],
     progress: u64,
     fault: Option<String>,
 }
 
-/// A copy of so many bytes from one address to another.
-type Pending = (u64, u64, usize);
-
 struct Thread {
     id: u32,
     block: *mut Block,
     yielder: *const Yielder<(), ()>,
-    open: Vec<Pending>,
-    groups: VecDeque<Vec<Pending>>,
 }
 
 thread_local! {
@@ -157,19 +124,6 @@ pub(super) unsafe extern "C" fn call(id: u32, args: *const u64, rets: *mut u64) 
             Op::Barrier => barrier(thread),
             Op::Shuffle | Op::Mma(_) | Op::WarpBarrier => collective(thread, op, args, rets),
             Op::Dot4 { signed } => *rets = dot4(signed, arg(0) as u32, arg(1) as u32, arg(2) as u32).into(),
-            Op::Copy(size) => {
-                watch(thread, arg(0), size, true);
-                match (*block).copies {
-                    Copies::Early => ptr::copy_nonoverlapping(arg(1) as *const u8, arg(0) as *mut u8, size),
-                    Copies::Late => thread.open.push((arg(0), arg(1), size)),
-                }
-            }
-            Op::Commit => thread.groups.push_back(std::mem::take(&mut thread.open)),
-            Op::Wait => thread.arrive(arg(0) as u32 as usize),
-            Op::WaitAll => {
-                thread.groups.push_back(std::mem::take(&mut thread.open));
-                thread.arrive(0);
-            }
             Op::Load => watch(thread, arg(0), arg(1) as usize, false),
             Op::Store => watch(thread, arg(0), arg(1) as usize, true),
         }
@@ -177,16 +131,6 @@ pub(super) unsafe extern "C" fn call(id: u32, args: *const u64, rets: *mut u64) 
 }
 
 impl Thread {
-    /// Lets all copies arrive but those of the last `left` groups.
-    unsafe fn arrive(&mut self, left: usize) {
-        while self.groups.len() > left {
-            for (to, from, size) in self.groups.pop_front().unwrap_or_default() {
-                // SAFETY: the addresses are those of the kernel's copy.
-                unsafe { ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, size) };
-            }
-        }
-    }
-
     /// Lets others run.
     unsafe fn pause(&mut self) {
         // SAFETY: the yielder is that of the coroutine that runs.
@@ -321,13 +265,13 @@ pub(super) unsafe fn launch(
     code: &Code,
     args: &[u64],
     (blocks, shared): (u32, usize),
-    schedule: Schedule,
+    turns: Order,
 ) -> Result<(), String> {
-    let mut random = Random::new(match schedule.order {
+    let mut random = Random::new(match turns {
         Order::Random(seed) => seed,
         _ => 0,
     });
-    for place in order(blocks as usize, schedule.order, &mut random) {
+    for place in order(blocks as usize, turns, &mut random) {
         // Not zero: NaNs, whatever is read of it.
         let mut memory = vec![u128::MAX; SHARED_LIMIT / 16];
         let mut block = Box::new(Block {
@@ -338,14 +282,13 @@ pub(super) unsafe fn launch(
             shadow: Shadow::new(shared, THREADS / 32),
             warps: (0..THREADS / 32).map(|_| Warp::new()).collect(),
             waiting: 0,
-            copies: schedule.copies,
             ops: code.ops(),
             progress: 0,
             fault: None,
         });
         // SAFETY: the caller's.
-        unsafe { run(&mut block, code, args, schedule.order, &mut random) }
-            .map_err(|fault| format!("block {place} of {blocks}, {schedule:?}: {fault}"))?;
+        unsafe { run(&mut block, code, args, turns, &mut random) }
+            .map_err(|fault| format!("block {place} of {blocks}, {turns:?}: {fault}"))?;
     }
     Ok(())
 }
@@ -373,8 +316,7 @@ unsafe fn run(block: &mut Block, code: &Code, args: &[u64], turns: Order, random
     let mut stacks = STACKS.take();
     let (at, entry, args) = (ptr::from_mut(block), code.entry(), args.as_ptr() as usize);
     let mut start = |id: u32| -> Option<Running> {
-        let (open, groups) = (vec![], VecDeque::new());
-        let mut thread = Box::new(Thread { id, block: at, yielder: ptr::null(), open, groups });
+        let mut thread = Box::new(Thread { id, block: at, yielder: ptr::null() });
         let own: *mut Thread = &mut *thread;
         let stack = stacks.pop().unwrap_or_else(|| DefaultStack::new(64 << 10).expect("memory for a stack"));
         let coroutine = Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {

@@ -17,14 +17,8 @@ mod shadow;
 #[cfg(test)]
 mod tests;
 
-pub use machine::{Copies, Order, Schedule};
+pub use machine::Order;
 pub use retarget::Code;
 
-/// Schedules that find missing barriers: one warp after the other from either end, and at random; asynchronous copies
-/// arriving at once or as late as they may.
-pub const SCHEDULES: [Schedule; 4] = [
-    Schedule { order: Order::Ascending, copies: Copies::Late },
-    Schedule { order: Order::Descending, copies: Copies::Early },
-    Schedule { order: Order::Random(1), copies: Copies::Late },
-    Schedule { order: Order::Random(2), copies: Copies::Early },
-];
+/// Schedules that find missing barriers: one warp after the other from either end, and at random.
+pub const SCHEDULES: [Order; 4] = [Order::Ascending, Order::Descending, Order::Random(1), Order::Random(2)];
