@@ -1,7 +1,7 @@
 //! The artifact's manifest: what a runtime reads before anything else.
 //!
 //! An artifact is one safetensors file. Its tensors are sections of bytes (`u8[n]`, every length a multiple of 64, the
-//! first at a multiple of 4096): `code/<target>` (flat position-independent images, mapped at pages), `tokenizer.json`, and
+//! first at a multiple of 4096): `code/<target>` (flat position-independent images, mapped at pages; of a GPU, PTX), `tokenizer.json`, and
 //! `weights/<name>`.
 //! The file's `__metadata__` holds `mansard`: this manifest as JSON.
 

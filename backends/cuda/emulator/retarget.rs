@@ -50,7 +50,7 @@ impl Code {
         module.verify().unwrap_or_else(|e| panic!("{e}"));
         let passes = "always-inline,function(sroa,early-cse,instcombine<no-verify-fixpoint>,simplifycfg)";
         module.run_passes(passes, &machine, PassBuilderOptions::create()).unwrap_or_else(|e| panic!("{e}"));
-        let engine = module.create_jit_execution_engine(OptimizationLevel::Less).expect("an engine");
+        let engine = module.create_jit_execution_engine(OptimizationLevel::None).expect("an engine");
         engine.add_global_mapping(&call, machine::call as *const () as usize);
         let address = engine.get_function_address("emulator.entry").expect("the kernel's entry");
         // SAFETY: the address is that of a function made below, of this type.
