@@ -5,9 +5,10 @@ demo: setup
 	cargo build --release -p mansard
 	.ci/demo
 
-# The models are optional: tests of the real models report themselves as skipped where they could not be fetched.
+# The models and ptxas are optional: tests of what could not be fetched report themselves as skipped.
 test: setup
 	-.ci/fetch-models smollm2 gemma3 minilm
+	-.ci/fetch-ptxas
 	cargo test --workspace
 
 setup:

@@ -8,10 +8,12 @@
 //! is known from the start, is written last. Invariants: under the final name there is a whole artifact or what was there
 //! before (the file grows as `NAME.partial-PID-N` beside it, is synced, and is renamed); the same inputs give the same bytes.
 
+use crate::cuda::THREADS;
+use crate::cuda::ptx::{self, Ptx};
 use crate::link::Image;
 use crate::pack;
 use mansard_ir::artifact::{
-    Code, DATA_ALIGN, FORMAT_VERSION, METADATA_KEY, Manifest, Provenance, SECTION_ALIGN, TOKENIZER_SECTION,
+    Code, DATA_ALIGN, FORMAT_VERSION, METADATA_KEY, Manifest, Provenance, PtxCode, SECTION_ALIGN, TOKENIZER_SECTION,
     WEIGHTS_PREFIX,
 };
 use mansard_ir::file::MappedFile;
@@ -35,6 +37,8 @@ pub struct Contents<'a> {
     pub weights: &'a WeightTable,
     /// Machine code, best first.
     pub images: &'a [(Target, Image)],
+    /// Code for GPUs, by chip.
+    pub ptx: &'a [(String, Ptx)],
     /// Where it all came from.
     pub provenance: &'a Provenance,
 }
@@ -127,6 +131,8 @@ enum Content<'a> {
     Image(&'a Image),
     /// Padded with spaces.
     Text(&'a str),
+    /// Padded with line ends.
+    Ptx(&'a Ptx),
     /// Recipe of that index.
     Pack(usize),
 }
@@ -136,6 +142,10 @@ fn sections<'a>(contents: &Contents<'a>) -> Result<Vec<Section<'a>>> {
     for (target, image) in contents.images {
         let (name, bytes) = (format!("code/{}", target.name), image.bytes.len());
         sections.push(Section { name, bytes, content: Content::Image(image) });
+    }
+    for (chip, ptx) in contents.ptx {
+        let bytes = ptx.text.len().next_multiple_of(SECTION_ALIGN);
+        sections.push(Section { name: format!("code/{chip}"), bytes, content: Content::Ptx(ptx) });
     }
     if let Some(tokenizer) = contents.info.tokenizer.as_ref().filter(|t| !t.json.is_empty()) {
         let bytes = tokenizer.json.len().next_multiple_of(SECTION_ALIGN);
@@ -160,11 +170,8 @@ impl Content<'_> {
     fn stream(&self, contents: &Contents<'_>, threads: usize, sink: &mut pack::Sink<'_>) -> Result<()> {
         match self {
             Content::Image(image) => sink(&image.bytes),
-            Content::Text(text) => {
-                let mut bytes = text.as_bytes().to_vec();
-                bytes.resize(bytes.len().next_multiple_of(SECTION_ALIGN), b' ');
-                sink(&bytes)
-            }
+            Content::Text(text) => sink(&padded_to_section(text, b' ')),
+            Content::Ptx(ptx) => sink(&padded_to_section(&ptx.text, b'\n')),
             Content::Pack(index) => {
                 let Some(recipe) = contents.plan.packs.get(*index) else {
                     bail!(Internal, "the plan has no recipe for it");
@@ -174,6 +181,12 @@ impl Content<'_> {
             }
         }
     }
+}
+
+fn padded_to_section(text: &str, with: u8) -> Vec<u8> {
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.resize(bytes.len().next_multiple_of(SECTION_ALIGN), with);
+    bytes
 }
 
 /// The manifest, with zeros for hashes.
@@ -193,6 +206,13 @@ fn manifest(contents: &Contents<'_>, sections: &[Section<'_>]) -> Result<Manifes
             tiles: image.tiles.clone(),
         });
     }
+    let of_chip = |(chip, ptx): &(String, Ptx)| PtxCode {
+        section: format!("code/{chip}"),
+        chip: chip.clone(),
+        version: ptx::VERSION.into(),
+        threads: THREADS,
+        shared_bytes: ptx.shared_bytes.clone(),
+    };
     let zeros: BTreeMap<String, String> = sections.iter().map(|s| (s.name.clone(), "0".repeat(64))).collect();
     let mut model = contents.info.clone();
     if let Some(tokenizer) = &mut model.tokenizer {
@@ -203,6 +223,7 @@ fn manifest(contents: &Contents<'_>, sections: &[Section<'_>]) -> Result<Manifes
         model,
         program: contents.plan.program.clone(),
         code,
+        ptx: contents.ptx.iter().map(of_chip).collect(),
         hashes: zeros,
         manifest_hash: String::new(),
         provenance: contents.provenance.clone(),

@@ -48,7 +48,7 @@ impl Parts {
 
     fn write(&self, path: &Path, threads: usize) -> Result<Written> {
         let Parts { plan, info, weights, images, provenance } = self;
-        write(path, &Contents { plan, info, weights, images, provenance }, threads, &mut |done, all| {
+        write(path, &Contents { plan, info, weights, images, ptx: &[], provenance }, threads, &mut |done, all| {
             assert!(done <= all)
         })
     }

@@ -11,6 +11,11 @@
 //!
 //! Kernels have the calling convention of [`mansard_ir::plan`].
 
+mod device;
+
+pub use device::WARP;
+
+use device::Device;
 use mansard_ir::Target;
 use mansard_ir::plan::{CacheGroup, Kernel};
 use std::fmt::{self, Write};
@@ -119,6 +124,8 @@ pub struct Emitter {
     pub converts_bf16: bool,
     /// The program's cache groups.
     pub groups: Vec<CacheGroup>,
+    /// Set where the function runs on a GPU.
+    device: Option<Device>,
 }
 
 /// The arguments every kernel has.
@@ -144,18 +151,22 @@ impl Emitter {
 
     /// Opens a function called as kernels are, which reads no cache.
     pub fn function(name: &str, target: &Target) -> (Emitter, KernelArgs) {
-        let (converts_bf16, groups) = (target.computes_bf16(), vec![]);
-        let mut e =
-            Emitter { text: String::new(), next: 4, depth: 1, constants: vec![], entry: 0, converts_bf16, groups };
+        let converts_bf16 = target.computes_bf16();
+        let mut e = Emitter { next: 4, converts_bf16, ..Emitter::empty() };
         let _ = writeln!(e.text, "func.func @{name}(%0: !llvm.ptr, %1: !llvm.ptr, %2: i64, %3: i64) {{");
         e.entry = e.text.len();
         let arg = |id, ty| Val { id, part: -1, ty };
         (e, KernelArgs { args: arg(0, PTR), step: arg(1, PTR), thread: arg(2, I64), threads: arg(3, I64) })
     }
 
+    fn empty() -> Emitter {
+        let (text, constants, groups) = (String::new(), vec![], vec![]);
+        Emitter { text, next: 0, depth: 1, constants, entry: 0, converts_bf16: false, groups, device: None }
+    }
+
     /// Closes the function and gives its text.
     pub fn finish(mut self) -> String {
-        self.line(format_args!("return"));
+        self.line(format_args!("{}", if self.device.is_some() { "llvm.return" } else { "return" }));
         self.text.push_str("}\n");
         self.text
     }
@@ -357,6 +368,9 @@ impl Emitter {
 
     /// A scalar in every lane.
     pub fn broadcast(&mut self, a: Val, lanes: usize) -> Val {
+        if lanes == 0 {
+            return a;
+        }
         let to = a.ty.x(lanes);
         self.op(to, format_args!("vector.broadcast {a} : {} to {to}", a.ty))
     }
@@ -536,7 +550,7 @@ impl Emitter {
     /// A field of `StepArgs`: an `i64`, or a pointer.
     pub fn step_field(&mut self, k: KernelArgs, offset: usize, ty: Ty) -> Val {
         let at = self.gep_const(k.step, offset);
-        self.load(at, ty, 8)
+        if ty == PTR { self.load_pointer(at) } else { self.load(at, ty, 8) }
     }
 
     /// This worker's share `[begin, end)` of `count` units, in order of worker.

@@ -10,7 +10,9 @@
 #![allow(unsafe_code)]
 
 mod cases;
+pub mod emulated;
 mod memory;
+mod program;
 mod qemu;
 mod samples;
 
@@ -83,20 +85,32 @@ pub fn check_tuned(
     let reals: Vec<Value> = inputs.iter().map(Given::reals).collect();
     let expected = eval::graph(&kernel.body, &reals, &mut |name, _| panic!("weight {name} in a kernel"));
     let expected = expected.unwrap_or_else(|e| panic!("{e}"));
+    let compare = |found: &[Value]| differences(kernel, found, &expected, tolerance);
+    let mut is_tried = false;
     let tried = machines().iter().flat_map(|(t, machine)| choices(t).into_iter().map(move |c| (t, machine, c)));
     for (target, machine, choice) in tried {
         let image = compile(kernel, target, choice);
         let threads = [1, 2, 3];
         for (threads, found) in threads.iter().zip(run(*machine, &image, kernel, inputs, step, &threads)) {
-            for (((name, _), found), expected) in kernel.body.results.iter().zip(&found).zip(&expected) {
-                if let Err(difference) = memory::compare(found, expected, tolerance) {
-                    let chosen = choice.map_or_else(String::new, |choice| format!(" with {choice:?}"));
-                    let place = format!("`{}`, {}{chosen}, {threads} threads", kernel.name, target.name);
-                    panic!("{place}: result `{name}`: {difference}");
-                }
-            }
+            let chosen = choice.map_or_else(String::new, |choice| format!(" with {choice:?}"));
+            let place = || format!("`{}`, {}{chosen}, {threads} threads", kernel.name, target.name);
+            compare(&found).unwrap_or_else(|difference| panic!("{}: {difference}", place()));
         }
+        is_tried |= choice.is_none();
     }
+    if is_tried {
+        let source = crate::cuda::emit(kernel).unwrap_or_else(|e| panic!("{e}"));
+        let emulated = emulated::run(kernel, &source, inputs, step, &compare);
+        emulated.unwrap_or_else(|fault| panic!("`{}`, emulated: {fault}", kernel.name));
+    }
+}
+
+/// Where the results of a kernel are further off than they may be.
+pub fn differences(kernel: &Kernel, found: &[Value], expected: &[Value], tolerance: f64) -> Result<(), String> {
+    let all = kernel.body.results.iter().zip(found).zip(expected);
+    all.into_iter().try_for_each(|(((name, _), found), expected)| {
+        memory::compare(found, expected, tolerance).map_err(|difference| format!("result `{name}`: {difference}"))
+    })
 }
 
 /// What runs a target's code.
@@ -155,6 +169,23 @@ pub fn run(
     step: &Step,
     threads: &[usize],
 ) -> Vec<Vec<Value>> {
+    run_with(kernel, inputs, step, threads, |runs, arrays| {
+        let args = arrays.args();
+        match machine {
+            Machine::Here => runs.iter_mut().for_each(|(memories, n)| call(image, memories, &args, *n)),
+            Machine::Qemu(qemu) => qemu.call(image, runs, arrays),
+        }
+    })
+}
+
+/// Lays out a kernel's arguments for each of those numbers of workers, lets `call` run it on them and gives its results.
+fn run_with(
+    kernel: &Kernel,
+    inputs: &[Given],
+    step: &Step,
+    threads: &[usize],
+    call: impl FnOnce(&mut [(Vec<Memory>, usize)], &mut StepArrays),
+) -> Vec<Vec<Value>> {
     let body = &kernel.body;
     let mut rows = vec![];
     for (input, given) in body.inputs.iter().zip(inputs) {
@@ -179,11 +210,7 @@ pub fn run(
         memories.push(Memory::for_result(body.ty(*v), arrays.rows_of(body.ty(*v))));
     }
     let mut runs: Vec<(Vec<Memory>, usize)> = threads.iter().map(|n| (memories.clone(), *n)).collect();
-    let args = arrays.args();
-    match machine {
-        Machine::Here => runs.iter_mut().for_each(|(memories, n)| call(image, memories, &args, *n)),
-        Machine::Qemu(qemu) => qemu.call(image, &mut runs, &arrays),
-    }
+    call(&mut runs, &mut arrays);
     arrays.scratch.check_canaries(&format!("scratch of `{}`", kernel.name));
     let results = |(memories, _): &(Vec<Memory>, usize)| {
         memories.iter().enumerate().for_each(|(i, m)| m.check_canaries(&format!("argument {i} of `{}`", kernel.name)));

@@ -10,6 +10,7 @@
 
 pub mod artifact;
 pub mod cpu;
+pub mod cuda;
 pub mod emit;
 #[cfg(test)]
 mod harness;

@@ -1,17 +1,18 @@
 //! `mansard compile`: a model file becomes an artifact, or any layer of it becomes text.
 
-use crate::{costs, eval, report};
+use crate::{costs, eval, report, sass};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use mansard::budget::{self, Budget, Outcome};
 use mansard::driver::{self, CompileOptions, Progress, Summary};
 use mansard::machine::MachineFile;
+use mansard_backends::cuda::ptx::{self, CHIPS};
 use mansard_backends::{self as backends, Layer};
 use mansard_ir::artifact::Provenance;
 use mansard_ir::artifact::Quality;
 use mansard_ir::quantize::{QUANTIZERS, Quantizer};
 use mansard_ir::text::{print_model, print_plan};
-use mansard_ir::{DType, Result, Stage, Tuning, bail};
+use mansard_ir::{DType, Error, Kind, Result, Stage, Tuning, bail};
 use mansard_passes::{self as passes, Event, Hooks, State};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -83,7 +84,7 @@ pub struct Choices {
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
     /// What the machine code is for: native, x86-64-v3, x86-64-v3+avxvnni, x86-64-v4, aarch64+dotprod or aarch64+i8mm;
-    /// several make one artifact that runs the best one a machine can
+    /// several make one artifact that runs the best one a machine can; sm_80 and sm_90a add PTX for GPUs
     #[arg(long, value_name = "TARGET", default_value = "native", value_delimiter = ',')]
     target: Vec<String>,
     /// Price decisions on this machine file, or on what `mansard probe` stored here (`local`) [default: figures stated for
@@ -221,6 +222,10 @@ enum Emit {
     Llvm,
     Asm,
     Object,
+    /// Of a GPU: what its driver assembles
+    Ptx,
+    /// Of a GPU: its machine code, with NVIDIA's ptxas and nvdisasm
+    Sass,
 }
 
 impl Choices {
@@ -229,8 +234,17 @@ impl Choices {
     /// # Errors
     /// Where a value is none of those there are.
     pub fn options(&self) -> Result<CompileOptions> {
+        if let Some(chip) = CHIPS.iter().find(|chip| self.target.iter().filter(|name| name == *chip).count() > 1) {
+            bail!(Usage, "expected each target once, found `{chip}` twice");
+        }
+        let is_chip = |name: &&String| CHIPS.contains(&name.as_str());
         let mut options = CompileOptions {
-            targets: self.target.clone(),
+            targets: self.target.iter().filter(|name| !is_chip(name)).cloned().collect(),
+            chips: CHIPS
+                .iter()
+                .filter(|chip| self.target.iter().any(|name| name == *chip))
+                .map(|c| c.to_string())
+                .collect(),
             machine: self.machine.as_deref().map(MachineFile::named).transpose()?,
             float_weights: !matches!(self.quant, Quant::File),
             weights: self.quant.weights(),
@@ -247,7 +261,7 @@ impl Choices {
             ..CompileOptions::default()
         };
         if let Some(machine) = &options.machine {
-            machine.suits(&backends::targets(&self.target)?)?;
+            machine.suits(&options.planned_for()?)?;
         }
         options.kv = match self.kv {
             Kv::Auto => None,
@@ -312,6 +326,12 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if arguments.emit.is_some() || arguments.stop_after.is_some() {
         show(arguments, &options, &mut hooks)?;
         return dumped;
+    }
+    if options.targets.is_empty() {
+        let message = format!("code for {} alone is run by nothing yet", options.chips.join(", "));
+        return Err(
+            Error::new(Kind::Unsupported, message).help("name a CPU too, as in --target native,sm_90a, or --emit")
+        );
     }
     let Some(output) = &arguments.output else {
         bail!(Usage, "expected where the artifact goes: -o model.mansard");
@@ -382,10 +402,13 @@ fn tuning(path: &Path) -> Result<Tuning> {
 
 /// `--emit` and `--stop-after`.
 fn show(arguments: &Arguments, options: &CompileOptions, hooks: &mut Hooks<'_>) -> Result<()> {
-    let [target] = &options.targets[..] else {
-        bail!(Usage, "--emit: expected one target, found {}", options.targets.len());
+    let targets = options.planned_for()?;
+    let [target] = &targets[..] else {
+        bail!(Usage, "--emit: expected one target, found {}", options.targets.len() + options.chips.len());
     };
-    let target = backends::target(target)?;
+    if options.chips.is_empty() && matches!(arguments.emit, Some(Emit::Ptx | Emit::Sass)) {
+        bail!(Usage, "--emit ptx and sass are for GPUs: expected --target {}", CHIPS.join(" or "));
+    }
     let state = State::new(driver::import(&arguments.model, options)?);
     let last = match arguments.emit {
         Some(Emit::Graph) => None,
@@ -405,12 +428,16 @@ fn show(arguments: &Arguments, options: &CompileOptions, hooks: &mut Hooks<'_>) 
     let layer = match arguments.emit {
         Some(Emit::Mlir) => Some(Layer::Mlir),
         Some(Emit::Llvm) => Some(Layer::Llvm),
-        Some(Emit::Asm) => Some(Layer::Asm),
+        Some(Emit::Asm | Emit::Ptx | Emit::Sass) => Some(Layer::Asm),
         Some(Emit::Object) => Some(Layer::Object),
         _ => None,
     };
     let bytes = match (layer, &state.plan) {
-        (Some(layer), Some(plan)) => backends::emit(plan, &target, &options.tuning, layer)?,
+        (Some(layer), Some(plan)) if !options.chips.is_empty() => {
+            let bytes = ptx::show(&plan.kernels, &target.name, layer)?;
+            if arguments.emit == Some(Emit::Sass) { sass::disassembled(&bytes, &target.name)? } else { bytes }
+        }
+        (Some(layer), Some(plan)) => backends::emit(plan, target, &options.tuning, layer)?,
         _ => text(&state).into_bytes(),
     };
     report::deliver(arguments.output.as_deref(), &bytes)

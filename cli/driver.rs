@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 pub struct CompileOptions {
     /// Names of the targets, in any order: the artifact holds the best first.
     pub targets: Vec<String>,
+    /// GPUs that the artifact holds PTX for beside: `sm_80`, `sm_90a`.
+    pub chips: Vec<String>,
     /// The machine that decisions are priced on; `None`: the figures stated for the targets.
     pub machine: Option<MachineFile>,
     /// Weights as f32, whatever the file holds (`--quant none`, and before they are rounded or quantized otherwise).
@@ -62,6 +64,7 @@ impl Default for CompileOptions {
     fn default() -> CompileOptions {
         CompileOptions {
             targets: vec!["native".into()],
+            chips: vec![],
             machine: None,
             float_weights: false,
             weights: None,
@@ -191,6 +194,14 @@ pub fn compile(
         let mut advance = |done, _| stages.progress.advance(before + done);
         images.push((target.clone(), backends::compile(&plan, target, &tuning, options.threads, &mut advance)?));
     }
+    let mut ptx = vec![];
+    if !options.chips.is_empty() {
+        stages.begin("generate PTX", options.chips.len());
+    }
+    for (index, chip) in options.chips.iter().enumerate() {
+        ptx.push((chip.clone(), backends::cuda::ptx::compile(&plan.kernels, chip)?));
+        stages.progress.advance(index + 1);
+    }
     stages.begin("quantize", 0);
     let _quantized = quantize::quantize(&mut model, input, options, quantizer, output, stages.progress)?;
     let provenance = Provenance {
@@ -210,6 +221,7 @@ pub fn compile(
         info: &model.info,
         weights: &model.weights,
         images: &images,
+        ptx: &ptx,
         provenance: &provenance,
     };
     stages.begin("pack weights", plan.program.weights.iter().map(|w| w.bytes).sum());
@@ -229,6 +241,17 @@ pub fn compile(
 }
 
 impl CompileOptions {
+    /// What the program is planned for: the CPUs, whose program GPUs run as it is; the GPUs where there are no others.
+    ///
+    /// # Errors
+    /// Where a name is unknown, or given twice.
+    pub fn planned_for(&self) -> Result<Vec<Target>> {
+        if self.targets.is_empty() {
+            return self.chips.iter().map(|chip| backends::cuda::ptx::target(chip)).collect();
+        }
+        backends::targets(&self.targets)
+    }
+
     /// What shaped the result, for the provenance.
     fn recorded(&self, targets: &[Target]) -> BTreeMap<String, String> {
         let quant = match self.weights {
@@ -245,6 +268,9 @@ impl CompileOptions {
         options.extend(self.notes.clone());
         if let Some(file) = &self.machine {
             options.insert("machine".into(), file.provenance());
+        }
+        if !self.chips.is_empty() {
+            options.insert("ptx".into(), self.chips.join(","));
         }
         if let Some(kv) = self.kv {
             options.insert("kv".into(), kv.to_string());

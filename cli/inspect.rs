@@ -81,6 +81,10 @@ fn model(artifact: &Artifact) -> String {
     );
     out += &format!("  tokenizer {tokenizer}; end tokens {:?}\n", model.end_tokens);
     out += &format!("  {}, format version {format_version}\n\ncode\n", report::bytes(artifact.file_bytes()));
+    for ptx in &artifact.manifest().ptx {
+        let bytes = artifact.section(&ptx.section).map_or(0, <[u8]>::len);
+        out += &format!("  {:24} PTX {}, {}\n", ptx.chip, ptx.version, report::bytes(bytes));
+    }
     for image in code {
         let runs = missing(image).unwrap_or_else(|| "runs here".into());
         let bytes = artifact.section(&image.section).map_or(0, <[u8]>::len);

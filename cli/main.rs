@@ -21,6 +21,7 @@ mod opt;
 mod probe;
 mod report;
 mod run;
+mod sass;
 mod verify;
 
 use clap::{Parser, Subcommand};

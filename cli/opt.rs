@@ -3,7 +3,6 @@
 use crate::compile::{Choices, text};
 use crate::report;
 use mansard::driver;
-use mansard_backends as backends;
 use mansard_ir::text::parse;
 use mansard_ir::verify;
 use mansard_ir::{Error, Place, Result, bail};
@@ -44,16 +43,16 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let case = String::from_utf8_lossy(&case);
     let names = if named.is_empty() { header(&case) } else { named };
     let options = arguments.choices.options()?;
-    let [target] = &options.targets[..] else {
-        bail!(Usage, "--target: expected one target, found {}", options.targets.len());
+    let targets = options.planned_for()?;
+    let [target] = &targets[..] else {
+        bail!(Usage, "--target: expected one target, found {}", targets.len());
     };
-    let target = backends::target(target)?;
     let model = parse(&arguments.case.display().to_string(), &case)?;
     for graph in &model.graphs {
         verify::verify(graph).at(|| arguments.case.display().to_string())?;
     }
     let mut sink = |_: Event<'_>| {};
-    let mut pass_options = driver::pass_options(target, &options);
+    let mut pass_options = driver::pass_options(target.clone(), &options);
     pass_options.rules.first = arguments.rules.unwrap_or(usize::MAX);
     let (state, ran) = passes::manager::run(&names, State::new(model), &pass_options, &mut Hooks::new(&mut sink))?;
     if arguments.time_passes {

@@ -147,6 +147,7 @@ fn measure(
         info: &model.info,
         weights: &model.weights,
         images: &images,
+        ptx: &[],
         provenance: &provenance,
     };
     backends::artifact::write(file.path(), &contents, threads, &mut |_, _| {})?;

@@ -1,7 +1,7 @@
 //! The artifact's manifest: what a runtime reads before anything else.
 //!
 //! An artifact is one safetensors file. Its tensors are sections of bytes (`u8[n]`, every length a multiple of 64, the
-//! first at a multiple of 4096): `code/<target>` (flat position-independent images, mapped at pages), `tokenizer.json`, and
+//! first at a multiple of 4096): `code/<target>` (flat position-independent images, mapped at pages; of a GPU, PTX), `tokenizer.json`, and
 //! `weights/<name>`.
 //! The file's `__metadata__` holds `mansard`: this manifest as JSON.
 
@@ -43,6 +43,9 @@ pub struct Manifest {
     pub program: Program,
     /// Machine code, best first.
     pub code: Vec<Code>,
+    /// Code for GPUs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ptx: Vec<PtxCode>,
     /// BLAKE3 of every section, in hexadecimal, over its bytes including padding.
     pub hashes: BTreeMap<String, String>,
     /// BLAKE3 of this manifest's JSON with this field empty.
@@ -68,6 +71,21 @@ pub struct Code {
     /// version that names them.
     #[serde(default)]
     pub tiles: Vec<String>,
+}
+
+/// The kernels as PTX, which a driver assembles.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PtxCode {
+    /// Section that holds the text, padded with line ends.
+    pub section: String,
+    /// `sm_80`, `sm_90a`.
+    pub chip: String,
+    /// Version of PTX: `9.0`.
+    pub version: String,
+    /// Threads of a block, of every kernel.
+    pub threads: usize,
+    /// Bytes of shared memory of a block; `shared_bytes[i]` is `program.kernels[i]`'s.
+    pub shared_bytes: Vec<usize>,
 }
 
 /// Where an artifact came from. Same provenance, same bytes.
@@ -311,6 +329,7 @@ mod tests {
             model: ModelInfo { architecture: "\"manifest_hash\":\"\"".into(), ..ModelInfo::default() },
             program: Program::default(),
             code: vec![],
+            ptx: vec![],
             hashes: BTreeMap::new(),
             manifest_hash: "stale".into(),
             provenance: Provenance::default(),

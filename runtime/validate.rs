@@ -53,6 +53,15 @@ pub fn validate(artifact: &Artifact) -> Result<()> {
     for image in &manifest.code {
         code(image, artifact).at(|| format!("code `{}`", image.target))?;
     }
+    for ptx in &manifest.ptx {
+        let (expected, found) = (program.kernels.len(), ptx.shared_bytes.len());
+        if artifact.section(&ptx.section).is_none_or(|text| std::str::from_utf8(text).is_err()) {
+            bail!(Input, "PTX for {}: expected text in section `{}`", ptx.chip, ptx.section);
+        }
+        if found != expected {
+            bail!(Input, "PTX for {}: expected {expected} kernels, found {found}", ptx.chip);
+        }
+    }
     variants(program)?;
     if program.outputs.is_empty() {
         bail!(Input, "expected at least one output, found none");

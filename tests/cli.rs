@@ -576,3 +576,21 @@ fn many_texts_are_embedded_in_few_steps() {
         assert!(numbers(line).iter().zip(&other).all(|(a, b)| (a - b).abs() < 1e-5), "text {i}");
     }
 }
+
+/// What is asked of GPUs: layers as text, and clear errors.
+#[test]
+fn code_for_gpus_is_shown() {
+    let model = goldens("llama");
+    let model = model.to_str().unwrap();
+    let emitted = |layer| done(&["compile", model, "--target", "sm_90a", "--emit", layer]);
+    assert!(emitted("mlir").contains("nvvm.kernel") && emitted("llvm").contains("llvm.nvvm.barrier"));
+    assert!(emitted("ptx").contains(".target sm_90a"));
+    let compile = |code: i32, words: &str, arguments: &[&str]| {
+        refused(&[&["compile", model], arguments].concat(), code, &[words]);
+    };
+    compile(4, "code for sm_90a alone is run by nothing yet", &["--target", "sm_90a", "-o", "/nonexistent/m"]);
+    compile(4, "is NVIDIA's assembler's to make", &["--target", "sm_80", "--emit", "object"]);
+    compile(2, "--emit ptx and sass are for GPUs", &["--emit", "ptx"]);
+    compile(2, "found `sm_80` twice", &["--target", "sm_80,sm_80", "--emit", "ptx"]);
+    compile(4, "unknown target `sm_70`", &["--target", "sm_70", "--emit", "ptx"]);
+}

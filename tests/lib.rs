@@ -29,6 +29,19 @@ pub fn published(name: &str) -> Option<PathBuf> {
     None
 }
 
+/// A program under `tools/` (or `$MANSARD_TOOLS`) that `.ci/fetch-ptxas` fetches, or `None` after printing why the test is
+/// skipped.
+pub fn tool(name: &str) -> Option<PathBuf> {
+    let folder = std::env::var_os("MANSARD_TOOLS").map_or_else(|| here().join("../tools"), PathBuf::from);
+    let path = folder.join(name);
+    if path.exists() {
+        return Some(path);
+    }
+    let reason = format!("skipped: {} is not there (`.ci/fetch-ptxas` fetches it from PyPI)\n", path.display());
+    let _ = std::io::stderr().write_all(reason.as_bytes());
+    None
+}
+
 /// Compiles `model` and opens the artifact; the file is removed with the returned folder.
 ///
 /// # Errors

@@ -132,6 +132,7 @@ pub fn write(plan: &Plan, optimized: &Model, image: (Target, Image), path: &Path
         info: &optimized.info,
         weights: &optimized.weights,
         images: &[image],
+        ptx: &[],
         provenance: &Default::default(),
     };
     mansard_backends::artifact::write(path, &contents, 2, &mut |_, _| {})?;

@@ -11,7 +11,7 @@ use mansard_ir::{DType, Result, bail};
 
 /// How an element is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stored {
+pub(crate) enum Stored {
     F32,
     F16,
     Bf16,
@@ -24,17 +24,17 @@ pub(super) enum Stored {
 
 /// Where neighbouring elements are.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct At {
+pub(crate) struct At {
     /// The first one's byte.
-    pub(super) byte: Val,
+    pub(crate) byte: Val,
     /// Its first bit there.
-    pub(super) bit: i64,
+    pub(crate) bit: i64,
 }
 
 impl Stored {
     /// # Errors
     /// Where no cache is stored so.
-    pub(super) fn of(dtype: DType) -> Result<Stored> {
+    pub(crate) fn of(dtype: DType) -> Result<Stored> {
         match dtype {
             DType::F32 => Ok(Stored::F32),
             DType::F16 => Ok(Stored::F16),
@@ -47,7 +47,7 @@ impl Stored {
     }
 
     /// Bytes that no element shares with its neighbours.
-    pub(super) fn bytes(self) -> usize {
+    pub(crate) fn bytes(self) -> usize {
         match self {
             Stored::F32 => 4,
             Stored::F16 | Stored::Bf16 => 2,
@@ -56,16 +56,16 @@ impl Stored {
     }
 
     /// Elements that share those.
-    pub(super) fn sharing(self) -> usize {
+    pub(crate) fn sharing(self) -> usize {
         if self == Stored::Nibble { 2 } else { 1 }
     }
 
-    pub(super) fn has_scales(self) -> bool {
+    pub(crate) fn has_scales(self) -> bool {
         matches!(self, Stored::Code | Stored::Nibble)
     }
 
     /// Neighbouring elements as f32; codes without their scales.
-    pub(super) fn load(self, e: &mut Emitter, At { byte, bit }: At, lanes: usize, align: usize) -> Val {
+    pub(crate) fn load(self, e: &mut Emitter, At { byte, bit }: At, lanes: usize, align: usize) -> Val {
         match self {
             Stored::F32 => e.load(byte, F32.x(lanes), align),
             Stored::F16 => load_halves(e, byte, lanes, align),
@@ -98,20 +98,20 @@ impl Stored {
     }
 
     /// Scales of neighbouring positions.
-    pub(super) fn load_scales(self, e: &mut Emitter, scales: Val, first: usize, lanes: usize) -> Val {
+    pub(crate) fn load_scales(self, e: &mut Emitter, scales: Val, first: usize, lanes: usize) -> Val {
         let at = e.gep_const(scales, first * self.scale_bytes());
         match self {
-            Stored::Nibble => load_halves(e, at, lanes, lanes * 2),
-            _ => e.load(at, F32.x(lanes), lanes * 4),
+            Stored::Nibble => load_halves(e, at, lanes, lanes.max(1) * 2),
+            _ => e.load(at, F32.x(lanes), lanes.max(1) * 4),
         }
     }
 
-    pub(super) fn scale_bytes(self) -> usize {
+    pub(crate) fn scale_bytes(self) -> usize {
         if self == Stored::Nibble { 2 } else { 4 }
     }
 
     /// f32 as elements, ties to even; codes of a scale, int4 ones in the lower bits of a byte each.
-    pub(super) fn narrow(self, e: &mut Emitter, x: Val, scale: Option<Val>) -> Val {
+    pub(crate) fn narrow(self, e: &mut Emitter, x: Val, scale: Option<Val>) -> Val {
         match (self, scale) {
             (Stored::F32, _) => x,
             (Stored::F16, _) => e.convert("truncf", x, F16),
@@ -144,7 +144,7 @@ impl Stored {
     }
 
     /// The scale of a head whose values lie between `least` and `most`, as an f32.
-    pub(super) fn scale(self, e: &mut Emitter, least: Val, most: Val) -> Val {
+    pub(crate) fn scale(self, e: &mut Emitter, least: Val, most: Val) -> Val {
         let below = e.neg(least);
         if self == Stored::Code {
             let (most, by) = (e.max(below, most), e.float(F32, 127.0));
@@ -158,7 +158,7 @@ impl Stored {
     }
 
     /// Stores a scale.
-    pub(super) fn store_scale(self, e: &mut Emitter, scale: Val, to: Val) {
+    pub(crate) fn store_scale(self, e: &mut Emitter, scale: Val, to: Val) {
         let scale = if self == Stored::Nibble { e.convert("truncf", scale, F16) } else { scale };
         e.store(scale, to, self.scale_bytes());
     }

@@ -54,18 +54,18 @@ pub fn emit(kernel: &Kernel, target: &Target, choice: Option<Choice>) -> Result<
 
 /// One contraction node.
 #[derive(Clone, Debug)]
-struct Dot {
-    value: ValueId,
-    x: ValueId,
-    weight: ValueId,
-    routing: Option<ValueId>,
-    dtype: DType,
+pub(crate) struct Dot {
+    pub(crate) value: ValueId,
+    pub(crate) x: ValueId,
+    pub(crate) weight: ValueId,
+    pub(crate) routing: Option<ValueId>,
+    pub(crate) dtype: DType,
     /// Columns.
-    k: usize,
+    pub(crate) k: usize,
     /// Type of the activations.
-    activations: DType,
+    pub(crate) activations: DType,
     /// Planes of int8 codes of the activations.
-    planes: usize,
+    pub(crate) planes: usize,
 }
 
 impl Dot {
@@ -85,15 +85,15 @@ impl Dot {
 }
 
 /// Contractions that meet in the epilogue, and the nodes where they do.
-struct Component {
-    dots: Vec<Dot>,
-    epilogue: Vec<ValueId>,
+pub(crate) struct Component {
+    pub(crate) dots: Vec<Dot>,
+    pub(crate) epilogue: Vec<ValueId>,
     /// Output rows of every contraction in it.
-    n: usize,
+    pub(crate) n: usize,
 }
 
 /// Splits a body: nodes connected through computed values belong together.
-fn components(body: &Graph) -> Result<Vec<Component>> {
+pub(crate) fn components(body: &Graph) -> Result<Vec<Component>> {
     let mut home: Vec<Option<usize>> = vec![None; body.len()];
     let mut parts: Vec<Component> = vec![];
     for value in body.values() {

@@ -1,7 +1,7 @@
 //! CPU kernels: each kind of kernel in the plan's table has one emitter.
 
 pub mod attend;
-mod cached;
+pub(crate) mod cached;
 pub mod contract;
 pub mod dot;
 pub mod head;

@@ -18,7 +18,7 @@ mod planes;
 mod quantize;
 mod rope;
 mod route;
-mod schedule;
+pub(crate) mod schedule;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -51,7 +51,7 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
 }
 
 /// A type whose rows are those of the program; an append has the rows it writes.
-fn lead<'a>(body: &'a Graph, nodes: &[ValueId]) -> Result<&'a Type> {
+pub(crate) fn lead<'a>(body: &'a Graph, nodes: &[ValueId]) -> Result<&'a Type> {
     let of = |v: &ValueId| Some(body.ty(*v)).filter(|ty| ty.rows().is_some());
     let appended = |v: &ValueId| body.node(*v).and_then(|n| n.operands.iter().find_map(of));
     match nodes.iter().find_map(|v| of(v).or_else(|| appended(v))) {

@@ -219,6 +219,11 @@ impl Pool {
         }
     }
 
+    /// Cache blocks that a pool holds.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
     /// `i32[groups][s][stride]`; entries beyond a sequence's cache blocks are not to be read as such, and those that no
     /// token sees are nowhere.
     fn table(&self) -> Vec<i32> {

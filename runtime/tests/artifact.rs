@@ -3,10 +3,15 @@
 mod support;
 
 use mansard_ir::Error;
-use mansard_ir::artifact::Manifest;
+use mansard_ir::artifact::{Manifest, PtxCode, TOKENIZER_SECTION};
 use mansard_ir::plan::{Arg, BufferId, KernelId, WeightId};
 use mansard_runtime::{Artifact, OpenOptions};
 use support::{counting_parts, file, write};
+
+fn ptx(section: &str, kernels: usize) -> PtxCode {
+    let [section, chip, version] = [section, "sm_80", "9.0"].map(String::from);
+    PtxCode { section, chip, version, threads: 256, shared_bytes: vec![0; kernels] }
+}
 
 fn open(bytes: &[u8]) -> Result<Artifact, Error> {
     Artifact::open(write(bytes).path(), &OpenOptions::default())
@@ -132,6 +137,8 @@ fn figures_that_do_not_fit_are_refused() {
         ("cache `tokens`", |m| m.program.caches[0].block_bytes = usize::MAX - 63),
         ("expected 4 entries", |m| m.code[0].entries.truncate(3)),
         ("expected entries below", |m| m.code[0].entries[2] = 1 << 60),
+        ("PTX for sm_80: expected text in section `code/none`", |m| m.ptx = vec![ptx("code/none", 4)]),
+        ("PTX for sm_80: expected 4 kernels, found 3", |m| m.ptx = vec![ptx(TOKENIZER_SECTION, 3)]),
         ("expected section `code/none`", |m| m.code[0].section = "code/none".into()),
         ("expected a variant for 2 tokens", |m| m.program.variants[1].tokens.min = 3),
         ("found none for 16", |m| m.program.variants[1].tokens.max = 15),

@@ -81,7 +81,7 @@ fn stride(ty: &Type) -> usize {
 
 /// Calls `visit` for all `rows` rows: [`PANEL`] at a time, then the smallest power of two that covers the rest. Never more
 /// than `most`.
-fn panels(e: &mut Emitter, rows: Val, most: usize, mut visit: impl FnMut(&mut Emitter, Val, usize)) {
+pub(crate) fn panels(e: &mut Emitter, rows: Val, most: usize, mut visit: impl FnMut(&mut Emitter, Val, usize)) {
     let sizes = [PANEL, 4, 2, 1].into_iter().filter(|size| *size < 2 * most.max(1));
     let (zero, panel) = (e.i64(0), e.i64(PANEL as i64));
     let rest = e.rem(rows, panel);

@@ -73,6 +73,7 @@ pub fn counting_parts() -> Parts {
             entries,
             tiles: vec![],
         }],
+        ptx: vec![],
         hashes: Default::default(),
         manifest_hash: String::new(),
         provenance: Provenance::default(),

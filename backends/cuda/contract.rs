@@ -1,0 +1,339 @@
+//! Contractions for few tokens: every block takes a strip of 16 output rows at a time and streams its weights.
+//!
+//! ```text
+//! for strip of this block (and panel of up to 8 tokens)
+//!   thread: lines 64 apart of the strip, 4 rows of each, times the panel's activations      in registers
+//!   all 64 partial sums of an output meet in shared memory; barrier; a thread adds them up
+//!   epilogue on one output a thread, stores
+//! ```
+//!
+//! Contractions that meet in the epilogue are computed one after the other for the same outputs. An operand prologue is
+//! computed by every block for itself, panel by panel, into shared memory.
+
+mod matrix;
+pub(super) mod product;
+
+use super::rows::emit_row;
+use super::{Device, THREADS};
+use crate::cpu::contract::{Component, Dot, components};
+use crate::cpu::{count_of, head::panels};
+use crate::emit::{Cmp, Emitter, F32, I32, I64, Scalar, Val};
+use crate::math;
+use mansard_ir::kernel::PROLOGUE_TOKENS;
+use mansard_ir::layout::{A8, STRIP, StripLayout, row_bytes};
+use mansard_ir::ops::Class;
+use mansard_ir::{Dim, Error, Graph, Kind, Result, Type, ValueId, bail};
+use std::collections::BTreeMap;
+
+/// Tokens of a panel.
+const PANEL: usize = 8;
+
+/// Bytes of shared memory that the activations of a panel may take where a block computes them itself.
+const PROLOGUE_BYTES: usize = 64 << 10;
+
+fn internal(body: &Graph) -> Error {
+    Error::new(Kind::Internal, format!("`{}` is not a contraction over packed weights", body.name))
+}
+
+/// Emits a `contract` kernel.
+pub(super) fn emit(e: &mut Emitter, mut d: Device<'_>) -> Result<()> {
+    let body = &d.kernel.body;
+    let components: Vec<Component> = components(body)?.into_iter().filter(|c| !c.dots.is_empty()).collect();
+    let Some(first) = components.first() else { return Err(internal(body)) };
+    let (rows, most) = (count_of(e, d.k, body.ty(first.dots[0].value))?, d.kernel.range.max);
+    if most > PANEL && components.iter().all(matrix::suits) {
+        return matrix::emit(e, &d, &components, rows);
+    }
+    let prologue = Prologue::new(e, &mut d, &components)?;
+    let strips: usize = components.iter().map(|c| c.n.div_ceil(STRIP)).sum();
+    let (strips, mut result) = (e.i64(strips as i64), Ok(()));
+    let mut item = |e: &mut Emitter, strip: Val, panel: Panel| {
+        let done =
+            each(e, &components, strip, |e, component, strip| Contraction { d: &d, component }.item(e, strip, panel));
+        result = std::mem::replace(&mut result, Ok(())).and(done);
+    };
+    if most > PANEL {
+        let size = e.i64(PANEL as i64);
+        let padded = e.scaled(rows, 1, PANEL - 1);
+        let count = e.div(padded, size);
+        let items = e.mul(count, strips);
+        // Blocks that run together share the strip, which one of them brings into the second-level cache.
+        e.for_loop((d.k.thread, items, d.k.threads), &[], |e, index, _| {
+            let (panel, strip) = (e.rem(index, count), e.div(index, count));
+            let panel = Panel { first: e.mul(panel, size), tokens: PANEL, own: e.mul(panel, size) };
+            item(e, strip, panel);
+            vec![]
+        });
+        return result;
+    }
+    let mut filled = Ok(());
+    panels(e, rows, most, |e, first, tokens| {
+        for from in (0..tokens).step_by(prologue.tokens) {
+            let tokens = prologue.tokens.min(tokens - from);
+            let first = e.scaled(first, 1, from);
+            filled = std::mem::replace(&mut filled, Ok(())).and(prologue.fill(e, &d, first, (rows, tokens)));
+            let own = if prologue.nodes.is_empty() { first } else { e.i64(0) };
+            e.for_loop((d.k.thread, strips, d.k.threads), &[], |e, strip, _| {
+                item(e, strip, Panel { first, tokens, own });
+                vec![]
+            });
+        }
+    });
+    filled.and(result)
+}
+
+/// Runs `body` with the component that strip `strip` of all belongs to, and its number there.
+fn each(
+    e: &mut Emitter,
+    components: &[Component],
+    strip: Val,
+    mut body: impl FnMut(&mut Emitter, &Component, Val) -> Result<()>,
+) -> Result<()> {
+    let (mut before, mut result) = (0, Ok(()));
+    for component in components {
+        let (low, after) = (e.i64(before as i64), before + component.n.div_ceil(STRIP));
+        let high = e.i64(after as i64);
+        let (from, to) = (e.cmp(Cmp::Ge, strip, low), e.cmp(Cmp::Lt, strip, high));
+        let here = e.and(from, to);
+        e.when(here, |e| {
+            let own = e.sub(strip, low);
+            result = std::mem::replace(&mut result, Ok(())).and(body(e, component, own));
+        });
+        before = after;
+    }
+    result
+}
+
+/// What every block computes for itself.
+struct Prologue {
+    nodes: Vec<ValueId>,
+    /// Tokens whose rows fit shared memory.
+    tokens: usize,
+}
+
+impl Prologue {
+    fn new(e: &mut Emitter, d: &mut Device<'_>, components: &[Component]) -> Result<Prologue> {
+        let body = &d.kernel.body;
+        let after =
+            |v: &ValueId| components.iter().any(|c| c.epilogue.contains(v) || c.dots.iter().any(|d| d.value == *v));
+        let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some() && !after(v)).collect();
+        if !nodes.is_empty() && d.kernel.range.max > PROLOGUE_TOKENS {
+            bail!(Internal, "`{}` computes activations for up to {} tokens", body.name, d.kernel.range.max);
+        }
+        let read =
+            |v: &ValueId| body.values().filter(after).filter_map(|a| body.node(a)).any(|n| n.operands.contains(v));
+        let kept: Vec<(ValueId, usize)> =
+            nodes.iter().filter(|v| read(v)).filter_map(|v| Some((*v, row_bytes(body.ty(*v))?))).collect();
+        let bytes: usize = kept.iter().map(|(_, bytes)| bytes).sum();
+        let fitting = PROLOGUE_BYTES.checked_div(bytes).unwrap_or(PANEL).clamp(1, PANEL);
+        let tokens = 1 << fitting.ilog2();
+        for (v, bytes) in kept {
+            d.memory[v.0 as usize] = Some(e.shared(tokens * bytes));
+        }
+        Ok(Prologue { nodes, tokens })
+    }
+
+    /// Computes the rows of tokens `first..`, of those that the step has.
+    fn fill(&self, e: &mut Emitter, d: &Device<'_>, first: Val, (rows, tokens): (Val, usize)) -> Result<()> {
+        if self.nodes.is_empty() {
+            return Ok(());
+        }
+        let (body, mut result) = (&d.kernel.body, Ok(()));
+        let end = e.scaled(first, 1, tokens);
+        let end = e.min(end, rows);
+        e.repeat(first, end, 1, |e, row| {
+            // Rows in shared memory are counted from the panel's first.
+            let own = e.sub(row, first);
+            let kept = self.nodes.iter().filter_map(|v| Some((*v, d.memory[v.0 as usize]?, row_bytes(body.ty(*v))?)));
+            let here: Vec<(ValueId, Val)> = kept.map(|(v, base, bytes)| (v, e.row(base, own, bytes))).collect();
+            result = emit_row(e, d.k, body, &self.nodes, &d.memory, &here, row);
+        });
+        result
+    }
+}
+
+/// Some tokens that share the weights.
+#[derive(Clone, Copy)]
+struct Panel {
+    /// The first token.
+    first: Val,
+    tokens: usize,
+    /// The first token's row among the activations.
+    own: Val,
+}
+
+/// Gives the strip of a contraction's weights, and its rows of activations.
+type Operands<'a> = dyn Fn(&mut Emitter, &Dot) -> Result<(Val, Vec<Val>)> + 'a;
+
+struct Contraction<'a> {
+    d: &'a Device<'a>,
+    component: &'a Component,
+}
+
+/// The output of a thread: its row of activations, which of the elements that row has in the result, and which column of
+/// the weights' rows.
+#[derive(Clone, Copy)]
+struct Place {
+    token: Val,
+    element: Val,
+    column: Val,
+    /// The thread is to store.
+    counts: Val,
+}
+
+impl Contraction<'_> {
+    fn body(&self) -> &Graph {
+        &self.d.kernel.body
+    }
+
+    /// One strip of a panel.
+    fn item(&self, e: &mut Emitter, strip: Val, panel: Panel) -> Result<()> {
+        let rows = |e: &mut Emitter, dot: &Dot| -> Result<(Val, Vec<Val>)> {
+            let stride = row_bytes(self.body().ty(dot.x)).ok_or_else(|| internal(self.body()))?;
+            let base = self.d.pointer(dot.x)?;
+            let first = e.row(base, panel.own, stride);
+            let rows = (0..panel.tokens).map(|t| e.gep_const(first, t * stride)).collect();
+            let weight = self.d.pointer(dot.weight)?;
+            Ok((e.row(weight, strip, StripLayout::new(dot.dtype, dot.k).bytes), rows))
+        };
+        let first_column = e.scaled(strip, STRIP, 0);
+        self.outputs(e, panel.tokens, &rows, |e, token, row, counts| {
+            let column = e.add(first_column, row);
+            Place { token: e.add(panel.first, token), element: column, column, counts }
+        })
+    }
+
+    /// Products of a strip of every contraction with `tokens` rows, then the epilogue; `operands` gives the strip and the
+    /// rows of a contraction, `place` the output of a token and row of the strip.
+    fn outputs(
+        &self,
+        e: &mut Emitter,
+        tokens: usize,
+        operands: &Operands<'_>,
+        place: impl FnOnce(&mut Emitter, Val, Val, Val) -> Place,
+    ) -> Result<()> {
+        e.scoped(|e| {
+            let partials = e.shared(product::partial_bytes(tokens));
+            let mut values = BTreeMap::new();
+            for dot in &self.component.dots {
+                let (strip, rows) = operands(e, dot)?;
+                product::partial_sums(e, dot, strip, &rows, partials)?;
+                e.barrier();
+                values.insert(dot.value, product::sum_of_parts(e, tokens, partials));
+                e.barrier();
+            }
+            let (thread, outputs) = (e.thread(), e.i64((STRIP * tokens) as i64));
+            let (lanes, own) = (e.i64(STRIP as i64), e.rem(thread, outputs));
+            let (token, row, counts) = (e.div(own, lanes), e.rem(own, lanes), e.cmp(Cmp::Lt, thread, outputs));
+            let place = place(e, token, row, counts);
+            self.epilogue(e, values, place)
+        })
+    }
+
+    /// Runs the epilogue on a thread's output and stores the results.
+    fn epilogue(&self, e: &mut Emitter, mut values: BTreeMap<ValueId, Val>, place: Place) -> Result<()> {
+        for id in &self.component.epilogue {
+            let Some(node) = self.body().node(*id) else { continue };
+            let mut operands = vec![];
+            for operand in &node.operands {
+                operands.push(match values.get(operand) {
+                    Some(v) => *v,
+                    None => self.operand(e, *operand, place)?,
+                });
+            }
+            let value =
+                if node.op.class() == Class::View { operands[0] } else { math::elementwise(e, node, &operands)? };
+            values.insert(*id, value);
+        }
+        for (_, result) in &self.body().results {
+            if let Some(value) = values.get(result) {
+                let bytes = if value.ty.scalar == Scalar::BF16 { 2 } else { 4 };
+                let at = self.element(e, *result, place, bytes)?;
+                e.when(place.counts, |e| e.store(*value, at, bytes));
+            }
+        }
+        Ok(())
+    }
+
+    /// The element of a value in memory beside an output. A vector of one head's width stands beside every head, one of a
+    /// whole row beside all experts of a token.
+    fn operand(&self, e: &mut Emitter, value: ValueId, place: Place) -> Result<Val> {
+        let at = match self.body().ty(value).as_tensor() {
+            Some((_, [Dim::N(width)])) => {
+                let (base, size) = (self.d.pointer(value)?, e.i64(*width as i64));
+                let column = if *width == self.component.n { place.column } else { e.rem(place.element, size) };
+                e.row(base, column, 4)
+            }
+            _ => self.element(e, value, place, 4)?,
+        };
+        Ok(e.load(at, F32, 4))
+    }
+
+    fn element(&self, e: &mut Emitter, value: ValueId, place: Place, bytes: usize) -> Result<Val> {
+        let stride = row_bytes(self.body().ty(value)).ok_or_else(|| internal(self.body()))?;
+        let base = self.d.pointer(value)?;
+        let row = e.row(base, place.token, stride);
+        Ok(e.row(row, place.element, bytes))
+    }
+
+    /// One strip of the expert that entry `entry` (token * top + j) was routed to.
+    fn entry(&self, e: &mut Emitter, (chosen, stride, top): (Val, usize, usize), entry: Val, strip: Val) -> Result<()> {
+        let count = e.i64(top as i64);
+        let (token, j) = (e.div(entry, count), e.rem(entry, count));
+        let expert = e.row(chosen, token, stride);
+        let expert = e.row(expert, j, 4);
+        let expert = e.load(expert, I32, 4);
+        let expert = e.convert("extui", expert, I64);
+        let strips = self.component.n.div_ceil(STRIP);
+        let operands = |e: &mut Emitter, dot: &Dot| -> Result<(Val, Vec<Val>)> {
+            let stride = row_bytes(self.body().ty(dot.x)).ok_or_else(|| internal(self.body()))?;
+            let base = self.d.pointer(dot.x)?;
+            let mut x = e.row(base, token, stride);
+            // Every entry has activations of its own, or a token's share them.
+            if self.body().ty(dot.x).as_tensor().is_some_and(|(_, shape)| shape.len() == 3) {
+                let bytes = dot.activations.format().block_bytes;
+                let width =
+                    dot.activations.planes().map_or(dot.k * bytes, |planes| dot.k / A8::GROUP * A8::LINE * planes);
+                x = e.row(x, j, width);
+            }
+            let first = e.scaled(expert, strips, 0);
+            let index = e.add(first, strip);
+            let weight = self.d.pointer(dot.weight)?;
+            Ok((e.row(weight, index, StripLayout::new(dot.dtype, dot.k).bytes), vec![x]))
+        };
+        let first = e.scaled(strip, STRIP, 0);
+        let before = e.scaled(j, self.component.n, 0);
+        self.outputs(e, 1, &operands, |e, _, row, counts| {
+            let column = e.add(first, row);
+            Place { token, element: e.add(before, column), column, counts }
+        })
+    }
+}
+
+/// Emits an `experts` kernel: blocks share the strips of all entries, each a token and one of its experts.
+pub(super) fn emit_experts(e: &mut Emitter, d: Device<'_>) -> Result<()> {
+    let body = &d.kernel.body;
+    let components: Vec<Component> = components(body)?.into_iter().filter(|c| !c.dots.is_empty()).collect();
+    let routing = components.first().and_then(|c| c.dots[0].routing).ok_or_else(|| internal(body))?;
+    let (Type::Routing { top, .. }, Some(stride)) = (body.ty(routing), row_bytes(body.ty(routing))) else {
+        return Err(internal(body));
+    };
+    if let Some(odd) = components.iter().find(|c| !c.n.is_multiple_of(STRIP)) {
+        bail!(Unsupported, "experts with {} output rows: a multiple of {STRIP} is needed", odd.n);
+    }
+    let chosen = d.pointer(routing)?;
+    let tokens = count_of(e, d.k, body.ty(routing))?;
+    let entries = e.scaled(tokens, *top, 0);
+    let strips = e.i64(components.iter().map(|c| c.n / STRIP).sum::<usize>() as i64);
+    let (items, mut result) = (e.mul(entries, strips), Ok(()));
+    e.for_loop((d.k.thread, items, d.k.threads), &[], |e, index, _| {
+        let (entry, strip) = (e.div(index, strips), e.rem(index, strips));
+        result = each(e, &components, strip, |e, component, strip| {
+            Contraction { d: &d, component }.entry(e, (chosen, stride, *top), entry, strip)
+        });
+        vec![]
+    });
+    result
+}
+
+const _: () = assert!(STRIP * PANEL <= THREADS, "every output of a panel has a thread");
