@@ -6,6 +6,7 @@
 use crate::template::{Message, Template};
 use mansard_ir::model::TokenizerInfo;
 use mansard_ir::{Error, Kind, Result};
+use std::sync::Arc;
 use tokenizers::Tokenizer;
 
 /// A loaded tokenizer.
@@ -51,8 +52,8 @@ impl Tokens {
     }
 
     /// A decoder of a stream of tokens.
-    pub fn decoder(&self) -> Decoder<'_> {
-        Decoder { tokens: self, window: vec![], emitted: 0 }
+    pub fn decoder(self: &Arc<Self>) -> Decoder {
+        Decoder { tokens: self.clone(), window: vec![], emitted: 0 }
     }
 
     /// The prompt that the model's chat template makes of a conversation, up to where the answer begins.
@@ -80,8 +81,8 @@ impl Tokens {
 
 /// Turns tokens into text as they come.
 #[derive(Debug)]
-pub struct Decoder<'a> {
-    tokens: &'a Tokens,
+pub struct Decoder {
+    tokens: Arc<Tokens>,
     /// The last tokens that gave text, then those that have given none yet. The former give the latter their context: a
     /// leading space depends on it.
     window: Vec<u32>,
@@ -89,7 +90,7 @@ pub struct Decoder<'a> {
     emitted: usize,
 }
 
-impl Decoder<'_> {
+impl Decoder {
     /// The text that `token` completes; empty while a character is unfinished.
     ///
     /// # Errors
@@ -136,7 +137,7 @@ mod tests {
     use super::*;
 
     /// Byte-level, so that characters are cut into tokens.
-    fn bytes() -> Tokens {
+    fn bytes() -> Arc<Tokens> {
         let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
         let mut alphabet: Vec<char> = alphabet.into_iter().collect();
         alphabet.sort_unstable();
@@ -150,7 +151,7 @@ mod tests {
             "model": {"type": "BPE", "vocab": vocab, "merges": []},
         });
         let info = TokenizerInfo { begin: Some(256), ..TokenizerInfo::default() };
-        Tokens::new(&json.to_string(), &info).unwrap()
+        Arc::new(Tokens::new(&json.to_string(), &info).unwrap())
     }
 
     #[test]
