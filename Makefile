@@ -6,8 +6,10 @@ demo: setup
 	.ci/demo
 
 # The models are optional: tests of the real models report themselves as skipped where they could not be fetched.
+# So is OpenAI's Python client, but not where `CI` is set.
 test: setup
 	-.ci/fetch-models smollm2 gemma3 minilm
+	-.ci/fetch-clients
 	cargo test --workspace
 
 setup:
