@@ -1,206 +1,18 @@
 //! The server as its clients meet it: answers, streams, every refusal, keys, limits, signals. (Built as a test of the
-//! `mansard` package; the client here is a socket and a few lines, so that malformed requests can be sent too.)
+//! `mansard` package.)
 
+#[path = "serve/client.rs"]
+mod client;
+#[path = "serve/crowd.rs"]
+mod crowd;
+
+use client::*;
 use serde_json::{Value, json};
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-
-/// A tiny model with a vocabulary of bytes and a chat template.
-fn model(folder: &Path, family: &str) -> String {
-    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens").join(family);
-    for name in ["config.json", "model.safetensors"] {
-        fs::copy(goldens.join(name), folder.join(name)).unwrap();
-    }
-    let config = fs::read_to_string(folder.join("config.json")).unwrap();
-    fs::write(folder.join("config.json"), config.replace("\"eos_token_id\": 2", "\"eos_token_id\": 255")).unwrap();
-    // GPT-2's letters for bytes; the last is the end of a text.
-    let printed = |b: &u32| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
-    let hidden = (0..256).filter(|b| !printed(b)).zip(256..).map(|(b, c)| (b, char::from_u32(c).unwrap()));
-    let letters = (0..255u32).map(|b| hidden.clone().find(|h| h.0 == b).map_or(char::from_u32(b).unwrap(), |h| h.1));
-    let vocab: serde_json::Map<String, Value> = letters.zip(0..).map(|(c, b)| (c.to_string(), json!(b))).collect();
-    let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
-    let end = json!({"id": 255, "content": "<end>", "single_word": false, "lstrip": false, "rstrip": false,
-                     "normalized": false, "special": true});
-    let tokenizer = json!({"version": "1.0", "added_tokens": [end], "pre_tokenizer": level, "decoder": level,
-                           "model": {"type": "BPE", "vocab": vocab, "merges": []}});
-    let template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:";
-    let config = json!({"chat_template": template, "eos_token": "<end>"});
-    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
-    let artifact = folder.join("tiny.mansard").display().to_string();
-    run(&["compile", folder.to_str().unwrap(), "-o", &artifact]);
-    artifact
-}
-
-fn run(arguments: &[&str]) {
-    let out = Command::new(env!("CARGO_BIN_EXE_mansard")).args(arguments).output().unwrap();
-    assert!(out.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&out.stderr));
-}
-
-/// A server that is killed with its test.
-struct Server {
-    child: Child,
-    port: u16,
-    artifact: String,
-    _folder: tempfile::TempDir,
-}
-
-impl Server {
-    fn start(arguments: &[&str]) -> Server {
-        Server::start_of("llama", arguments)
-    }
-
-    fn start_of(family: &str, arguments: &[&str]) -> Server {
-        let folder = tempfile::tempdir().unwrap();
-        let artifact = model(folder.path(), family);
-        let (child, port) = spawn(&artifact, arguments);
-        Server { child, port, artifact, _folder: folder }
-    }
-
-    fn send(&self, request: &[u8]) -> TcpStream {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-        stream.write_all(request).unwrap();
-        stream
-    }
-
-    fn get(&self, path: &str) -> Reply {
-        Reply::read(
-            self.send(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").as_bytes()),
-        )
-    }
-
-    fn post(&self, path: &str, body: &[u8], headers: &str) -> Reply {
-        Reply::read(self.send(&post(path, body, headers)))
-    }
-
-    fn ask(&self, path: &str, body: Value) -> Reply {
-        self.post(path, body.to_string().as_bytes(), JSON)
-    }
-
-    fn terminate(&self) {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-    }
-
-    /// A figure of `/metrics`.
-    fn figure(&self, name: &str) -> f64 {
-        let page = self.get("/metrics").body;
-        let line = page.lines().find(|line| line.split(' ').next() == Some(name));
-        line.unwrap_or_else(|| panic!("no {name} in {page}")).split(' ').nth(1).unwrap().parse().unwrap()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn spawn(artifact: &str, arguments: &[&str]) -> (Child, u16) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mansard"));
-    command.args(["serve", artifact, "--port", "0", "-t", "2", "--log", "warn"]).args(arguments);
-    let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let mut said = String::new();
-    let port = loop {
-        let line = lines.next().unwrap_or_else(|| panic!("the server ended: {said}")).unwrap();
-        said += &line;
-        if let Some((_, port)) = line.split_once("on http://127.0.0.1:") {
-            break port.trim().parse().unwrap();
-        }
-    };
-    std::thread::spawn(move || lines.for_each(drop));
-    (child, port)
-}
-
-const JSON: &str = "Content-Type: application/json\r\n";
-
-fn post(path: &str, body: &[u8], headers: &str) -> Vec<u8> {
-    let length = body.len();
-    let head = format!(
-        "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}Content-Length: {length}\r\n\r\n"
-    );
-    [head.as_bytes(), body].concat()
-}
-
-struct Reply {
-    status: u16,
-    head: String,
-    body: String,
-}
-
-impl Reply {
-    fn read(mut stream: TcpStream) -> Reply {
-        let mut bytes = vec![];
-        stream.read_to_end(&mut bytes).unwrap();
-        let text = String::from_utf8(bytes).unwrap();
-        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no HTTP: {text:?}"));
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        let chunked = head.to_lowercase().contains("transfer-encoding: chunked");
-        Reply { status, head: head.to_lowercase(), body: if chunked { unchunk(body) } else { body.into() } }
-    }
-
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.body))
-    }
-
-    /// The text of the first choice.
-    fn text(&self) -> String {
-        assert_eq!(self.status, 200, "{}", self.body);
-        let choice = &self.json()["choices"][0];
-        choice["text"].as_str().or(choice["message"]["content"].as_str()).unwrap().to_owned()
-    }
-
-    /// Refused with this status, in OpenAI's form, with these words.
-    fn refused(&self, status: u16, words: &[&str]) {
-        assert_eq!(self.status, status, "{}", self.body);
-        let error = &self.json()["error"];
-        let message = error["message"].as_str().unwrap();
-        assert!(error["type"].is_string(), "{error}");
-        assert!(words.iter().all(|word| message.contains(word)), "{message}: {words:?}");
-    }
-
-    /// Events of a stream.
-    fn events(&self) -> Vec<Value> {
-        assert_eq!(self.status, 200, "{}", self.body);
-        let data = self.body.lines().filter_map(|line| line.strip_prefix("data: "));
-        data.filter(|data| *data != "[DONE]").map(|data| serde_json::from_str(data).unwrap()).collect()
-    }
-}
-
-fn unchunk(mut body: &str) -> String {
-    let mut out = String::new();
-    while let Some((size, rest)) = body.split_once("\r\n") {
-        let size = usize::from_str_radix(size, 16).unwrap();
-        out += &rest[..size];
-        body = rest[size..].strip_prefix("\r\n").unwrap_or_default();
-        if size == 0 {
-            break;
-        }
-    }
-    out
-}
-
-fn greedy(prompt: &str, max_tokens: usize) -> Value {
-    json!({"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true})
-}
-
-fn chat(text: &str) -> Value {
-    json!({"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 12, "seed": 1})
-}
-
-fn with(mut body: Value, fields: Value) -> Value {
-    for (key, value) in fields.as_object().unwrap() {
-        body[key] = value.clone();
-    }
-    body
-}
+use std::process::Command;
 
 #[test]
 fn answers_and_streams() {
@@ -392,14 +204,6 @@ fn long(server: &Server) -> TcpStream {
     stream
 }
 
-fn eventually(what: &str, holds: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !holds() {
-        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn limits_of_time_and_number() {
     let server =
@@ -429,7 +233,8 @@ fn limits_of_time_and_number() {
     refused.expect("a full queue").read_to_string(&mut rest).unwrap();
     assert!(rest.to_lowercase().contains("retry-after: ") && rest.contains("queue_full"), "{rest}");
     drop(open);
-    eventually("what nobody reads ends", || server.figure("mansard_running_answers") == 0.0);
+    let left = || server.figure("mansard_running_answers") + server.figure("mansard_queue_requests");
+    eventually("what nobody reads ends", || left() == 0.0);
     server.ask("/v1/completions", greedy("Hi", 4)).text();
 }
 
@@ -467,9 +272,7 @@ fn signals_end_it_in_order() {
 /// The published Python client, where `.ci/fetch-clients` has put it; in CI it may not be missing.
 #[test]
 fn the_openai_client_is_content() {
-    let models = std::env::var_os("MANSARD_MODELS")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../models"), std::path::PathBuf::from);
-    let python = models.join("python/bin/python");
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/python/bin/python");
     if !python.exists() {
         assert!(std::env::var_os("CI").is_none(), "{} is missing: run .ci/fetch-clients", python.display());
         let _ = std::io::stderr().write_all(b"skipped: OpenAI's Python client is not there (.ci/fetch-clients)\n");
@@ -480,93 +283,4 @@ fn the_openai_client_is_content() {
     let urls = [&generator, &encoder].map(|server| format!("http://127.0.0.1:{}", server.port));
     let out = Command::new(python).arg(script).args([&urls[0], "tiny", &urls[1], "tiny"]).output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-}
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, below: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % below
-    }
-}
-
-/// 200 clients at once: whole answers, streams, some that leave in the middle, some that send nonsense. Every answer is that
-/// of an idle server, nothing is left behind. `MANSARD_SOAK_SECONDS` makes it longer.
-#[test]
-fn a_crowd_gets_what_one_client_gets() {
-    let seconds = std::env::var("MANSARD_SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(8);
-    let server = Server::start(&["--positions", "2048", "--max-queue", "1000", "--max-running", "24"]);
-    let asks: Vec<Value> = (0..12)
-        .map(|i| {
-            let prompt =
-                "A common beginning of some length, as a system's words are. ".repeat(i % 4) + &"x".repeat(i + 1);
-            json!({"model": "tiny", "prompt": prompt, "max_tokens": 2 + 7 * i % 40, "seed": i, "temperature": i % 3,
-                   "ignore_eos": true, "n": 1 + i / 10, "top_p": 0.95})
-        })
-        .collect();
-    let alone: Vec<Value> =
-        asks.iter().map(|ask| server.ask("/v1/completions", ask.clone()).json()["choices"].clone()).collect();
-    assert!(alone.iter().all(|choices| choices[0]["finish_reason"] == "length"));
-    let memory = || {
-        let status = fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()
-    };
-    let until = Instant::now() + Duration::from_secs(seconds);
-    let half = std::sync::Mutex::new(0);
-    let answered = std::sync::atomic::AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            std::thread::sleep(Duration::from_secs(seconds) / 2);
-            *half.lock().unwrap() = memory();
-        });
-        for client in 0..200 {
-            let (server, asks, alone, answered) = (&server, &asks, &alone, &answered);
-            scope.spawn(move || {
-                let mut random = Random(client);
-                while Instant::now() < until {
-                    let which = random.below(asks.len());
-                    let body = asks[which].to_string();
-                    match random.below(8) {
-                        0 => server
-                            .post("/v1/completions", &body.as_bytes()[..random.below(body.len())], JSON)
-                            .refused(400, &[]),
-                        1 => {
-                            let body = with(asks[which].clone(), json!({"stream": true})).to_string();
-                            let mut stream = server.send(&post("/v1/completions", body.as_bytes(), JSON));
-                            let _ = stream.read(&mut vec![0; 1 + random.below(2000)]);
-                        }
-                        2 => {
-                            let events = server
-                                .ask("/v1/completions", with(asks[which].clone(), json!({"stream": true})))
-                                .events();
-                            for (index, choice) in alone[which].as_array().unwrap().iter().enumerate() {
-                                let of = |e: &&Value| e["choices"][0]["index"] == index;
-                                let text: String =
-                                    events.iter().filter(of).filter_map(|e| e["choices"][0]["text"].as_str()).collect();
-                                assert_eq!(text, choice["text"].as_str().unwrap(), "{body}");
-                            }
-                            answered.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                        }
-                        _ => {
-                            let reply = server.post("/v1/completions", body.as_bytes(), JSON);
-                            assert_eq!(reply.json()["choices"], alone[which], "{body}");
-                            answered.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                        }
-                    }
-                }
-            });
-        }
-    });
-    eventually("everything ends", || server.figure("mansard_running_answers") == 0.0);
-    eventually("nobody waits", || server.figure("mansard_waiting_answers") == 0.0);
-    // What is left are the beginnings that are kept: of 64 or of 128 tokens.
-    let (taken, kept) = (server.figure("mansard_cache_blocks_taken"), server.figure("mansard_prefixes"));
-    assert!(taken >= kept && taken <= 2.0 * kept, "{taken} cache blocks for {kept} pieces");
-    let (half, whole) = (half.into_inner().unwrap(), memory());
-    let slow = server.figure("mansard_time_per_output_token_seconds_sum")
-        / server.figure("mansard_time_per_output_token_seconds_count");
-    println!("{} answers, {half} kB then {whole} kB, {slow:.4} s a token", answered.into_inner());
-    assert!(whole < half + half / 4 + 16_384, "{half} kB at half-time, {whole} kB at the end");
 }
