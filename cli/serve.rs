@@ -79,6 +79,9 @@ pub struct Arguments {
     /// Keep nothing of a prompt for others that begin like it
     #[arg(long)]
     no_prefix_sharing: bool,
+    /// Most tokens to guess by what came before and check in one step; 0 for none. Answers stay the same
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    guesses: usize,
     /// What is logged to standard error: error, warn, info, debug
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log: tracing::Level,

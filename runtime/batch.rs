@@ -14,6 +14,7 @@
 //! A [`Batcher`] is driven by whoever holds it; [`crate::Service`] drives one on a thread.
 
 mod advance;
+mod draft;
 mod pieces;
 mod request;
 mod room;
@@ -27,8 +28,10 @@ pub use stats::{Histogram, Stats};
 use crate::engine::Engine;
 use crate::generate::Generation;
 use crate::prefix::{Prefixes, ROOT};
+use crate::step::Rows;
 use crate::stop::Text;
 use crate::tokens::Tokens;
+use draft::{Drafter, Pace};
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::{Result, bail};
 use run::{Live, Run};
@@ -46,13 +49,18 @@ pub struct BatchOptions {
     pub piece: usize,
     /// Keep what prompts compute for others with the same beginning.
     pub share: bool,
+    /// Most tokens that are guessed by what came before and checked in one step; 0 for none.
+    pub guesses: usize,
 }
 
 impl Default for BatchOptions {
     fn default() -> BatchOptions {
-        BatchOptions { running: None, piece: 128, share: true }
+        BatchOptions { running: None, piece: 128, share: true, guesses: 0 }
     }
 }
+
+/// Most tokens of an answer in one step.
+const MOST_CHECKED: usize = 16;
 
 /// An engine, the requests it works on, and what it keeps for later ones.
 pub struct Batcher {
@@ -63,6 +71,9 @@ pub struct Batcher {
     piece: usize,
     most_running: usize,
     share: bool,
+    /// Most tokens guessed at once: as many as asked for, and no more than leave an answer as it is.
+    guesses: usize,
+    pace: Pace,
     /// Positions that a sequence can have.
     capacity: usize,
     waiting: Vec<Run>,
@@ -80,8 +91,9 @@ impl Batcher {
     ///
     /// # Errors
     /// Where the model generates nothing, or options are out of range.
-    pub fn new(engine: Engine, tokens: Option<Arc<Tokens>>, options: &BatchOptions) -> Result<Batcher> {
-        let (limits, model) = (*engine.limits(), &engine.artifact().manifest().model);
+    pub fn new(mut engine: Engine, tokens: Option<Arc<Tokens>>, options: &BatchOptions) -> Result<Batcher> {
+        let limits = *engine.limits();
+        let model = &engine.artifact().manifest().model;
         if model.encoder {
             bail!(Usage, "a {} model is an encoder: it embeds text and generates none", model.architecture);
         }
@@ -92,6 +104,10 @@ impl Batcher {
         let many = schedule::many(engine.program());
         let most = limits.sequences.min(limits.rows).min(limits.tokens);
         let capacity = engine.caches.free().1.saturating_mul(CACHE_BLOCK).min(limits.context);
+        let guesses = match options.guesses {
+            0 => 0,
+            most => draft::exact(&mut engine, most.saturating_add(1).min(MOST_CHECKED))? - 1,
+        };
         let mut stats = Stats::new();
         stats.blocks_total = engine.caches.free().1;
         Ok(Batcher {
@@ -99,6 +115,8 @@ impl Batcher {
             piece,
             most_running: options.running.unwrap_or(most).min(most),
             share: options.share,
+            guesses,
+            pace: Pace::default(),
             capacity,
             waiting: vec![],
             running: vec![],
@@ -159,6 +177,7 @@ impl Batcher {
             logprobs: request.logprobs,
             more_choices: request.choices - 1,
             last_token: Instant::now(),
+            drafter: (self.guesses > 0).then(|| Drafter::new(self.guesses)),
             preempted: false,
             ended: false,
             ticket: request.ticket,
@@ -284,6 +303,7 @@ impl Batcher {
                 wishes.push(part);
             }
         }
+        self.guess(&mut wishes);
         wishes.sort_by_key(|part| part.prompt);
         let sizes: Vec<schedule::Wish> = wishes.iter().map(run::Part::wish).collect();
         let chosen = schedule::choose(&sizes, &self.bounds, self.prompts_first);
@@ -291,6 +311,26 @@ impl Batcher {
         self.prompts_first = mixed && !self.prompts_first;
         let mut wishes: Vec<Option<run::Part>> = wishes.into_iter().map(Some).collect();
         chosen.into_iter().filter_map(|index| wishes[index].take()).collect()
+    }
+}
+
+impl Batcher {
+    /// Adds guesses to what is decoded, where they are worth their time.
+    fn guess(&mut self, wishes: &mut [run::Part]) {
+        let answers = wishes.iter().filter(|part| !part.prompt).count();
+        let mut tokens = answers;
+        for part in wishes.iter_mut().filter(|part| !part.prompt && part.rows == Rows::Last) {
+            let Some(run) = self.running.iter_mut().find(|run| part.is_of(run)) else { continue };
+            let Some(drafter) = &mut run.drafter else { continue };
+            let history = &run.generation.history;
+            let room = (self.capacity - history.len()).min(run.generation.tokens_left().saturating_sub(1));
+            let guess = drafter.guess(history, room.min(self.guesses));
+            if !guess.is_empty() && self.pace.is_worth(answers, tokens, guess.len(), drafter.right) {
+                part.tokens.extend_from_slice(guess);
+                part.rows = Rows::All;
+                tokens += guess.len();
+            }
+        }
     }
 }
 

@@ -158,6 +158,11 @@ impl Generation {
         &self.history[self.prompt..]
     }
 
+    /// Tokens that may come.
+    pub fn tokens_left(&self) -> usize {
+        self.max_tokens.saturating_sub(self.generated().len())
+    }
+
     /// Chooses what comes next by its logits.
     ///
     /// # Errors

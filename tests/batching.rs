@@ -99,6 +99,9 @@ fn is_empty(batcher: &mut Batcher) {
     assert_eq!((stats.running, stats.waiting, stats.blocks_taken, stats.prefixes), (0, 0, 0, 0));
 }
 
+/// Guesses, as many as leave answers as they are, or none.
+const GUESSING: BatchOptions = BatchOptions { running: None, piece: 128, share: true, guesses: 7 };
+
 /// Random requests come at random times, some are cancelled; caches hold a few of them at once.
 fn any_schedule(family: &str, kv: Option<DType>, seed: u64) {
     let options = CompileOptions { kv, ..CompileOptions::default() };
@@ -119,7 +122,8 @@ fn any_schedule(family: &str, kv: Option<DType>, seed: u64) {
         })
         .collect();
 
-    let mut batcher = batcher(&artifact, 640, &BatchOptions::default());
+    let options = if seed.is_multiple_of(2) { GUESSING } else { BatchOptions::default() };
+    let mut batcher = batcher(&artifact, 640, &options);
     let mut open: Vec<(usize, RequestId, Arc<Mutex<Heard>>)> = vec![];
     let (mut next, mut cancelled) = (0, vec![]);
     loop {
@@ -155,7 +159,35 @@ fn any_schedule(family: &str, kv: Option<DType>, seed: u64) {
     let stats = batcher.stats().clone();
     println!("{family}: {} steps, {} preempted, {} evicted", stats.steps, stats.preempted, stats.evicted);
     assert!(stats.preempted > 0 && stats.evicted > 0 && stats.cached_tokens > 0 && stats.cancelled > 0, "{stats:?}");
+    assert_eq!(stats.drafted > 0, options.guesses > 0);
     is_empty(&mut batcher);
+}
+
+/// A text that repeats itself takes fewer steps, and stays the same.
+#[test]
+fn guesses_save_steps() {
+    let (_files, artifact) = compiled(&here().join("goldens/llama"), &CompileOptions::default()).unwrap();
+    let run = |options: &BatchOptions, sampler: SamplerOptions| {
+        let mut batcher = batcher(&artifact, 2048, options);
+        let prompt: Vec<u32> = (0..90).map(|i| i % 9 + 4).collect();
+        // Only tokens of the prompt, and nearly always the same after the same.
+        let logit_bias = (4..13).map(|token| (token, 60.0)).collect();
+        let sampler = SamplerOptions { logit_bias, ..sampler };
+        let options = GenerateOptions { max_tokens: 150, sampler, stop_tokens: Some(vec![]) };
+        let (_, heard) = submit(&mut batcher, Request::new(prompt, options));
+        while batcher.step() {}
+        let stats = batcher.stats().clone();
+        is_empty(&mut batcher);
+        (heard.lock().unwrap().choices[&0].0.clone(), stats)
+    };
+    for sampler in [SamplerOptions::greedy(), SamplerOptions { temperature: 0.3, seed: 5, ..SamplerOptions::plain() }] {
+        let ((plain, _), (guessed, stats)) = (run(&BatchOptions::default(), sampler.clone()), run(&GUESSING, sampler));
+        assert!(plain == guessed && plain.len() == 150);
+        println!("{} steps, {} guessed, {} right", stats.steps, stats.drafted, stats.accepted);
+        assert_eq!(stats.steps + stats.accepted, 151, "one step for the prompt, and one for each token not guessed");
+        // How many are made depends on what steps take; the first always is.
+        assert!(stats.drafted > 0 && (stats.accepted > 0 || stats.drafted < 60), "{stats:?}");
+    }
 }
 
 /// A second prompt computes its end only, and gets the logits that it would have got alone.

@@ -117,8 +117,12 @@ fn start(model: &Model, arguments: &Arguments) -> Result<(Work, usize)> {
     if model.info().encoder {
         return Ok((Work::Embed(Arc::new(Mutex::new(engine))), limits.context.min(limits.tokens)));
     }
-    let batch =
-        BatchOptions { running: arguments.max_running, piece: arguments.piece, share: !arguments.no_prefix_sharing };
+    let batch = BatchOptions {
+        running: arguments.max_running,
+        piece: arguments.piece,
+        share: !arguments.no_prefix_sharing,
+        guesses: arguments.guesses,
+    };
     let batcher = Batcher::new(engine, Some(model.tokens()?.clone()), &batch)?;
     let context = batcher.capacity();
     let service = Service::start(batcher, &ServiceOptions { queue: arguments.max_queue, batch })?;

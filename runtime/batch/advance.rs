@@ -1,5 +1,6 @@
 //! A step is run -> every row's token, told to its request; ends, forks and shared prefixes.
 
+use super::draft::Drafter;
 use super::request::Event;
 use super::run::{Live, Part, Run};
 use super::stats::Stats;
@@ -48,17 +49,30 @@ impl Batcher {
             capacity: self.capacity,
             now: Instant::now(),
         };
+        let (time, tokens) = (telling.now - before, work.iter().map(|w| w.tokens.len()).sum::<usize>());
         telling.stats.steps += 1;
-        telling.stats.step_seconds.add_time(telling.now - before);
+        telling.stats.step_seconds.add_time(time);
         telling.stats.step_sequences.add(work.len() as f64);
-        telling.stats.step_tokens.add(work.iter().map(|w| w.tokens.len()).sum::<usize>() as f64);
+        telling.stats.step_tokens.add(tokens as f64);
+        if parts.iter().all(|part| !part.prompt) {
+            self.pace.learn(tokens, time);
+        }
         let forked = telling.rows(&mut self.running, &parts, &output);
         for (run, from) in forked {
             self.join(run, from);
         }
+        parts.iter().filter(|part| !part.guesses().is_empty()).for_each(|part| self.take_back(part));
         parts.iter().for_each(|part| self.publish(part));
         let mut ended = self.running.extract_if(.., |run| run.ended).collect::<Vec<_>>();
         ended.iter_mut().for_each(|run| self.release(run));
+    }
+
+    /// What was guessed and not chosen. The last token chosen is in no cache yet.
+    fn take_back(&mut self, part: &Part) {
+        let Some(run) = self.running.iter().find(|run| part.is_of(run)) else { return };
+        if let Err(error) = self.engine.truncate(part.sequence, run.generation.history.len() - 1) {
+            fail(self.live.get_mut(&part.request), &mut self.stats, error);
+        }
     }
 
     /// A choice that goes on from where another's prompt ended.
@@ -114,16 +128,40 @@ impl Telling<'_> {
         for part in parts {
             let count = part.wish().rows;
             if let Some(run) = running.iter_mut().find(|run| part.is_of(run)) {
-                let told = (row..row + count).try_for_each(|row| {
-                    let logits = output.logits(row)?;
-                    forked.extend(self.fork(run, logits)?.into_iter().map(|twin| (twin, part.sequence)));
-                    self.choose(run, logits)
-                });
+                let told = self.part(run, part, row, output, &mut forked);
                 told.unwrap_or_else(|error| fail(self.live.get_mut(&part.request), self.stats, error));
             }
             row += count;
         }
         forked
+    }
+
+    /// Gives an answer its rows, from `row` on, as long as what was guessed is what is chosen.
+    fn part(
+        &mut self,
+        run: &mut Run,
+        part: &Part,
+        row: usize,
+        output: &StepOutput<'_>,
+        forked: &mut Vec<(Run, SequenceId)>,
+    ) -> Result<()> {
+        let guesses = part.guesses();
+        let mut right = 0;
+        for index in 0..part.wish().rows {
+            let logits = output.logits(row + index)?;
+            forked.extend(self.fork(run, logits)?.into_iter().map(|twin| (twin, part.sequence)));
+            self.choose(run, logits)?;
+            if run.ended || run.generation.history.last() != guesses.get(index) {
+                break;
+            }
+            right += 1;
+        }
+        if let (Some(drafter), false) = (&mut run.drafter, guesses.is_empty()) {
+            drafter.learn(guesses.len(), right);
+            self.stats.drafted += guesses.len() as u64;
+            self.stats.accepted += right as u64;
+        }
+        Ok(())
     }
 
     /// Where the prompt ends: the other choices, each with its first token.
@@ -136,6 +174,7 @@ impl Telling<'_> {
                 sequence: None,
                 node: None,
                 text: run.text.anew(self.tokens),
+                drafter: run.drafter.as_ref().map(Drafter::anew),
                 ticket: None,
                 ..*run
             };

@@ -1,5 +1,6 @@
 //! One answer on its way, and what it wants of the next step.
 
+use super::draft::Drafter;
 use super::pieces;
 use super::request::{Event, RequestId, Sink, Usage};
 use super::schedule::Wish;
@@ -44,6 +45,7 @@ pub(super) struct Run {
     pub usage: Usage,
     /// When the last token came; at first, when the request did.
     pub last_token: Instant,
+    pub drafter: Option<Drafter>,
     /// It has lost its cache blocks, and comes first when there are some.
     pub preempted: bool,
     /// Its last token has come.
@@ -69,6 +71,11 @@ impl Part {
     pub fn wish(&self) -> Wish {
         let tokens = self.tokens.len();
         Wish { tokens, rows: self.rows.of(tokens), prompt: self.prompt }
+    }
+
+    /// Tokens that were guessed: all but the first of those whose rows all leave.
+    pub fn guesses(&self) -> &[u32] {
+        if self.rows == Rows::All { &self.tokens[1..] } else { &[] }
     }
 
     pub fn is_of(&self, run: &Run) -> bool {
