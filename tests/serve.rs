@@ -24,6 +24,8 @@ fn answers_and_streams() {
     assert!(
         page.body.starts_with("<!doctype html>") && page.head.contains("content-security-policy: default-src 'none'")
     );
+    // Nothing comes from elsewhere: the one address in it names the form of its own picture.
+    assert_eq!((page.body.matches("://").count(), page.body.matches("http://www.w3.org/2000/svg").count()), (1, 1));
 
     let whole = server.ask("/v1/completions", greedy("Hello", 20));
     assert_eq!(whole.text(), server.ask("/v1/completions", greedy("Hello", 20)).text());

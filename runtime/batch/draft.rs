@@ -17,6 +17,8 @@ use std::time::Duration;
 
 /// Tokens that a guess goes on from.
 const CONTEXT: usize = 3;
+/// Tokens that an answer goes without guesses after a wrong one.
+const FIRST_PAUSE: usize = 4;
 /// Most tokens that an answer goes without guesses after wrong ones.
 const LONGEST_PAUSE: usize = 64;
 
@@ -40,7 +42,7 @@ pub(super) struct Drafter {
 impl Drafter {
     /// Guesses of at most `most` tokens.
     pub fn new(most: usize) -> Drafter {
-        Drafter { followed: HashMap::new(), known: 0, most, length: most, pause: 0, next_pause: 1, right: 0.7 }
+        Drafter { followed: HashMap::new(), known: 0, most, length: 1, pause: 0, next_pause: FIRST_PAUSE, right: 0.5 }
     }
 
     /// One that has guessed nothing yet.
@@ -76,7 +78,7 @@ impl Drafter {
                 self.length = (self.length / 2).max(1);
             }
             _ => {
-                self.next_pause = 1;
+                self.next_pause = FIRST_PAUSE;
                 self.length = if right == guessed { (2 * self.length).min(self.most) } else { right };
             }
         }
@@ -152,27 +154,33 @@ mod tests {
 
     #[test]
     fn what_came_before_is_guessed() {
-        let mut drafter = Drafter::new(4);
         let history = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3];
+        let mut drafter = sure();
         assert_eq!(drafter.guess(&history[..10], 4), [0; 0]);
         assert_eq!(drafter.guess(&history, 4), [4, 5, 6, 7]);
         assert_eq!(drafter.guess(&history, 2), [4, 5]);
-        assert_eq!(Drafter::new(4).guess(&[1, 2], 4), [0; 0]);
+        assert_eq!(sure().guess(&[1, 2], 4), [0; 0]);
         // The last occurrence counts, and itself never.
-        assert_eq!(Drafter::new(4).guess(&[1, 1, 1, 1, 1], 4), [1]);
+        assert_eq!(sure().guess(&[1, 1, 1, 1, 1], 4), [1]);
+    }
+
+    /// A drafter whose guesses were right.
+    fn sure() -> Drafter {
+        let mut drafter = Drafter::new(4);
+        [1, 2].into_iter().for_each(|right| drafter.learn(right, right));
+        drafter
     }
 
     #[test]
     fn wrong_guesses_become_rare_and_right_ones_long() {
         let history = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3];
         let mut drafter = Drafter::new(4);
-        drafter.guess(&history, 4);
-        drafter.learn(4, 0);
-        let empty = |drafter: &mut Drafter| (0..).take_while(|_| drafter.guess(&history, 4).is_empty()).count();
-        assert_eq!(empty(&mut drafter), 1);
-        drafter.learn(2, 0);
-        assert_eq!(empty(&mut drafter), 2);
         assert_eq!(drafter.guess(&history, 4), [4]);
+        let empty = |drafter: &mut Drafter| (0..).take_while(|_| drafter.guess(&history, 4).is_empty()).count();
+        drafter.learn(1, 0);
+        assert_eq!(empty(&mut drafter), FIRST_PAUSE);
+        drafter.learn(1, 0);
+        assert_eq!(empty(&mut drafter), 2 * FIRST_PAUSE);
         [1, 2].into_iter().for_each(|right| drafter.learn(right, right));
         assert_eq!(drafter.guess(&history, 4), [4, 5, 6, 7]);
         drafter.learn(4, 2);
