@@ -195,7 +195,7 @@ fn refuses_to_start(arguments: &[&str], code: i32, word: &str) {
 
 /// A long answer, and when the first of it has come.
 fn long(server: &Server) -> TcpStream {
-    let body = with(greedy("Hello", 200), json!({"stream": true}));
+    let body = with(greedy("Hello", 200), json!({"stream": true, "n": 8}));
     let mut stream = server.send(&post("/v1/completions", body.to_string().as_bytes(), JSON));
     let mut seen = vec![];
     while !String::from_utf8_lossy(&seen).contains("data: ") {
@@ -252,14 +252,17 @@ fn signals_end_it_in_order() {
     assert!(TcpStream::connect(("127.0.0.1", server.port)).is_err());
     // Killed under load: a connection that ends, and an artifact as it was.
     let before = fs::read(&server.artifact).unwrap();
-    let (child, port) = spawn(&server.artifact, &[]);
-    (server.child, server.port) = (child, port);
-    let mut stream = long(&server);
-    server.child.kill().unwrap();
-    server.child.wait().unwrap();
-    let mut rest = String::new();
-    assert!(stream.read_to_string(&mut rest).is_err() || !rest.contains("[DONE]"));
-    assert!(fs::read(&server.artifact).unwrap() == before);
+    let cut_off = (0..5).any(|_| {
+        let (child, port) = spawn(&server.artifact, &[]);
+        (server.child, server.port) = (child, port);
+        let mut stream = long(&server);
+        server.child.kill().unwrap();
+        server.child.wait().unwrap();
+        let mut rest = String::new();
+        // On a busy machine the answer may have been done before.
+        stream.read_to_string(&mut rest).is_err() || !rest.contains("[DONE]")
+    });
+    assert!(cut_off && fs::read(&server.artifact).unwrap() == before);
     let (child, port) = spawn(&server.artifact, &[]);
     (server.child, server.port) = (child, port);
     let text = server.ask("/v1/completions", greedy("Hi", 4)).text();
