@@ -9,6 +9,7 @@ use mansard_runtime::{
 };
 use mansard_tests::{compiled, here};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 /// What a request has heard.
@@ -105,7 +106,11 @@ const GUESSING: BatchOptions = BatchOptions { running: None, piece: 128, share: 
 /// Random requests come at random times, some are cancelled; caches hold a few of them at once.
 fn any_schedule(family: &str, kv: Option<DType>, seed: u64) {
     let options = CompileOptions { kv, ..CompileOptions::default() };
-    let (_files, artifact) = compiled(&here().join("goldens").join(family), &options).unwrap();
+    any_schedule_of(family, &here().join("goldens").join(family), &options, seed);
+}
+
+fn any_schedule_of(family: &str, model: &Path, options: &CompileOptions, seed: u64) {
+    let (_files, artifact) = compiled(model, options).unwrap();
     let vocab = artifact.manifest().model.vocab;
     let mut random = Random(seed);
     let asks: Vec<Ask> = (0..40).map(|_| Ask::random(&mut random, vocab)).collect();
@@ -237,6 +242,18 @@ fn any_schedule_with_windows() {
 #[test]
 fn any_schedule_with_experts_and_integer_caches() {
     any_schedule("mixtral", Some(DType::I8), 4);
+}
+
+/// Caches of int4, beside which a token's own cache block is kept in f16; heads of 32, which those need.
+#[test]
+fn any_schedule_with_int4_caches() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = std::fs::read_to_string(here().join("goldens/llama/config.json")).unwrap();
+    let path = folder.path().join("config.json");
+    std::fs::write(&path, config.replace("\"head_dim\": 16", "\"head_dim\": 32")).unwrap();
+    let options = CompileOptions { kv: Some(DType::I4), synthetic_seed: Some(9), ..CompileOptions::default() };
+    any_schedule_of("int4 caches", &path, &options, 7);
+    any_schedule_of("int4 caches", &path, &options, 8);
 }
 
 /// Where there are matrix units, this one computes steps of 65 tokens and more otherwise.
