@@ -6,7 +6,7 @@ demo: setup
 	.ci/demo
 
 # The models are optional: tests of the real models report themselves as skipped where they could not be fetched.
-# So is OpenAI's Python client, but not where `CI` is set.
+# So are OpenAI's Python client and playwright, but not where `CI` is set.
 test: setup
 	-.ci/fetch-models smollm2 gemma3 minilm
 	-.ci/fetch-clients

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 #[test]
@@ -274,18 +274,35 @@ fn signals_end_it_in_order() {
     assert_eq!(server.get("/health").json()["artifact_replaced"], true);
 }
 
-/// The published Python client, where `.ci/fetch-clients` has put it; in CI it may not be missing.
+/// Python with the packages of `.ci/fetch-clients`, which in CI may not be missing.
+fn python() -> Option<PathBuf> {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/python/bin/python");
+    if python.exists() {
+        return Some(python);
+    }
+    assert!(std::env::var_os("CI").is_none(), "{} is missing: run .ci/fetch-clients", python.display());
+    let _ = std::io::stderr().write_all(b"skipped: models/python is not there (.ci/fetch-clients)\n");
+    None
+}
+
+fn script(python: &Path, name: &str, arguments: &[&str]) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests").join(name);
+    let out = Command::new(python).arg(script).args(arguments).output().unwrap();
+    assert!(out.status.success(), "{name}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
 #[test]
 fn the_openai_client_is_content() {
-    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/python/bin/python");
-    if !python.exists() {
-        assert!(std::env::var_os("CI").is_none(), "{} is missing: run .ci/fetch-clients", python.display());
-        let _ = std::io::stderr().write_all(b"skipped: OpenAI's Python client is not there (.ci/fetch-clients)\n");
-        return;
-    }
+    let Some(python) = python() else { return };
     let (generator, encoder) = (Server::start(&[]), Server::start_of("bert", &[]));
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/openai_client.py");
-    let urls = [&generator, &encoder].map(|server| format!("http://127.0.0.1:{}", server.port));
-    let out = Command::new(python).arg(script).args([&urls[0], "tiny", &urls[1], "tiny"]).output().unwrap();
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    script(&python, "openai_client.py", &[&generator.url(), "tiny", &encoder.url(), "tiny"]);
+}
+
+#[test]
+fn the_chat_page_converses() {
+    let Some(python) = python() else { return };
+    let chromium = ["/usr/bin/chromium", "/usr/bin/chromium-browser"].into_iter().find(|path| Path::new(path).exists());
+    assert!(chromium.is_some() || std::env::var_os("CI").is_none(), "chromium is missing: run .ci/setup");
+    let Some(chromium) = chromium else { return };
+    script(&python, "chat_page.py", &[&Server::start(&[]).url(), "tiny", chromium]);
 }
