@@ -251,14 +251,16 @@ impl Sampler {
     fn keep(&mut self, best: f32) {
         let SamplerOptions { temperature, min_p, top_p, typical, .. } = self.options;
         for c in &mut self.candidates {
-            c.score = ((c.score - best) / temperature).exp();
+            c.score = exp((c.score - best) / temperature);
         }
-        self.candidates.retain(|c| c.score > 0.0);
         if typical < 1.0 {
+            self.candidates.retain(|c| c.score > 0.0);
             self.keep_typical(f64::from(typical));
         }
-        let least = min_p * self.candidates.iter().map(|c| c.score).fold(0.0, f32::max);
-        self.candidates.retain(|c| c.score >= least);
+        if min_p > 0.0 {
+            let least = min_p * self.candidates.iter().map(|c| c.score).fold(0.0, f32::max);
+            self.candidates.retain(|c| c.score >= least);
+        }
         if top_p < 1.0 {
             self.keep_likeliest(f64::from(top_p));
         }
@@ -266,13 +268,13 @@ impl Sampler {
 
     /// The fewest that reach the mass.
     fn keep_likeliest(&mut self, share: f64) {
-        const FEW: usize = 1024;
+        // Most often they are among those that are not a thousand times less likely than the likeliest: only these need an
+        // order then.
+        const FEW: f32 = 1e-3;
         let goal = self.total() * share;
-        if self.candidates.len() > FEW {
-            // Most often they are among a few, and only those need an order.
-            self.candidates.select_nth_unstable_by(FEW - 1, likeliest_first);
-            let mass: f64 = self.candidates[..FEW].iter().map(|c| f64::from(c.score)).sum();
-            self.candidates.truncate(if mass >= goal { FEW } else { usize::MAX });
+        let few = self.candidates.iter().map(|c| if c.score >= FEW { f64::from(c.score) } else { 0.0 });
+        if few.sum::<f64>() >= goal {
+            self.candidates.retain(|c| c.score >= FEW);
         }
         self.candidates.sort_unstable_by(likeliest_first);
         self.keep_mass(goal);
@@ -306,12 +308,19 @@ impl Sampler {
                 return c.token;
             }
         }
-        // Rounding may leave a trace of mass after the last; there is at least the likeliest.
-        self.candidates[self.candidates.len() - 1].token
+        // Rounding may leave a trace of mass after the last; the likeliest is always there.
+        let likeliest = self.candidates.iter().copied().reduce(|a, b| if b.score > a.score { b } else { a });
+        likeliest.map_or(0, |c| c.token)
     }
 
     fn total(&self) -> f64 {
-        self.candidates.iter().map(|c| f64::from(c.score)).sum()
+        // Eight sums, so that additions need not wait for one another.
+        let (chunks, rest) = self.candidates.as_chunks::<8>();
+        let mut sums = [0.0; 8];
+        for chunk in chunks {
+            sums.iter_mut().zip(chunk).for_each(|(sum, c)| *sum += f64::from(c.score));
+        }
+        sums.iter().sum::<f64>() + rest.iter().map(|c| f64::from(c.score)).sum::<f64>()
     }
 
     /// The next number of SplitMix64, in 0..1.
@@ -333,6 +342,20 @@ fn next(state: &mut u64) -> u64 {
 pub fn seed_of_choice(seed: u64, choice: usize) -> u64 {
     let mut state = seed ^ (choice as u64).wrapping_mul(0xd134_2543_de82_ef95);
     if choice == 0 { seed } else { next(&mut state) }
+}
+
+/// `e^x` for `x <= 0`, to within some 1e-7 of it, and 0 below -87; without a call, so that loops over a vocabulary are vectors.
+fn exp(x: f32) -> f32 {
+    // x = n ln 2 + r with an integer n, which adding and taking away 1.5 * 2^23 rounds to.
+    const ROUND: f32 = 12_582_912.0;
+    const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+    let n = x.max(-100.0) * std::f32::consts::LOG2_E + ROUND - ROUND;
+    let r = x - n * LN_2[0] - n * LN_2[1];
+    // Taylor's series; |r| is at most ln 2 / 2.
+    let series = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+    let e = series.into_iter().fold(0.0, |sum, term| sum * r + term);
+    let power = f32::from_bits(((n as i32 + 127).max(0) as u32) << 23);
+    if x < -87.0 { 0.0 } else { e * power }
 }
 
 /// Keeps the `most` likeliest and gives the last one's score.

@@ -164,3 +164,32 @@ fn a_token_takes_one_random_number() {
     let seeds: Vec<u64> = (0..4).map(|choice| seed_of_choice(7, choice)).collect();
     assert!(seeds[0] == 7 && (1..4).all(|i| !seeds[..i].contains(&seeds[i])));
 }
+
+#[test]
+fn the_exponential_is_near_the_exact_one() {
+    for i in 0..200_000 {
+        let x = -(i as f32) * 5e-4;
+        let (found, exact) = (f64::from(exp(x)), f64::from(x).exp());
+        assert!(if x < -87.0 { found == 0.0 } else { (found / exact - 1.0).abs() < 3e-7 }, "e^{x}: {found}, {exact}");
+    }
+    assert_eq!([exp(0.0), exp(f32::NEG_INFINITY), exp(-1e30)], [1.0, 0.0, 0.0]);
+}
+
+/// Against the shares of the softmax, over a vocabulary of some size.
+#[test]
+fn mass_is_kept_of_many() {
+    let logits: Vec<f32> = (0..3000).map(|i| -(i as f32) / 400.0).collect();
+    for top_p in [0.3, 0.9, 0.9999] {
+        let mut sampler = Sampler::new(SamplerOptions { top_p, ..ALL }).unwrap();
+        sampler.gather(&logits);
+        sampler.keep(0.0);
+        let weights: Vec<f64> = logits.iter().map(|x| f64::from(*x).exp()).collect();
+        let goal = weights.iter().sum::<f64>() * f64::from(top_p);
+        let mut mass = 0.0;
+        let count = weights.iter().take_while(|weight| {
+            mass += **weight;
+            mass - **weight < goal
+        });
+        assert!(sampler.candidates.len().abs_diff(count.count()) <= 1, "{top_p}");
+    }
+}
