@@ -8,6 +8,7 @@
 
 use crate::step::Logits;
 use mansard_ir::{Result, bail};
+use std::cell::Cell;
 
 /// How tokens are chosen.
 #[derive(Clone, Debug, PartialEq)]
@@ -148,6 +149,11 @@ struct Candidate {
     token: u32,
 }
 
+thread_local! {
+    /// Memory for a vocabulary's candidates, which all samplers of a thread use in turn: it stays in a cache.
+    static CANDIDATES: Cell<Vec<Candidate>> = const { Cell::new(vec![]) };
+}
+
 fn likeliest_first(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
     b.score.total_cmp(&a.score).then(a.token.cmp(&b.token))
 }
@@ -194,9 +200,12 @@ impl Sampler {
         if self.options.temperature == 0.0 {
             return Ok(best);
         }
+        self.candidates = CANDIDATES.take();
         self.gather(scores);
         self.keep(scores[best as usize]);
-        Ok(self.draw(uniform))
+        let token = self.draw(uniform);
+        CANDIDATES.set(std::mem::take(&mut self.candidates));
+        Ok(token)
     }
 
     /// Biases, penalties, and what is not allowed at minus infinity.
@@ -230,7 +239,12 @@ impl Sampler {
     fn gather(&mut self, scores: &[f32]) {
         let candidates = &mut self.candidates;
         candidates.clear();
-        let most = if self.options.top_k == 0 { usize::MAX } else { self.options.top_k };
+        let most = self.options.top_k;
+        if most == 0 {
+            let number = |x: f32| if x.is_nan() { f32::NEG_INFINITY } else { x };
+            candidates.extend(scores.iter().zip(0..).map(|(x, token)| Candidate { score: number(*x), token }));
+            return;
+        }
         let full = most.saturating_mul(2).max(256);
         // What is as good as the last that is kept, but has a higher id, is not.
         let mut least = f32::NEG_INFINITY;
@@ -268,13 +282,14 @@ impl Sampler {
 
     /// The fewest that reach the mass.
     fn keep_likeliest(&mut self, share: f64) {
-        // Most often they are among those that are not a thousand times less likely than the likeliest: only these need an
-        // order then.
-        const FEW: f32 = 1e-3;
         let goal = self.total() * share;
-        let few = self.candidates.iter().map(|c| if c.score >= FEW { f64::from(c.score) } else { 0.0 });
-        if few.sum::<f64>() >= goal {
-            self.candidates.retain(|c| c.score >= FEW);
+        // Most often they are among those not much less likely than the likeliest: only these need an order then.
+        for least in [1e-2, 1e-3, 1e-4, 1e-5] {
+            let scores = self.candidates.iter().map(|c| if c.score >= least { f64::from(c.score) } else { 0.0 });
+            if scores.sum::<f64>() >= goal {
+                self.candidates.retain(|c| c.score >= least);
+                break;
+            }
         }
         self.candidates.sort_unstable_by(likeliest_first);
         self.keep_mass(goal);
