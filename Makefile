@@ -6,9 +6,11 @@ demo: setup
 	.ci/demo
 
 # The models and ptxas are optional: tests of what could not be fetched report themselves as skipped.
+# So are OpenAI's Python client and playwright, but not where `CI` is set.
 test: setup
 	-.ci/fetch-models smollm2 gemma3 minilm
 	-.ci/fetch-ptxas
+	-.ci/fetch-clients
 	cargo test --workspace
 
 setup:

@@ -6,6 +6,7 @@ use mansard_ir::{Error, Result, bail};
 use mansard_runtime::{Engine, GenerateOptions, Message, SequenceId, Tokens, generate};
 use std::io::{BufRead, IsTerminal};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Converse; `/clear` forgets the conversation, `/exit` ends it
 #[derive(clap::Args)]
@@ -23,7 +24,7 @@ pub struct Arguments {
 
 /// A conversation and what of it is in the cache.
 struct Conversation<'a> {
-    tokens: &'a Tokens,
+    tokens: &'a Arc<Tokens>,
     messages: Vec<Message>,
     sequence: SequenceId,
     cached: Vec<u32>,

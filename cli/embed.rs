@@ -1,9 +1,8 @@
 //! `mansard embed`: texts become vectors, several in one ragged step.
 
 use crate::report::{self, EngineArguments, le_bytes, write_npy};
-use mansard_ir::layout::CACHE_BLOCK;
-use mansard_ir::{Error, Place, Result, bail};
-use mansard_runtime::{Engine, EngineOptions, Rows, Work};
+use mansard_ir::{Error, Result, bail};
+use mansard_runtime::{EngineOptions, embed, embedded_positions};
 use std::io::BufRead;
 use std::path::PathBuf;
 
@@ -37,19 +36,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         let lines: std::io::Result<Vec<String>> = std::io::stdin().lock().lines().collect();
         texts = lines.map_err(|e| Error::io("standard input", e))?;
     }
-    let limits = model.artifact().manifest().program.limits;
-    // Every text of a step has cache blocks of its own, the last of them in part.
-    let positions = Some(limits.tokens + limits.sequences * (CACHE_BLOCK - 1));
+    let positions = Some(embedded_positions(&model.artifact().manifest().program.limits));
     let mut engine = model.engine(&EngineOptions { positions, ..arguments.engine.options() })?;
-    let mut tokens = vec![];
-    for (i, text) in texts.iter().enumerate() {
-        let ids = model.tokens()?.encode(text, true)?;
-        let most = limits.context.min(limits.tokens);
-        if ids.is_empty() || ids.len() > most {
-            bail!(Usage, "text {}: expected 1 to {most} tokens, found {}", i + 1, ids.len());
-        }
-        tokens.push(ids);
-    }
+    let tokens = texts.iter().map(|text| model.tokens()?.encode(text, true)).collect::<Result<Vec<_>>>()?;
     let vectors = embed(&mut engine, &tokens)?;
     match &arguments.output {
         None => vectors.iter().try_for_each(|v| report::print(format!("{}\n", line(v)))),
@@ -60,33 +49,6 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             })
         }
     }
-}
-
-/// As many texts at a time as fit into a step.
-fn embed(engine: &mut Engine, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
-    let mut vectors = vec![];
-    let limits = *engine.limits();
-    let mut rest = texts;
-    while !rest.is_empty() {
-        let mut total = 0;
-        let fits = |text: &&Vec<u32>| {
-            total += text.len();
-            total <= limits.tokens
-        };
-        let (batch, others) = rest.split_at(rest.iter().take(limits.sequences).take_while(fits).count().max(1));
-        rest = others;
-        let sequences: Vec<_> = batch.iter().map(|_| engine.new_sequence()).collect();
-        let work: Vec<Work<'_>> = batch
-            .iter()
-            .zip(&sequences)
-            .map(|(tokens, sequence)| Work { sequence: *sequence, tokens, rows: Rows::None })
-            .collect();
-        let first = vectors.len();
-        let output = engine.step(&work).at(|| format!("texts {} to {}", first + 1, first + batch.len()))?;
-        vectors.extend(output.rows("embedding")?.iter().map(<[f32]>::to_vec));
-        sequences.into_iter().try_for_each(|sequence| engine.release(sequence))?;
-    }
-    Ok(vectors)
 }
 
 fn line(vector: &[f32]) -> String {

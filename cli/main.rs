@@ -1,4 +1,4 @@
-//! The command line: `mansard compile | run | chat | logits | embed | eval | verify | bisect | bench | explain | inspect | diff |
+//! The command line: `mansard compile | run | chat | serve | logits | embed | eval | verify | bisect | bench | explain | inspect | diff |
 //! probe | opt | doctor`.
 //!
 //! Results go to standard output, progress and remarks to standard error. Exit codes are those of
@@ -22,6 +22,7 @@ mod probe;
 mod report;
 mod run;
 mod sass;
+mod serve;
 mod verify;
 
 use clap::{Parser, Subcommand};
@@ -50,6 +51,7 @@ enum Command {
     Compile(compile::Arguments),
     Run(run::Arguments),
     Chat(chat::Arguments),
+    Serve(serve::Arguments),
     Logits(logits::Arguments),
     Embed(embed::Arguments),
     Eval(eval::Arguments),
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         Command::Compile(arguments) => compile::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),
         Command::Chat(arguments) => chat::run(&arguments),
+        Command::Serve(arguments) => serve::run(&arguments),
         Command::Logits(arguments) => logits::run(&arguments),
         Command::Embed(arguments) => embed::run(&arguments),
         Command::Eval(arguments) => eval::run(&arguments),

@@ -47,6 +47,15 @@ pub struct Sampling {
     /// Least probability kept, as a share of the likeliest's
     #[arg(long, value_name = "X", default_value_t = 0.05)]
     min_p: f32,
+    /// Mass kept of the tokens whose surprise is nearest to the expected; 1 keeps all
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    typical: f32,
+    /// Taken off a logit for each time its token was generated
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    frequency_penalty: f32,
+    /// Taken off a logit if its token was generated at all
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    presence_penalty: f32,
     /// Penalty of recent tokens; 1 for none
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     repeat_penalty: f32,
@@ -77,7 +86,11 @@ impl Sampling {
             min_p: self.min_p,
             repetition_penalty: self.repeat_penalty,
             repetition_window: self.repeat_window,
+            typical: self.typical,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
             seed: self.seed,
+            logit_bias: vec![],
         };
         let stop_tokens = self.ignore_end.then(Vec::new);
         Ok(GenerateOptions { max_tokens: self.max_tokens, sampler, stop_tokens })
@@ -128,16 +141,16 @@ fn prompt(arguments: &Arguments, model: &Model) -> Result<Vec<u32>> {
 }
 
 /// Prints text as it is generated, and keeps it.
-pub struct Writer<'a> {
+pub struct Writer {
     /// Turns tokens into text; without one, ids are printed.
-    pub decoder: Option<mansard_runtime::Decoder<'a>>,
+    pub decoder: Option<mansard_runtime::Decoder>,
     /// All so far.
     pub text: String,
     /// Keeps, but does not print.
     pub quiet: bool,
 }
 
-impl Writer<'_> {
+impl Writer {
     /// One more token.
     ///
     /// # Errors
@@ -187,6 +200,7 @@ fn summary(generated: &Generated, prompt: usize, text: &str) -> serde_json::Valu
         Finish::StopToken(_) => "stop_token",
         Finish::MaxTokens => "max_tokens",
         Finish::Context => "context",
+        Finish::StopText => "stop_text",
         Finish::Caller => "caller",
     };
     json!({

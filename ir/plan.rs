@@ -163,6 +163,10 @@ impl Program {
     }
 }
 
+/// So many tokens of a step are many: what is done once for all of them, such as unpacking weights, costs little. Programs may
+/// compute such steps otherwise.
+pub const MANY: usize = 33;
+
 /// Bounds of one step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {

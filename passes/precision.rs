@@ -33,6 +33,7 @@ use crate::weights;
 use crate::{Options, State};
 use ir::formats::CACHED;
 use ir::ops::Class;
+use ir::plan::MANY;
 use ir::{Attrs, DType, Dim, Error, Graph, Input, Kind, Model, Node, Place, Result, TokenRange, Type, ValueId};
 use std::collections::BTreeMap;
 
@@ -127,9 +128,6 @@ impl Rounded {
         }
     }
 }
-
-/// So many tokens are many: what is done once for all of a step's tokens, such as unpacking weights, costs little.
-pub(crate) const MANY: usize = 33;
 
 /// The graph, or twice: for steps of few tokens and of many, where those multiply integer weights in another way.
 fn by_tokens(graph: &Graph, kv: DType, options: &Options) -> Vec<Graph> {

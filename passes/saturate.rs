@@ -11,12 +11,12 @@
 use crate::cost::Roofline;
 use crate::egraph::{Classes, seed};
 use crate::extract::{Program, Selection, rebuild, select};
-use crate::precision::MANY;
 use crate::rules;
 use crate::{Options, SearchLimits, State, Strategy};
 use ir::artifact::Derivation;
 use ir::cost::Workload;
 use ir::kernel::PROLOGUE_TOKENS;
+use ir::plan::MANY;
 use ir::recipe::{self, matrices, recipe};
 use ir::{Graph, Model, Op, Place, Result, TokenRange};
 use std::borrow::Cow;

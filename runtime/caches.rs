@@ -64,6 +64,10 @@ pub struct Sequence {
     pub tables: Vec<Table>,
 }
 
+/// The cache blocks of 64 positions, one of each group, that somebody holds.
+#[derive(Debug)]
+pub struct Held(Box<[BlockIndex]>);
+
 impl Table {
     fn held(&self) -> &[BlockIndex] {
         &self.entries[self.released..]
@@ -208,6 +212,47 @@ impl Caches {
             }
         }
         Ok(())
+    }
+
+    /// Of what [`Caches::needed`] tells, so many are not free in the group that lacks most.
+    pub fn lacking(&self, needed: &[usize]) -> usize {
+        let lacks = |(group, needed): (&Group, &usize)| needed.saturating_sub(group.blocks.free());
+        self.groups.iter().zip(needed).map(lacks).max().unwrap_or(0)
+    }
+
+    /// Cache blocks that are free in the group that has fewest, and that there are in each.
+    pub fn free(&self) -> (usize, usize) {
+        let free = self.groups.iter().map(|group| group.blocks.free()).min().unwrap_or(usize::MAX);
+        (free, self.groups.first().map_or(usize::MAX, |group| group.blocks.total()))
+    }
+
+    /// One more holder of the cache blocks of an entry, which the sequence has in every group.
+    pub fn hold(&mut self, sequence: &Sequence, entry: usize) -> Held {
+        let hold = |(group, table): (&mut Group, &Table)| {
+            group.blocks.share(table.entries[entry]);
+            table.entries[entry]
+        };
+        Held(self.groups.iter_mut().zip(&sequence.tables).map(hold).collect())
+    }
+
+    /// No other holder of these.
+    pub fn only_here(&self, held: &Held) -> bool {
+        self.groups.iter().zip(&held.0).all(|(group, block)| !group.blocks.is_shared(*block))
+    }
+
+    /// One holder less.
+    pub fn let_go(&mut self, held: Held) {
+        self.groups.iter_mut().zip(held.0).for_each(|(group, block)| group.blocks.put_back(block));
+    }
+
+    /// 64 positions more, that another sequence has computed. The sequence fills whole cache blocks.
+    pub fn extend(&mut self, sequence: &mut Sequence, held: &Held) {
+        debug_assert!(sequence.length.is_multiple_of(CACHE_BLOCK));
+        for ((group, table), block) in self.groups.iter_mut().zip(&mut sequence.tables).zip(&held.0) {
+            group.blocks.share(*block);
+            table.entries.push(*block);
+        }
+        sequence.length += CACHE_BLOCK;
     }
 
     /// Puts back what is out of sight, and takes cache blocks for `tokens` more positions.

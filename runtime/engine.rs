@@ -378,17 +378,24 @@ impl Engine {
         if work.is_empty() {
             bail!(Usage, "expected at least one sequence in a step, found none");
         }
-        let mut needed = vec![];
         for (i, w) in work.iter().enumerate() {
             self.check_work(w)?;
             if work[..i].iter().any(|v| v.sequence == w.sequence) {
                 bail!(Usage, "a sequence occurs twice in a step");
             }
-            let more = self.caches.needed(self.sequence(w.sequence)?, w.tokens.len(), w.tokens.len());
+        }
+        self.caches.check_free(&self.needed(work.iter().map(|w| (w.sequence, w.tokens.len())))?)
+    }
+
+    /// Cache blocks of each group that a step takes.
+    fn needed(&self, work: impl Iterator<Item = (SequenceId, usize)>) -> Result<Vec<usize>> {
+        let mut needed = vec![];
+        for (sequence, tokens) in work {
+            let more = self.caches.needed(self.sequence(sequence)?, tokens, tokens);
             needed.resize(more.len(), 0);
             needed.iter_mut().zip(more).for_each(|(needed, more)| *needed += more);
         }
-        self.caches.check_free(&needed)
+        Ok(needed)
     }
 
     fn check_work(&self, work: &Work<'_>) -> Result<()> {
@@ -414,6 +421,16 @@ impl Engine {
     fn output(&self) -> StepOutput<'_> {
         let counts = [self.arrays.tokens.len(), self.arrays.sequences.len(), self.arrays.rows.len()];
         StepOutput { engine: self, counts }
+    }
+
+    /// The caches, and what the sequence has of them.
+    pub(crate) fn caches_of(&mut self, sequence: SequenceId) -> Result<(&mut Caches, &mut Sequence)> {
+        Ok((&mut self.caches, find_mut(&mut self.slots, sequence)?))
+    }
+
+    /// Cache blocks that must become free before sequences can have so many tokens more, in the group that lacks most.
+    pub(crate) fn lacking(&self, work: impl Iterator<Item = (SequenceId, usize)>) -> Result<usize> {
+        Ok(self.caches.lacking(&self.needed(work)?))
     }
 
     pub(crate) fn program(&self) -> &Program {

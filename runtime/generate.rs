@@ -1,8 +1,9 @@
 //! A prompt -> tokens, one at a time, until something ends it.
 
 use crate::engine::{Engine, SequenceId, Work};
-use crate::sample::{Sampler, SamplerOptions};
-use crate::step::Rows;
+use crate::sample::{Before, Constraint, Sampler, SamplerOptions};
+use crate::step::{Logits, Rows};
+use mansard_ir::model::ModelInfo;
 use mansard_ir::{Result, bail};
 use std::time::{Duration, Instant};
 
@@ -30,8 +31,10 @@ pub enum Finish {
     StopToken(u32),
     /// As many tokens as asked for.
     MaxTokens,
-    /// The context is full.
+    /// The context is full, or what the caches hold.
     Context,
+    /// One of the request's stop strings came.
+    StopText,
     /// `on_token` said so.
     Caller,
 }
@@ -61,36 +64,127 @@ pub fn generate(
     options: &GenerateOptions,
     mut on_token: impl FnMut(u32) -> Result<bool>,
 ) -> Result<Generated> {
-    let mut sampler = Sampler::new(options.sampler)?;
-    let model = &engine.artifact().manifest().model;
-    if options.max_tokens == 0 {
-        bail!(Usage, "expected at least one token to generate, found 0");
-    }
-    if model.encoder {
-        bail!(Usage, "a {} model is an encoder: it embeds text and generates none", model.architecture);
-    }
-    let stop_tokens = options.stop_tokens.clone().unwrap_or_else(|| model.end_tokens.clone());
+    let mut generation = Generation::new(prompt, options, &engine.artifact().manifest().model, None)?;
     let start = Instant::now();
-    let (mut history, logits) = (prompt.to_vec(), options.sampler.logits());
-    let mut next = sampler.sample(engine.prefill_for(sequence, prompt, logits)?.logits(0)?, &history)?;
+    let logits = generation.logits();
+    let mut chosen = generation.choose(engine.prefill_for(sequence, prompt, logits)?.logits(0)?)?;
     let prefill = start.elapsed();
 
     let finish = loop {
-        if stop_tokens.contains(&next) {
-            break Finish::StopToken(next);
-        }
-        history.push(next);
+        let next = match chosen {
+            Chosen::Token(next) => next,
+            Chosen::End(finish) => break finish,
+        };
         if !on_token(next)? {
             break Finish::Caller;
         }
-        if history.len() - prompt.len() == options.max_tokens {
-            break Finish::MaxTokens;
-        }
-        if engine.length(sequence)? == engine.limits().context {
-            break Finish::Context;
+        if let Some(finish) = generation.limit(engine.limits().context - engine.length(sequence)?) {
+            break finish;
         }
         let output = engine.step_for(&[Work { sequence, tokens: &[next], rows: Rows::Last }], logits)?;
-        next = sampler.sample(output.logits(0)?, &history)?;
+        chosen = generation.choose(output.logits(0)?)?;
     };
-    Ok(Generated { tokens: history.split_off(prompt.len()), finish, prefill, decode: start.elapsed() - prefill })
+    let tokens = generation.generated().to_vec();
+    Ok(Generated { tokens, finish, prefill, decode: start.elapsed() - prefill })
+}
+
+/// A generation on its way: what has come, and how what comes next is chosen.
+pub(crate) struct Generation {
+    /// The prompt, then what was generated.
+    pub history: Vec<u32>,
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    sampler: Sampler,
+    stop_tokens: Vec<u32>,
+    max_tokens: usize,
+    constraint: Option<Box<dyn Constraint>>,
+}
+
+/// What a row of logits brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Chosen {
+    /// A token, which is in the history now.
+    Token(u32),
+    /// The end.
+    End(Finish),
+}
+
+impl Generation {
+    /// Before the first token.
+    ///
+    /// # Errors
+    /// Where options are out of range, or the model generates nothing.
+    pub fn new(
+        prompt: &[u32],
+        options: &GenerateOptions,
+        model: &ModelInfo,
+        constraint: Option<Box<dyn Constraint>>,
+    ) -> Result<Generation> {
+        let sampler = Sampler::new(options.sampler.clone())?;
+        if options.max_tokens == 0 {
+            bail!(Usage, "expected at least one token to generate, found 0");
+        }
+        if model.encoder {
+            bail!(Usage, "a {} model is an encoder: it embeds text and generates none", model.architecture);
+        }
+        let stop_tokens = options.stop_tokens.clone().unwrap_or_else(|| model.end_tokens.clone());
+        let (history, max_tokens) = (prompt.to_vec(), options.max_tokens);
+        Ok(Generation { history, prompt: prompt.len(), sampler, stop_tokens, max_tokens, constraint })
+    }
+
+    /// The same, with random numbers of another seed.
+    ///
+    /// # Errors
+    /// None but those of [`Generation::new`].
+    pub fn fork(&self, seed: u64) -> Result<Generation> {
+        let sampler = Sampler::new(SamplerOptions { seed, ..self.sampler.options().clone() })?;
+        let (history, stop_tokens) = (self.history.clone(), self.stop_tokens.clone());
+        let constraint = self.constraint.as_ref().map(|c| c.fork());
+        Ok(Generation { history, stop_tokens, sampler, constraint, ..*self })
+    }
+
+    /// The logits that are looked at.
+    pub fn logits(&self) -> Logits {
+        if self.constraint.is_some() { Logits::All } else { self.sampler.options().logits() }
+    }
+
+    /// Start of the random numbers.
+    pub fn seed(&self) -> u64 {
+        self.sampler.options().seed
+    }
+
+    /// What came after the prompt.
+    pub fn generated(&self) -> &[u32] {
+        &self.history[self.prompt..]
+    }
+
+    /// Tokens that may come.
+    pub fn tokens_left(&self) -> usize {
+        self.max_tokens.saturating_sub(self.generated().len())
+    }
+
+    /// Chooses what comes next by its logits.
+    ///
+    /// # Errors
+    /// Where no logit is a number, or a constraint allows nothing.
+    pub fn choose(&mut self, logits: &[f32]) -> Result<Chosen> {
+        let before = Before { history: &self.history, prompt: self.prompt };
+        let allowed = self.constraint.as_mut().map(|c| c.allowed()).transpose()?;
+        let token = self.sampler.sample(logits, before, allowed)?;
+        if self.stop_tokens.contains(&token) {
+            return Ok(Chosen::End(Finish::StopToken(token)));
+        }
+        self.constraint.as_mut().map_or(Ok(()), |c| c.accept(token))?;
+        self.history.push(token);
+        Ok(Chosen::Token(token))
+    }
+
+    /// Why nothing can follow the last token, where it fills the last of as many tokens as asked for or there is no position
+    /// left for it.
+    pub fn limit(&self, positions: usize) -> Option<Finish> {
+        if self.generated().len() >= self.max_tokens {
+            return Some(Finish::MaxTokens);
+        }
+        (positions == 0).then_some(Finish::Context)
+    }
 }

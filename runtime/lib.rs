@@ -29,35 +29,45 @@
 //! Several sequences advance in one [`Engine::step`]; see [`Work`].
 
 mod artifact;
+mod batch;
 mod bind;
 mod blocks;
 mod caches;
 mod code;
 mod cores;
+mod embed;
 mod engine;
 mod generate;
 mod hash;
+mod logprobs;
 mod memory;
+mod prefix;
 mod probe;
 mod profile;
 mod sample;
+mod service;
 mod spmd;
 mod step;
+mod stop;
 mod template;
 mod tokens;
 mod validate;
 mod watch;
 
 pub use artifact::{Artifact, OpenOptions, Section};
+pub use batch::{BatchOptions, Batcher, Event, Histogram, Request, RequestId, Sink, Stats, Usage};
 pub use caches::CacheUse;
 pub use code::{cpu_features, has_feature, lacking, missing};
 pub use cores::{CacheLevel, caches, physical_cores};
+pub use embed::{embed, embedded_positions};
 pub use engine::{Engine, EngineOptions, OutputRows, SequenceId, StepOutput, WeightPages, Work};
 pub use generate::{Finish, GenerateOptions, Generated, generate};
+pub use logprobs::Logprobs;
 pub use memory::available_memory;
 pub use probe::Probe;
 pub use profile::{LaunchProfile, StepProfile};
-pub use sample::{Sampler, SamplerOptions};
+pub use sample::{Before, Constraint, Sampler, SamplerOptions};
+pub use service::{Handle, Refused, Service, ServiceOptions};
 pub use step::{Logits, Rows};
 pub use template::Message;
 pub use tokens::{Decoder, Tokens};
@@ -72,7 +82,7 @@ use std::sync::{Arc, OnceLock};
 #[derive(Debug)]
 pub struct Model {
     artifact: Arc<Artifact>,
-    tokens: OnceLock<Tokens>,
+    tokens: OnceLock<Arc<Tokens>>,
 }
 
 impl Model {
@@ -114,7 +124,7 @@ impl Model {
     ///
     /// # Errors
     /// Where the artifact has none or it does not load.
-    pub fn tokens(&self) -> Result<&Tokens> {
+    pub fn tokens(&self) -> Result<&Arc<Tokens>> {
         if let Some(tokens) = self.tokens.get() {
             return Ok(tokens);
         }
@@ -126,6 +136,6 @@ impl Model {
             ));
         };
         let tokens = Tokens::new(json, info).map_err(place)?;
-        Ok(self.tokens.get_or_init(|| tokens))
+        Ok(self.tokens.get_or_init(|| Arc::new(tokens)))
     }
 }

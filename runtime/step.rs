@@ -58,6 +58,14 @@ impl Logits {
         if rows <= Logits::WORTHWHILE_ROWS { Logits::Largest(count) } else { Logits::All }
     }
 
+    /// What satisfies both.
+    pub fn and(self, other: Logits) -> Logits {
+        match (self, other) {
+            (Logits::Largest(a), Logits::Largest(b)) => Logits::Largest(a.max(b)),
+            _ => Logits::All,
+        }
+    }
+
     /// As kernels see it in a step of so many rows: 0 for all, also where there are many rows or very many wanted.
     pub fn candidates(self, rows: usize) -> usize {
         match self {

@@ -6,6 +6,7 @@
 use crate::template::{Message, Template};
 use mansard_ir::model::TokenizerInfo;
 use mansard_ir::{Error, Kind, Result};
+use std::sync::Arc;
 use tokenizers::Tokenizer;
 
 /// A loaded tokenizer.
@@ -51,8 +52,8 @@ impl Tokens {
     }
 
     /// A decoder of a stream of tokens.
-    pub fn decoder(&self) -> Decoder<'_> {
-        Decoder { tokens: self, window: vec![], emitted: 0 }
+    pub fn decoder(self: &Arc<Self>) -> Decoder {
+        Decoder { tokens: self.clone(), window: vec![], emitted: 0 }
     }
 
     /// The prompt that the model's chat template makes of a conversation, up to where the answer begins.
@@ -72,6 +73,30 @@ impl Tokens {
         self.info.chat_template.is_some()
     }
 
+    /// The bytes that each of `vocab` tokens writes, as grammars need them; none for special ones.
+    ///
+    /// # Errors
+    /// Where tokens are no bytes of a text: only byte-level and SentencePiece vocabularies are.
+    pub fn bytes(&self, vocab: usize) -> Result<Vec<Vec<u8>>> {
+        let decoder = serde_json::to_string(&self.tokenizer.get_decoder()).unwrap_or_default();
+        let (levels, falls_back) = (decoder.contains("\"ByteLevel\""), decoder.contains("\"ByteFallback\""));
+        if !levels && !falls_back {
+            let message =
+                "a grammar needs a vocabulary of bytes (byte-level or SentencePiece), which this model has not";
+            return Err(Error::new(Kind::Unsupported, message));
+        }
+        let special = self.tokenizer.get_added_tokens_decoder();
+        let of = |id: u32| {
+            let name = match special.get(&id) {
+                Some(added) if !added.special => return added.content.clone().into_bytes(),
+                Some(_) => return vec![],
+                None => self.name(id).unwrap_or_default(),
+            };
+            if levels { from_levels(&name) } else { from_pieces(&name) }
+        };
+        Ok((0..vocab as u32).map(of).collect())
+    }
+
     /// Text of one token as the vocabulary has it.
     pub fn name(&self, token: u32) -> Option<String> {
         self.tokenizer.id_to_token(token)
@@ -80,8 +105,8 @@ impl Tokens {
 
 /// Turns tokens into text as they come.
 #[derive(Debug)]
-pub struct Decoder<'a> {
-    tokens: &'a Tokens,
+pub struct Decoder {
+    tokens: Arc<Tokens>,
     /// The last tokens that gave text, then those that have given none yet. The former give the latter their context: a
     /// leading space depends on it.
     window: Vec<u32>,
@@ -89,7 +114,7 @@ pub struct Decoder<'a> {
     emitted: usize,
 }
 
-impl Decoder<'_> {
+impl Decoder {
     /// The text that `token` completes; empty while a character is unfinished.
     ///
     /// # Errors
@@ -127,6 +152,26 @@ impl Decoder<'_> {
     }
 }
 
+/// Bytes of a byte-level token, in which bytes that cannot be printed are letters from U+0100 on (GPT-2's table).
+fn from_levels(name: &str) -> Vec<u8> {
+    let printed = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let moved: Vec<u8> = (0..=255).filter(|b| !printed(*b)).collect();
+    let byte = |c: char| match u32::from(c) {
+        code @ 0..=255 => code as u8,
+        code => moved.get(code as usize - 256).copied().unwrap_or(b'?'),
+    };
+    name.chars().map(byte).collect()
+}
+
+/// Bytes of a SentencePiece token: `▁` is a space, `<0x0A>` a byte.
+fn from_pieces(name: &str) -> Vec<u8> {
+    let byte = name.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+    match byte.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+        Some(byte) => vec![byte],
+        None => name.replace('\u{2581}', " ").into_bytes(),
+    }
+}
+
 fn failed(kind: Kind, what: &str, error: tokenizers::Error) -> Error {
     Error::new(kind, format!("{what}: {error}")).caused_by(error)
 }
@@ -136,7 +181,7 @@ mod tests {
     use super::*;
 
     /// Byte-level, so that characters are cut into tokens.
-    fn bytes() -> Tokens {
+    fn bytes() -> Arc<Tokens> {
         let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
         let mut alphabet: Vec<char> = alphabet.into_iter().collect();
         alphabet.sort_unstable();
@@ -150,7 +195,7 @@ mod tests {
             "model": {"type": "BPE", "vocab": vocab, "merges": []},
         });
         let info = TokenizerInfo { begin: Some(256), ..TokenizerInfo::default() };
-        Tokens::new(&json.to_string(), &info).unwrap()
+        Arc::new(Tokens::new(&json.to_string(), &info).unwrap())
     }
 
     #[test]
@@ -173,6 +218,17 @@ mod tests {
         let mut decoder = tokens.decoder();
         let text: String = ids[..3].iter().map(|id| decoder.push(*id).unwrap()).collect();
         assert_eq!(text + &decoder.finish().unwrap(), "a\u{fffd}");
+    }
+
+    #[test]
+    fn tokens_are_bytes() {
+        let (tokens, text) = (bytes(), "\n a\u{ad}世 ");
+        let all = tokens.bytes(258).unwrap();
+        let ids = tokens.encode(text, false).unwrap();
+        let found: Vec<u8> = ids.iter().flat_map(|id| all[*id as usize].clone()).collect();
+        assert_eq!(found, text.as_bytes());
+        assert!(all[256].is_empty() && all[257].is_empty(), "special, and unknown");
+        assert_eq!((from_pieces("\u{2581}a\u{2581}"), from_pieces("<0x0A>")), (b" a ".to_vec(), vec![10]));
     }
 
     #[test]

@@ -13,7 +13,7 @@
 use mansard_ir::cost::Workload;
 use mansard_ir::plan::Limits;
 use mansard_ir::{Result, bail};
-use mansard_runtime::{Engine, Logits, Rows, Sampler, SamplerOptions, SequenceId, Work};
+use mansard_runtime::{Before, Engine, Logits, Rows, Sampler, SamplerOptions, SequenceId, Work};
 use std::time::Instant;
 
 /// What is measured.
@@ -224,7 +224,7 @@ impl Runner {
             let output = self.engine.step_for(&work.collect::<Vec<_>>(), Logits::largest(1, rows))?;
             if test.kind == Kind::Decode {
                 for (row, part) in step.iter().enumerate() {
-                    let next = self.sampler.sample(output.logits(row)?, &[])?;
+                    let next = self.sampler.sample(output.logits(row)?, Before::default(), None)?;
                     let place = tokens[part.sequence].get_mut(part.before - test.depth + 1);
                     place.into_iter().for_each(|place| *place = next);
                 }

@@ -1,0 +1,252 @@
+//! What a request hears -> OpenAI's JSON, whole or in pieces.
+//!
+//! ```text
+//!  Token "Hel", Token "lo", Done        {"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}
+//!  the same with `stream`               data: {"choices": [{"delta": {"content": "Hel"}}]} ...
+//! ```
+
+use super::app::{App, Work};
+use super::ask::{Ask, Endpoint};
+use super::errors::{ApiError, ApiResult};
+use axum::http::StatusCode;
+use mansard_runtime::{Event, Finish, Handle, Logprobs, Usage};
+use serde_json::{Value, json};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::Instant;
+
+/// A request that has been taken in. It ends when this is dropped.
+pub struct Answer {
+    events: UnboundedReceiver<Event>,
+    _handle: Handle,
+    deadline: Instant,
+    /// What is asked.
+    pub endpoint: Endpoint,
+    /// Choices that are not done.
+    pub left: usize,
+    /// Token counts of all choices so far.
+    pub usage: Usage,
+    app: Arc<App>,
+    id: String,
+    created: u64,
+}
+
+/// What comes next.
+pub enum Next {
+    /// An event.
+    Event(Event),
+    /// Nothing for that long.
+    Silence,
+}
+
+impl Answer {
+    /// Puts a request in the queue.
+    ///
+    /// # Errors
+    /// Where the queue is full, or the model generates nothing.
+    pub fn begin(app: &Arc<App>, ask: Ask) -> ApiResult<Answer> {
+        let Work::Generate(service) = &app.work else {
+            let message = "the model is an encoder, which embeds text and generates none: ask /v1/embeddings";
+            return Err(ApiError::bad(message).code("unsupported"));
+        };
+        let (sender, events) = unbounded_channel();
+        let left = ask.request.choices;
+        let sink = Box::new(move |event| sender.send(event).is_ok());
+        let handle = service.lock().unwrap_or_else(PoisonError::into_inner).submit(ask.request, sink)?;
+        Ok(Answer {
+            events,
+            _handle: handle,
+            deadline: Instant::now() + app.max_time,
+            endpoint: ask.endpoint,
+            left,
+            usage: Usage::default(),
+            app: app.clone(),
+            id: id(ask.endpoint),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+        })
+    }
+
+    /// Waits for the next event, or for some time.
+    ///
+    /// # Errors
+    /// Where the request failed, or took longer than it may.
+    pub async fn next(&mut self, patience: Duration) -> ApiResult<Next> {
+        let until = self.deadline.min(Instant::now() + patience);
+        match tokio::time::timeout_at(until, self.events.recv()).await {
+            Ok(Some(Event::Failed(error))) => Err(error.into()),
+            Ok(Some(event)) => {
+                if let Event::Done { usage, .. } = &event {
+                    self.left -= 1;
+                    let generated = self.usage.generated + usage.generated;
+                    self.usage = Usage { generated, ..*usage };
+                }
+                Ok(Next::Event(event))
+            }
+            Ok(None) => Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "the answer ended before its time")),
+            Err(_) if Instant::now() < self.deadline => Ok(Next::Silence),
+            Err(_) => {
+                let seconds = self.app.max_time.as_secs();
+                let message = format!("the request took longer than the {seconds} seconds it may");
+                Err(ApiError::new(StatusCode::GATEWAY_TIMEOUT, message).code("timeout"))
+            }
+        }
+    }
+
+    /// The whole answer.
+    ///
+    /// # Errors
+    /// As [`Answer::next`].
+    pub async fn whole(mut self) -> ApiResult<Value> {
+        let mut choices = vec![Choice::default(); self.left];
+        while self.left > 0 {
+            match self.next(self.app.max_time).await? {
+                Next::Event(Event::Token { choice, token, text, logprobs }) => {
+                    let choice = &mut choices[choice];
+                    let offset = choice.text.len();
+                    choice.text += &text;
+                    choice.logprobs.extend(logprobs.map(|logprobs| (logprobs, offset)));
+                    debug_assert!(choice.finish.is_none(), "token {token} after the end");
+                }
+                Next::Event(Event::Done { choice, finish, text, .. }) => {
+                    choices[choice].text += &text;
+                    choices[choice].finish = Some(reason(finish));
+                }
+                _ => {}
+            }
+        }
+        let choices: Vec<Value> =
+            choices.iter().enumerate().map(|(index, choice)| self.choice(index, choice)).collect();
+        let mut body = self.envelope(false, choices);
+        body["usage"] = usage(&self.usage);
+        Ok(body)
+    }
+
+    fn choice(&self, index: usize, choice: &Choice) -> Value {
+        let logprobs = self.logprobs(&choice.logprobs);
+        let finish = choice.finish;
+        match self.endpoint {
+            Endpoint::Chat => {
+                let message = json!({"role": "assistant", "content": choice.text, "refusal": null});
+                json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish})
+            }
+            Endpoint::Completion => {
+                json!({"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": finish})
+            }
+        }
+    }
+
+    /// One event of a stream.
+    pub fn chunk(&self, event: Event) -> Value {
+        let (index, text, logprobs, finish) = match event {
+            Event::Token { choice, text, logprobs, .. } => (choice, text, logprobs, None),
+            Event::Done { choice, finish, text, .. } => (choice, text, None, Some(reason(finish))),
+            Event::Failed(_) => (0, String::new(), None, None),
+        };
+        let logprobs = self.logprobs(&logprobs.into_iter().map(|logprobs| (logprobs, 0)).collect::<Vec<_>>());
+        let choice = match self.endpoint {
+            Endpoint::Chat => {
+                json!({"index": index, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": finish})
+            }
+            Endpoint::Completion => {
+                json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish})
+            }
+        };
+        self.envelope(true, vec![choice])
+    }
+
+    /// The event before the first token of a chat.
+    pub fn opening(&self, choice: usize) -> Value {
+        let delta = json!({"role": "assistant", "content": "", "refusal": null});
+        self.envelope(true, vec![json!({"index": choice, "delta": delta, "logprobs": null, "finish_reason": null})])
+    }
+
+    /// The event after the last one, where it was asked for.
+    pub fn counts(&self) -> Value {
+        let mut body = self.envelope(true, vec![]);
+        body["usage"] = usage(&self.usage);
+        body
+    }
+
+    fn envelope(&self, chunk: bool, choices: Vec<Value>) -> Value {
+        let object = match (self.endpoint, chunk) {
+            (Endpoint::Chat, true) => "chat.completion.chunk",
+            (Endpoint::Chat, false) => "chat.completion",
+            (Endpoint::Completion, _) => "text_completion",
+        };
+        json!({
+            "id": self.id,
+            "object": object,
+            "created": self.created,
+            "model": self.app.name,
+            "system_fingerprint": concat!("mansard-", env!("CARGO_PKG_VERSION")),
+            "choices": choices,
+        })
+    }
+
+    /// In the form of the endpoint; null where none were asked for.
+    fn logprobs(&self, tokens: &[(Logprobs, usize)]) -> Value {
+        if tokens.is_empty() {
+            return Value::Null;
+        }
+        let text = |token: u32| {
+            let text = self.app.tokens().and_then(|tokens| tokens.decode(&[token])).unwrap_or_default();
+            let name = || self.app.tokens().ok().and_then(|tokens| tokens.name(token)).unwrap_or_default();
+            if text.is_empty() { name() } else { text }
+        };
+        let told = |(token, logprob): (u32, f32)| {
+            let text = text(token);
+            json!({"token": text, "bytes": text.as_bytes(), "logprob": logprob})
+        };
+        let entry = |(logprobs, _): &(Logprobs, usize)| {
+            let mut entry = told((logprobs.token, logprobs.logprob));
+            entry["top_logprobs"] = logprobs.top.iter().map(|top| told(*top)).collect();
+            entry
+        };
+        let likeliest = |(logprobs, _): &(Logprobs, usize)| -> Value {
+            logprobs.top.iter().map(|(token, logprob)| (text(*token), json!(logprob))).collect()
+        };
+        match self.endpoint {
+            Endpoint::Chat => json!({"content": tokens.iter().map(entry).collect::<Vec<_>>(), "refusal": null}),
+            Endpoint::Completion => json!({
+                "tokens": tokens.iter().map(|(l, _)| text(l.token)).collect::<Vec<_>>(),
+                "token_logprobs": tokens.iter().map(|(l, _)| l.logprob).collect::<Vec<_>>(),
+                "top_logprobs": tokens.iter().map(likeliest).collect::<Vec<_>>(),
+                "text_offset": tokens.iter().map(|(_, offset)| *offset).collect::<Vec<_>>(),
+            }),
+        }
+    }
+}
+
+/// A choice on its way.
+#[derive(Clone, Default)]
+struct Choice {
+    text: String,
+    /// With the bytes of text before each.
+    logprobs: Vec<(Logprobs, usize)>,
+    finish: Option<&'static str>,
+}
+
+fn reason(finish: Finish) -> &'static str {
+    match finish {
+        Finish::StopToken(_) | Finish::StopText | Finish::Caller => "stop",
+        Finish::MaxTokens | Finish::Context => "length",
+    }
+}
+
+fn usage(usage: &Usage) -> Value {
+    json!({
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.generated,
+        "total_tokens": usage.prompt + usage.generated,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    })
+}
+
+fn id(endpoint: Endpoint) -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
+    let start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_micros() as u64);
+    format!("{prefix}-{start:x}{:04x}", NEXT.fetch_add(1, Ordering::Relaxed))
+}
