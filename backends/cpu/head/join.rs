@@ -12,7 +12,7 @@ use super::Projection;
 use crate::cpu::dot::part_at;
 use crate::emit::{Emitter, I8, I32, Val};
 use mansard_ir::formats::{DType, IntFormat};
-use mansard_ir::layout::{A8, STRIP, StripLayout, code_bytes};
+use mansard_ir::layout::{A8, ALIGN, STRIP, StripLayout, code_bytes};
 
 /// Joins strip `strip` at `to`, laid out as `q8_0`.
 pub fn strip(e: &mut Emitter, p: Projection, strip: Val, to: Val) {
@@ -32,6 +32,14 @@ pub fn strip(e: &mut Emitter, p: Projection, strip: Val, to: Val) {
             (layout.codes, layout.chunk / A8::GROUP, code_bytes(int))
         };
         let a = part_at(e, &from, upper, group, codes(&from, 4));
+        // Both planes of the next strip are wanted once this one has been multiplied.
+        let rows = e.row(lower, group, STRIP * A8::GROUP / 2);
+        for line in (0..STRIP * A8::GROUP / 2).step_by(ALIGN) {
+            for (at, next) in [(a, p.layout.strip_bytes), (rows, STRIP * p.layout.row_bytes)] {
+                let ahead = e.i64((next + line) as i64);
+                e.prefetch(at, ahead, 1);
+            }
+        }
         let b = part_at(e, &whole, to, group, codes(&whole, 8));
         let lower = e.row(lower, group, A8::GROUP / 2);
         for (quad, lower) in quads(e, p, lower).into_iter().enumerate() {
