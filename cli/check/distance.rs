@@ -10,7 +10,7 @@
 use mansard_ir::eval::{Tensor, Value};
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Program;
-use mansard_ir::{DType, Graph, Model, Type, text};
+use mansard_ir::{DType, Graph, Model, Node, Type, text};
 
 /// Sums in another order, and functions by polynomials.
 pub const ROUNDING: f64 = 1e-3;
@@ -77,7 +77,15 @@ pub fn of_kernel(body: &Graph) -> f64 {
         Type::Routing { .. } => true,
         Type::Step => false,
     };
-    if body.nodes.iter().any(|n| !n.ty.is_static() && narrow(&n.ty)) { ROUNDED } else { ROUNDING }
+    // What meets bf16 is rounded to it inside the kernel: codes of weights, keys and values.
+    let meets = |n: &Node| match n.operands.iter().map(|o| body.ty(*o)).collect::<Vec<_>>()[..] {
+        [x, with, ..] if matches!(x.as_tensor(), Some((DType::BF16, _))) => match with {
+            Type::Cache { .. } => true,
+            _ => with.as_tensor().is_some_and(|(dtype, _)| dtype.int().is_some()),
+        },
+        _ => false,
+    };
+    if body.nodes.iter().any(|n| !n.ty.is_static() && narrow(&n.ty) || meets(n)) { ROUNDED } else { ROUNDING }
 }
 
 /// How far the artifact's layers may be from those of a model in exact floats: [`SAFETY`] times what is [`expected`].
