@@ -93,7 +93,7 @@ fn taken(engine: &Engine) -> [usize; 2] {
 #[test]
 fn beyond_the_window_as_the_interpreter_says() {
     let (optimized, mut engine) = engine(ring(), 1024);
-    let lengths = as_the_interpreter_says(&optimized, &mut engine);
+    let lengths = as_the_interpreter_says(&optimized, &mut engine, 5e-3);
     let blocks = |length: usize| length.div_ceil(64) - (length - 1 + 1 - WINDOW - 64) / 64;
     assert_eq!(taken(&engine), [6 + 4, blocks(lengths[0]) + blocks(lengths[1])]);
 }
@@ -102,7 +102,8 @@ fn beyond_the_window_as_the_interpreter_says() {
 #[test]
 fn int4_caches_as_the_interpreter_says() {
     let (optimized, mut engine) = engine_with(ring(), 1024, Some(DType::I4));
-    as_the_interpreter_says(&optimized, &mut engine);
+    // Where attention multiplies in bf16, some code of a later layer's cache comes out as its neighbour.
+    as_the_interpreter_says(&optimized, &mut engine, 5e-2);
     let groups: Vec<(usize, usize)> = engine.cache_use().iter().map(|group| (group.window, group.taken)).collect();
     // Of 334 and 204 positions.
     assert_eq!(groups, [(0, 6 + 4), (64, 3 + 3), (WINDOW, 4 + 4)]);
@@ -110,8 +111,8 @@ fn int4_caches_as_the_interpreter_says() {
     assert_eq!(bytes, [2 * 64 * 18, 6 * 64 * 64, 4 * 64 * 18]);
 }
 
-/// Several steps of two sequences; gives their lengths.
-fn as_the_interpreter_says(optimized: &Model, engine: &mut Engine) -> [usize; 2] {
+/// Several steps of two sequences, whose logits are off by that share of the largest at most; gives their lengths.
+fn as_the_interpreter_says(optimized: &Model, engine: &mut Engine, tolerance: f32) -> [usize; 2] {
     let mut interpreter = Interpreter::new(optimized);
     let sequences = [engine.new_sequence(), engine.new_sequence()];
     let mut lengths = [0, 0];
@@ -124,7 +125,7 @@ fn as_the_interpreter_says(optimized: &Model, engine: &mut Engine) -> [usize; 2]
         let largest = want.data.iter().fold(0f32, |most, x| most.max(x.abs()));
         for (row, want) in want.rows().enumerate() {
             for (found, want) in output.logits(row).unwrap().iter().zip(want) {
-                assert!((found - want).abs() <= 5e-3 * largest, "{found}, not {want}, at {lengths:?} + {step:?}");
+                assert!((found - want).abs() <= tolerance * largest, "{found}, not {want}, at {lengths:?} + {step:?}");
             }
         }
         lengths = [0, 1].map(|s| lengths[s] + step[s]);
