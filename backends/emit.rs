@@ -250,6 +250,12 @@ impl Emitter {
         self.constant(I8.x(lanes), format!("[{}]", values.join(", ")))
     }
 
+    /// A vector of these f32.
+    pub fn floats(&mut self, values: &[f32]) -> Val {
+        let values: Vec<String> = values.iter().map(|x| format!("{x:?}")).collect();
+        self.constant(F32.x(values.len()), format!("[{}]", values.join(", ")))
+    }
+
     fn binary(&mut self, float: &str, int: &str, a: Val, b: Val) -> Val {
         let name = if a.ty.is_float() { float } else { int };
         self.op(a.ty, format_args!("{name} {a}, {b} : {}", a.ty))

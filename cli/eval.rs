@@ -16,7 +16,7 @@ use mansard::check;
 use mansard::driver::{self, CompileOptions, Quiet};
 use mansard_ir::artifact::{LayerError, Quality, rounded};
 use mansard_ir::{DType, Error, Result, bail};
-use mansard_runtime::{Engine, Model, Rows, SequenceId, Work};
+use mansard_runtime::{Engine, Model, SequenceId};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -274,11 +274,10 @@ impl Reader {
     fn read(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f64>>> {
         let sequence = self.sequence.unwrap_or_else(|| self.engine.new_sequence());
         let mut rows = vec![];
-        let most = self.engine.limits().tokens.min(self.engine.limits().rows);
-        for tokens in tokens.chunks(most) {
-            let step = self.engine.step(&[Work { sequence, tokens, rows: Rows::All }])?;
-            rows.extend(step.rows("logits")?.iter().map(log_softmax));
-        }
+        self.engine.each_row(sequence, tokens, "logits", |_, row| {
+            rows.push(log_softmax(row));
+            Ok(())
+        })?;
         Ok(rows)
     }
 }

@@ -11,6 +11,7 @@ pub mod amx;
 mod float;
 mod integer;
 pub(super) mod isa;
+pub mod unpack;
 
 pub use isa::dot4;
 

@@ -13,11 +13,10 @@ use super::softmax::State;
 use super::source::Source;
 use super::{Attention, Item};
 use crate::cpu::cached::{At, Stored};
-use crate::cpu::dot::Rows;
-use crate::cpu::dot::amx::{self, Sums, TOKENS};
+use crate::cpu::dot::amx::{self, Sums};
+use crate::cpu::dot::{Rows, unpack};
 use crate::cpu::rows::walk::LANES;
 use crate::emit::{Cmp, Emitter, F32, Val};
-use crate::math;
 use mansard_ir::DType;
 use mansard_ir::layout::{AttentionItem, CACHE_BLOCK};
 
@@ -40,7 +39,7 @@ impl Attention {
         pack_keys(e, source.stored, dim, keys, panel);
         let strips: Vec<Val> = (0..VECTORS).map(|i| e.gep_const(panel, i * LANES * dim * 2)).collect();
         let stride = AttentionItem::score_bytes();
-        tiles(e, item.rows, &mut |e, row, count| {
+        amx::tiles(e, item.rows, |e, row, count| {
             let first = e.row(self.buffers.q, row, self.shape.stride());
             let sums = Sums { first: e.row(scores, row, stride), row: stride, strip: LANES * 4, add: false };
             amx::pairs(e, dim, &strips, halves(first, self.shape.stride(), count), None, sums);
@@ -77,7 +76,7 @@ impl Attention {
         self.pack_values(e, source, values, depth);
         let strips: Vec<Val> = (0..dim / LANES).map(|i| e.gep_const(panel, i * LANES * CACHE_BLOCK * 2)).collect();
         let stride = AttentionItem::score_bytes();
-        tiles(e, item.rows, &mut |e, row, count| {
+        amx::tiles(e, item.rows, |e, row, count| {
             let first = e.row(weights, row, stride);
             let sums = Sums { first: e.row(state.out, row, row_bytes), row: row_bytes, strip: LANES * 4, add: true };
             amx::pairs(e, CACHE_BLOCK, &strips, halves(first, stride, count), None, sums);
@@ -108,7 +107,8 @@ impl Attention {
                     stored.load(e, at, LANES, LANES * stored.bytes())
                 });
                 let at = e.gep_const(to, first * CACHE_BLOCK * 2);
-                store_pairs(e, pair, at);
+                let pair = unpack::pairs(e, pair);
+                e.store(pair, at, 64);
             }
         });
     }
@@ -128,30 +128,13 @@ fn pack_keys(e: &mut Emitter, stored: Stored, dim: usize, keys: Val, panel: Val)
                     stored.load(e, at, LANES, LANES * stored.bytes())
                 });
                 let at = e.gep_const(to, vector * LANES * dim * 2 + pair * 4 * LANES);
-                store_pairs(e, pairs, at);
+                let pairs = unpack::pairs(e, pairs);
+                e.store(pairs, at, 64);
             }
         }
     });
 }
 
-/// Rounds 16 pairs and stores them as a line.
-fn store_pairs(e: &mut Emitter, pair: [Val; 2], at: Val) {
-    let [even, odd] = pair.map(|x| math::round_bf16(e, x));
-    let line = e.shuffle(even, odd, &amx::PAIRS);
-    e.store(line, at, 64);
-}
-
 fn halves(first: Val, stride: usize, count: usize) -> Rows {
     Rows { first, stride, count, dtype: DType::BF16, planes: 1, prefetch: 0, ahead: None }
-}
-
-/// Emits `body(first row, rows)` for tiles of rows: two at a time, then the odd one.
-fn tiles(e: &mut Emitter, rows: Val, body: &mut dyn FnMut(&mut Emitter, Val, usize)) {
-    let (zero, up, two) = (e.i64(0), e.i64(TOKENS as i64 - 1), e.i64(2 * TOKENS as i64));
-    let tiles = e.add(rows, up);
-    let left = e.rem(tiles, two);
-    let whole = e.sub(tiles, left);
-    e.repeat(zero, whole, 2 * TOKENS as i64, |e, row| body(e, row, 2 * TOKENS));
-    let odd = e.cmp(Cmp::Lt, whole, rows);
-    e.when(odd, |e| body(e, whole, TOKENS));
 }

@@ -15,7 +15,7 @@ use mansard_ir::{Choice, Target};
 const CACHE_TILE_BYTES: usize = 256 << 10;
 
 /// How far ahead of use integer weights are asked for. Left to itself, hardware falls behind once several tokens' dot
-/// products stand between one line of weights and the next.
+/// products stand between one line of weights and the next; but then fewer lines are as much time.
 pub const AHEAD: usize = 8 << 10;
 
 /// Tokens that a register tile may have. None is more than twice the next, so that any number of tokens that a tile does not
@@ -74,7 +74,7 @@ pub fn formula(target: &Target, dots: &[Dot], most: usize) -> Choice {
         (false, false) => Shape { tokens: 4, strips: 1 },
     };
     let Shape { tokens, strips } = if most == 1 || main.tokens == 1 { lone(dots) } else { main };
-    Choice { tokens, strips, cache_bytes: CACHE_TILE_BYTES, ahead: AHEAD }
+    Choice { tokens, strips, cache_bytes: CACHE_TILE_BYTES, ahead: if most == 1 { AHEAD } else { AHEAD / 2 } }
 }
 
 fn lone(dots: &[Dot]) -> Shape {
@@ -126,7 +126,7 @@ pub fn alternatives(target: &Target, dots: &[Dot], most: usize, from: Choice, re
         Respect::CacheTile if most == 1 => vec![], // every weight is read once
         Respect::CacheTile => [1, 2, 4, 8].map(|n| Choice { cache_bytes: n * CACHE_TILE_BYTES / 2, ..from }).to_vec(),
         Respect::Ahead if !integer(dots) => vec![],
-        Respect::Ahead => [0, AHEAD / 4, AHEAD, 2 * AHEAD].map(|ahead| Choice { ahead, ..from }).to_vec(),
+        Respect::Ahead => [0, AHEAD / 4, AHEAD / 2, AHEAD, 2 * AHEAD].map(|ahead| Choice { ahead, ..from }).to_vec(),
     };
     all.into_iter().filter(|c| *c != from && fits(target, dots, most, *c)).collect()
 }

@@ -14,8 +14,8 @@
 
 use super::{Contraction, Dot, Place, by_strips, internal};
 use crate::cpu::dot::amx::{self, Later, Operands, Sums, TOKENS};
-use crate::cpu::dot::{self, Rows, Weights};
-use crate::emit::{Cmp, Emitter, F32, I8, Val};
+use crate::cpu::dot::{self, Rows, Weights, unpack};
+use crate::emit::{Cmp, Emitter, F32, Val};
 use mansard_ir::kernel::PROLOGUE_TOKENS;
 use mansard_ir::layout::{A8, STRIP, StripLayout, row_bytes};
 use mansard_ir::{Result, bail};
@@ -113,10 +113,11 @@ impl Contraction<'_> {
         let (tokens, strips) = if codes { (TOKENS, 1) } else { (2 * TOKENS, 2) };
         let tile = self.tiled_cache_tile(operands).next_multiple_of(strips);
         let panels: usize = dots.iter().map(|d| tile * self.panel_bytes(operands, d)).sum();
+        let sums = dots.iter().filter_map(|d| Some(amx::sum_bytes(self.weights(d)?, d.planes))).max().unwrap_or(0);
         let memory = Memory {
             operands,
             panels: (panels > 0).then(|| e.stack(panels)),
-            sums: codes.then(|| e.stack(2 * TOKENS * STRIP * 4)),
+            sums: codes.then(|| e.stack(sums)),
             products: e.stack(dots.len() * if codes { 1 } else { tile } * tokens * STRIP * 4),
         };
         if codes {
@@ -149,7 +150,7 @@ impl Contraction<'_> {
         result
     }
 
-    /// Gives rows past the step's last one scales of 0: any bits may be there, also such that take long to compute with.
+    /// Gives rows past the step's last one scales of 0.
     fn clear_padding(&self, e: &mut Emitter, rows: Val) -> Result<()> {
         let mut seen = vec![];
         for dot in &self.component.dots {
@@ -159,19 +160,7 @@ impl Contraction<'_> {
             seen.push(dot.x);
             let stride = row_bytes(self.body.ty(dot.x)).ok_or_else(|| internal(self.body))?;
             let x = self.pointer(dot.x)?;
-            let (tile, last) = (e.i64(TOKENS as i64), e.i64(TOKENS as i64 - 1));
-            let end = e.add(rows, last);
-            let end = e.div(end, tile);
-            let end = e.mul(end, tile);
-            e.repeat(rows, end, 1, |e, row| {
-                let row = e.row(x, row, stride);
-                let (zero, lines) = (e.i64(0), e.i64((stride / A8::LINE) as i64));
-                e.repeat(zero, lines, 1, |e, line| {
-                    let at = e.row(row, line, A8::LINE);
-                    let (at, none) = (e.gep_const(at, A8::SCALE), e.int(I8.x(A8::LINE - A8::SCALE), 0));
-                    e.store(none, at, 32);
-                });
-            });
+            amx::clear_padding(e, x, stride, rows);
         }
         Ok(())
     }
@@ -197,7 +186,7 @@ impl Contraction<'_> {
                 let index = e.sub(strip, from);
                 let to = e.row(panel, index, bytes);
                 let strip = dot::strip_at(e, weight, strip, dot.dtype, dot.k);
-                let unpack = if memory.sums.is_some() { amx::unpack } else { amx::widen };
+                let unpack = if memory.sums.is_some() { unpack::signed } else { unpack::widen };
                 unpack(e, weights, dot.k, strip, to);
             });
         }
@@ -205,8 +194,7 @@ impl Contraction<'_> {
     }
 
     fn weights(&self, dot: &Dot) -> Option<Weights<'_>> {
-        let layout = StripLayout::new(dot.dtype, dot.k);
-        Some(Weights { target: self.target, int: dot.dtype.int()?, layout })
+        Weights::of(self.target, dot.dtype, dot.k)
     }
 
     /// Token tiles of `tokens`, the last of 16 where that is enough.
@@ -270,7 +258,7 @@ impl Contraction<'_> {
             let (Some(panel), Some(sums), Some(weights)) = (panel, memory.sums, self.weights(dot)) else {
                 bail!(Internal, "`{}` has codes that are not unpacked", self.body.name);
             };
-            amx::codes(e, weights, dot.k, (strip, panel), rows, (sums, out));
+            amx::codes(e, weights, dot.k, (strip, panel), rows, (sums, out, STRIP * 4));
         }
         Ok(())
     }

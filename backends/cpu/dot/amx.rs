@@ -6,16 +6,14 @@
 //! ```
 //!
 //! A tile of B has a line of 64 bytes for each pair of columns (each quad, of int8): just what packed strips hold. Codes are
-//! unpacked first, once for all tokens of a step: beside int8 activations into signed bytes, less their zero point; beside
-//! bf16 ones into reals, rounded to bf16.
+//! unpacked first ([`super::unpack`]): beside int8 activations into signed bytes, beside bf16 ones into reals.
 //!
 //! Registers are chosen here, not by LLVM: 0 to 3 hold C, 4 and 5 A, 6 and 7 B.
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, chapter "Programming with Intel AMX".
 
 use super::Rows;
-use super::integer::{self, Figures, Weights};
-use crate::emit::{Emitter, F32, I8, I16, I32, Val};
-use crate::math;
+use super::integer::{self, Weights};
+use crate::emit::{Cmp, Emitter, F32, I8, I16, I32, Val};
 use mansard_ir::formats::DType;
 use mansard_ir::layout::{A8, STRIP};
 use mansard_ir::target::Target;
@@ -46,7 +44,7 @@ impl Operands {
     /// For a product of `activations` and `weights`, where the target has matrix units that take them.
     pub fn of(target: &Target, activations: DType, weights: DType, k: usize) -> Option<Operands> {
         match (activations, weights.int()) {
-            (DType::A8, Some(int)) if target.has("amx-int8") => Some(Operands::Codes(int.unit())),
+            (DType::A8 | DType::A16, Some(int)) if target.has("amx-int8") => Some(Operands::Codes(int.unit())),
             (DType::BF16, int) if target.has("amx-bf16") && k.is_multiple_of(COLUMNS) => match int {
                 None if weights != DType::BF16 => None,
                 _ => Some(Operands::Pairs),
@@ -123,6 +121,18 @@ pub fn peak(e: &mut Emitter, operands: Operands, panel: Val, rounds: Val, steps:
     e.load(out, I32.x(STRIP), 64)
 }
 
+/// Emits `body(first row, rows)` for tiles of 32 rows, the last of 16 where that is enough.
+pub fn tiles(e: &mut Emitter, rows: Val, mut body: impl FnMut(&mut Emitter, Val, usize)) {
+    let (zero, half, whole) = (e.i64(0), e.i64(TOKENS as i64), e.i64(2 * TOKENS as i64));
+    let rest = e.rem(rows, whole);
+    let wide = e.cmp(Cmp::Gt, rest, half);
+    let full = e.sub(rows, rest);
+    let end = e.select(wide, rows, full);
+    e.repeat(zero, end, 2 * TOKENS as i64, |e, first| body(e, first, 2 * TOKENS));
+    let narrow = e.cmp(Cmp::Lt, end, rows);
+    e.when(narrow, |e| body(e, full, TOKENS));
+}
+
 /// Bytes of a strip with its codes unpacked.
 pub fn panel_bytes(operands: Operands, k: usize) -> usize {
     match operands {
@@ -143,16 +153,6 @@ pub struct Sums {
     /// They are added to what is there.
     pub add: bool,
 }
-
-/// Lanes of two vectors of 16 as pairs.
-pub const PAIRS: [usize; 2 * STRIP] = {
-    let (mut lanes, mut i) = ([0; 2 * STRIP], 0);
-    while i < 2 * STRIP {
-        lanes[i] = i / 2 + i % 2 * STRIP;
-        i += 1;
-    }
-    lanes
-};
 
 /// Rows that will be read later, and are asked for meanwhile.
 #[derive(Clone, Copy)]
@@ -206,58 +206,48 @@ pub fn pairs(e: &mut Emitter, k: usize, strips: &[Val], rows: Rows, later: Optio
     }
 }
 
-/// Unpacks a strip's codes to `panel`: signed bytes, a line for each quad of columns.
-pub fn unpack(e: &mut Emitter, weights: Weights<'_>, k: usize, strip: Val, panel: Val) {
-    let (low, high) = (e.i64(0), e.i64((k / A8::GROUP) as i64));
-    e.repeat(low, high, 1, |e, line| {
-        let to = e.row(panel, line, A8::GROUP * STRIP);
-        for (quad, codes) in integer::signed_codes(e, weights, strip, line) {
-            let at = e.gep_const(to, quad * 4 * STRIP);
-            e.store(codes, at, 64);
-        }
+/// Gives lines of int8 activations past the last of `count` rows, as far as [`codes`] reads them, scales of 0: any bits may be
+/// there, also such that take long to compute with.
+pub fn clear_padding(e: &mut Emitter, first: Val, stride: usize, count: Val) {
+    let (tile, last) = (e.i64(TOKENS as i64), e.i64(TOKENS as i64 - 1));
+    let end = e.add(count, last);
+    let end = e.div(end, tile);
+    let end = e.mul(end, tile);
+    e.repeat(count, end, 1, |e, row| {
+        let row = e.row(first, row, stride);
+        let (zero, lines) = (e.i64(0), e.i64((stride / A8::LINE) as i64));
+        e.repeat(zero, lines, 1, |e, line| {
+            let at = e.row(row, line, A8::LINE);
+            let (at, none) = (e.gep_const(at, A8::SCALE), e.int(I8.x(A8::LINE - A8::SCALE), 0));
+            e.store(none, at, 32);
+        });
     });
 }
 
-/// Unpacks a strip's codes to `panel`: reals rounded to bf16, a line for each pair of columns.
-pub fn widen(e: &mut Emitter, weights: Weights<'_>, k: usize, strip: Val, panel: Val) {
-    let unit = weights.int.unit();
-    let (low, high) = (e.i64(0), e.i64((k / A8::GROUP) as i64));
-    e.repeat(low, high, 1, |e, line| {
-        let to = e.row(panel, line, 2 * A8::GROUP * STRIP);
-        let figures: Vec<Figures> =
-            (0..A8::GROUP / unit).map(|part| weights.unit_figures(e, strip, (line, part))).collect();
-        for (quad, codes) in integer::signed_codes(e, weights, strip, line) {
-            let columns = e.bitcast(codes, I32.x(STRIP));
-            for pair in 0..2 {
-                let [even, odd] = [2 * pair, 2 * pair + 1].map(|column| {
-                    let byte = e.shl(columns, 24 - 8 * column);
-                    let byte = e.sar(byte, 24);
-                    let real = weights.reals(e, figures[quad * 4 / unit], byte);
-                    math::round_bf16(e, real)
-                });
-                let pairs = e.shuffle(even, odd, &PAIRS);
-                let at = e.gep_const(to, (2 * quad + pair as usize) * 4 * STRIP);
-                e.store(pairs, at, 64);
-            }
-        }
-    });
+/// Bytes of memory for the sums of [`codes`].
+pub fn sum_bytes(weights: Weights<'_>, planes: usize) -> usize {
+    units(weights, planes).max(2) * TILE_BYTES
 }
 
-/// Products of 16 rows of int8 activations with a strip, whose codes are in `panel`. `out` gets `f32[16][16]`; `sums` is
-/// memory for two stored tiles.
+/// Products of a line of activations.
+fn units(weights: Weights<'_>, planes: usize) -> usize {
+    weights.units() * planes
+}
+
+/// Products of 16 rows of int8 activations with a strip, whose codes are in `panel`. Row `r` of the result is stored at
+/// `out + r * stride`; `sums` is memory for stored tiles.
 pub fn codes(
     e: &mut Emitter,
     weights: Weights<'_>,
     k: usize,
     (strip, panel): (Val, Val),
     rows: Rows,
-    (sums, out): (Val, Val),
+    (sums, out, stride): (Val, Val, usize),
 ) {
     let product = Codes { weights, strip, panel, rows, sums };
     let lines = k / A8::GROUP;
-    let parts = A8::GROUP / weights.int.unit();
-    // Two products at a time: one waits for its sums while the other is scaled.
-    let together = 2 / parts;
+    // Two products at a time, at least: one waits for its sums while the other is scaled.
+    let together = (2 / units(weights, rows.planes)).max(1);
     let zero = e.float(F32.x(STRIP), 0.0);
     let (low, high, step) = (e.i64(0), e.i64((lines / together * together) as i64), e.i64(together as i64));
     let start = vec![zero; TOKENS];
@@ -266,7 +256,7 @@ pub fn codes(
         acc = product.lines(e, high, 1, &acc);
     }
     for (r, value) in acc.iter().enumerate() {
-        let at = e.gep_const(out, r * 4 * STRIP);
+        let at = e.gep_const(out, r * stride);
         e.store(*value, at, 64);
     }
 }
@@ -280,31 +270,36 @@ struct Codes<'a> {
 }
 
 impl Codes<'_> {
-    /// `count` lines of 32 columns, all their units.
+    /// `count` lines of 32 columns, all their units, in every plane.
     fn lines(&self, e: &mut Emitter, line: Val, count: usize, acc: &[Val]) -> Vec<Val> {
-        let unit = self.weights.int.unit();
-        let parts = A8::GROUP / unit;
-        let first = e.row(self.rows.first, line, A8::LINE);
+        let (unit, parts, planes) = (self.weights.int.unit(), self.weights.units(), self.rows.planes);
+        let first = e.row(self.rows.first, line, A8::LINE * planes);
         let panel = e.row(self.panel, line, A8::GROUP * STRIP);
-        let sums: Vec<Val> = (0..count * parts).map(|i| e.gep_const(self.sums, i * TILE_BYTES)).collect();
+        let sums: Vec<Val> = (0..count * parts * planes).map(|i| e.gep_const(self.sums, i * TILE_BYTES)).collect();
         for (i, sum) in sums.iter().enumerate() {
-            let x = e.gep_const(first, i / parts * A8::LINE + i % parts * unit);
-            let codes = e.gep_const(panel, i * unit * STRIP);
+            let (codes, plane) = (i / planes, i % planes);
+            let (line, part) = (codes / parts, codes % parts);
+            let x = e.gep_const(first, (line * planes + plane) * A8::LINE + part * unit);
             load(e, A + i % 2, x, self.rows.stride);
-            load(e, B + i % 2, codes, 4 * STRIP);
-            zero(e, i);
-            multiply(e, "llvm.x86.tdpbssd", i, A + i % 2, B + i % 2);
-            store(e, i, *sum, 4 * STRIP);
+            if plane == 0 {
+                let at = e.gep_const(panel, codes * unit * STRIP);
+                load(e, B + codes % 2, at, 4 * STRIP);
+            }
+            zero(e, i % A);
+            multiply(e, "llvm.x86.tdpbssd", i % A, A + i % 2, B + codes % 2);
+            store(e, i % A, *sum, 4 * STRIP);
         }
         let mut acc = acc.to_vec();
-        for (i, sum) in sums.iter().enumerate() {
-            let figures = self.weights.unit_figures(e, self.strip, (line, i));
-            let x = e.gep_const(first, i / parts * A8::LINE);
+        for codes in 0..count * parts {
+            let figures = self.weights.unit_figures(e, self.strip, (line, codes));
+            let (line, part) = (codes / parts, codes % parts);
             for (r, acc) in acc.iter_mut().enumerate() {
-                let at = e.gep_const(*sum, r * 4 * STRIP);
-                let value = e.load(at, I32.x(STRIP), 64);
-                let x = e.gep_const(x, r * self.rows.stride);
-                *acc = integer::scaled(e, figures, (parts, i % parts), x, value, *acc);
+                for plane in 0..planes {
+                    let at = e.gep_const(sums[codes * planes + plane], r * 4 * STRIP);
+                    let value = e.load(at, I32.x(STRIP), 64);
+                    let x = e.gep_const(first, r * self.rows.stride + (line * planes + plane) * A8::LINE);
+                    *acc = integer::scaled(e, figures, (parts, part), x, value, *acc);
+                }
             }
         }
         acc

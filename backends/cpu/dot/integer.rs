@@ -16,7 +16,7 @@
 use super::isa::{self, dot4};
 use super::{Rows, part_at};
 use crate::emit::{Emitter, F16, F32, I8, I32, Val};
-use mansard_ir::formats::{E2M1, E2M1_ZERO, IntFormat, Zero};
+use mansard_ir::formats::{DType, E2M1, E2M1_ZERO, IntFormat, Zero};
 use mansard_ir::layout::{A8, ALIGN, STRIP, StripLayout, code_bytes, high_bytes};
 use mansard_ir::target::Target;
 
@@ -70,7 +70,12 @@ struct Tile<'a> {
     rows: Rows,
 }
 
-impl Weights<'_> {
+impl<'a> Weights<'a> {
+    /// A matrix of `k` columns; `None` where `dtype` is of reals.
+    pub fn of(target: &'a Target, dtype: DType, k: usize) -> Option<Weights<'a>> {
+        Some(Weights { target, int: dtype.int()?, layout: StripLayout::new(dtype, k) })
+    }
+
     /// Figures of unit `unit` from line `line` on.
     pub fn unit_figures(&self, e: &mut Emitter, strip: Val, (line, unit): (Val, usize)) -> Figures {
         let column = e.scaled(line, A8::GROUP, unit * self.int.unit());
@@ -79,13 +84,14 @@ impl Weights<'_> {
         self.figures(e, strip, group)
     }
 
-    /// The reals of 16 rows whose codes are signed bytes, as [`signed_codes`] has them.
-    pub fn reals(&self, e: &mut Emitter, Figures { scale, min }: Figures, codes: Val) -> Val {
-        let codes = e.convert("sitofp", codes, F32);
-        match min {
-            Some(min) => e.fma(codes, scale, min),
-            None => e.mul(codes, scale),
-        }
+    /// Units of a line.
+    pub fn units(&self) -> usize {
+        A8::GROUP / self.int.unit()
+    }
+
+    /// Unit `part` of line `line`.
+    pub fn unit(self, strip: Val, line: Val, part: usize) -> UnitAt<'a> {
+        UnitAt { weights: self, strip, line, units: self.units(), part }
     }
 
     /// Figures of group `group` of a strip.
@@ -106,36 +112,20 @@ impl Figures {
         let min = second.map(|second| if int.zero == Zero::Point { zero_point(e, scale, second) } else { second });
         Figures { scale, min }
     }
+
+    /// The reals of 16 rows with these codes, less a zero point that all share.
+    pub fn reals(self, e: &mut Emitter, codes: Val) -> Val {
+        match self.min {
+            Some(min) => e.fma(codes, self.scale, min),
+            None => e.mul(codes, self.scale),
+        }
+    }
 }
 
 /// What a zero point adds to every real: `-scale * zero`.
 pub fn zero_point(e: &mut Emitter, scale: Val, zero: Val) -> Val {
     let product = e.mul(scale, zero);
     e.neg(product)
-}
-
-/// The codes of a line's 32 columns as signed bytes, less the format's zero point where that is fixed: each quad with 64.
-pub fn signed_codes(e: &mut Emitter, weights: Weights<'_>, strip: Val, line: Val) -> Vec<(usize, Val)> {
-    let Weights { int, .. } = weights;
-    let units = A8::GROUP / int.unit();
-    let packed = int.unit() / if int.bits == 8 { 4 } else { 8 };
-    let mut all = vec![];
-    for part in 0..units {
-        let unit = UnitAt { weights, strip, line, units, part };
-        for packed in 0..packed {
-            for (quad, codes) in unit.codes(e, packed) {
-                let codes = match int.zero.fixed() {
-                    Some(zero) => {
-                        let zero = e.int(codes.ty, i64::from(zero.cast_signed()));
-                        e.sub(codes, zero)
-                    }
-                    None => codes,
-                };
-                all.push((part * int.unit() / 4 + quad, codes));
-            }
-        }
-    }
-    all
 }
 
 /// Adds the integer sum of part `part` of a line's `parts` to an accumulator.
@@ -181,10 +171,9 @@ impl Tile<'_> {
         let at = |r: usize, plane: usize| r * rows.stride + plane * A8::LINE;
         let lines: Vec<usize> = (0..rows.count).flat_map(|r| (0..rows.planes).map(move |p| at(r, p))).collect();
         let lines: Vec<Val> = lines.into_iter().map(|at| e.gep_const(first, at)).collect(); // [row][plane]
-        let parts = A8::GROUP / self.weights.int.unit();
+        let parts = self.weights.units();
         for part in 0..parts {
-            let unit = |strip: &Val| UnitAt { weights: self.weights, strip: *strip, line, units: parts, part };
-            let units: Vec<UnitAt<'_>> = self.strips.iter().map(unit).collect();
+            let units: Vec<UnitAt<'_>> = self.strips.iter().map(|s| self.weights.unit(*s, line, part)).collect();
             let sums = self.sums(e, &units, &lines); // [strip][row][plane]
             for (s, unit) in units.iter().enumerate() {
                 let figures = match figures {
@@ -204,8 +193,7 @@ impl Tile<'_> {
     fn sums(&self, e: &mut Emitter, units: &[UnitAt<'_>], lines: &[Val]) -> Vec<Val> {
         let mut sums: Vec<Val> = lines.iter().map(|x| units[0].first_sum(e, *x)).collect();
         sums = units.iter().flat_map(|_| sums.clone()).collect();
-        let packed = self.weights.int.unit() / if self.weights.int.bits == 8 { 4 } else { 8 };
-        for packed in 0..packed {
+        for packed in 0..units[0].lines() {
             let codes: Vec<Vec<(usize, Val)>> = units.iter().map(|unit| unit.codes(e, packed)).collect();
             for i in 0..codes[0].len() {
                 for (l, x) in lines.iter().enumerate() {
@@ -237,8 +225,9 @@ fn splat(e: &mut Emitter, x: Val, offset: usize, ty: crate::emit::Ty) -> Val {
 }
 
 /// Weights of a strip whose codes are packed together: unit `line * units + part`.
-struct UnitAt<'a> {
-    weights: Weights<'a>,
+pub struct UnitAt<'a> {
+    /// Of which strips.
+    pub weights: Weights<'a>,
     strip: Val,
     line: Val,
     units: usize,
@@ -275,12 +264,22 @@ impl UnitAt<'_> {
         }
     }
 
-    /// The quads in line `packed` of the unit, each with its codes: 64 unsigned bytes.
-    fn codes(&self, e: &mut Emitter, packed: usize) -> Vec<(usize, Val)> {
-        let bytes = I8.x(4 * STRIP);
+    /// Lines of 64 bytes that hold its codes, or the low 4 bits of them.
+    pub fn lines(&self) -> usize {
+        self.weights.int.unit() / if self.weights.int.bits == 8 { 4 } else { 8 }
+    }
+
+    /// One of these lines.
+    pub fn packed(&self, e: &mut Emitter, line: usize) -> Val {
         let at = self.at(e, self.weights.layout.codes, code_bytes(self.weights.int));
-        let at = e.gep_const(at, 64 * packed);
-        let line = e.load(at, bytes, 64);
+        let at = e.gep_const(at, 64 * line);
+        e.load(at, I8.x(4 * STRIP), 64)
+    }
+
+    /// The quads in line `packed` of the unit, each with its codes: 64 unsigned bytes.
+    pub fn codes(&self, e: &mut Emitter, packed: usize) -> Vec<(usize, Val)> {
+        let bytes = I8.x(4 * STRIP);
+        let line = self.packed(e, packed);
         if self.weights.int.bits == 8 {
             return vec![(packed, isa::operand(e, self.weights.target, 8, line))];
         }

@@ -10,7 +10,8 @@
 
 use super::row::Ordered;
 use super::{PANEL, PLANES, Projection, above, at_least, broken, join, panels, stride};
-use crate::cpu::dot::{self, Rows};
+use crate::cpu::dot::amx::{self, Operands};
+use crate::cpu::dot::{self, Rows, Weights, unpack};
 use crate::cpu::{StepField, count_of, memory, step_field};
 use crate::emit::{Cmp, Emitter, F32, I32, I64, KernelArgs, Val};
 use mansard_ir::layout::{ALIGN, STRIP, StripLayout};
@@ -206,23 +207,23 @@ impl Rescore<'_> {
 
     /// Every logit of every row: strips joined one by one, each multiplied with all rows.
     fn all(&self, e: &mut Emitter, k: KernelArgs, rows: Val, most: usize) {
-        let p = self.p;
-        let strip_at = e.stack(StripLayout::new(DType::Q8_0, p.k).bytes);
+        let units = Operands::of(self.target, DType::A16, DType::Q8_0, self.p.k).filter(|_| most > amx::TOKENS);
+        let (Some(units), Some(weights)) = (units, Weights::of(self.target, DType::Q8_0, self.p.k)) else {
+            return self.by_vectors(e, k, rows, most);
+        };
+        let few = e.i64(amx::TOKENS as i64);
+        let few = e.cmp(Cmp::Le, rows, few);
+        e.either(few, |e| self.by_vectors(e, k, rows, amx::TOKENS), |e| self.by_tiles(e, k, rows, (units, weights)));
+    }
+
+    fn by_vectors(&self, e: &mut Emitter, k: KernelArgs, rows: Val, most: usize) {
         let tile = if self.target.wide_registers() >= 32 { PANEL } else { 2 };
-        let strips = e.i64(p.strips() as i64);
-        let (low, high) = e.share(k, strips);
-        e.repeat(low, high, 1, |e, strip| {
-            join::strip(e, p, strip, strip_at);
+        self.joined(e, k, |e, strip, strip_at| {
             panels(e, rows, most, |e, first, size| {
-                let x = e.row(p.x, first, p.x_bytes);
-                let to = e.row(self.logits.0, first, self.logits.1);
-                let to = e.row(to, strip, 4 * STRIP);
+                let to = self.logits_at(e, first, strip);
                 for from in (0..size).step_by(tile) {
-                    let x = e.gep_const(x, from * p.x_bytes);
-                    let (count, dtype) = (tile.min(size - from), DType::A16);
-                    let rows =
-                        Rows { first: x, stride: p.x_bytes, count, dtype, planes: PLANES, ahead: None, prefetch: 0 };
-                    let products = dot::tile(e, self.target, DType::Q8_0, p.k, &[strip_at], rows);
+                    let rows = self.rows(e, first, from, tile.min(size - from));
+                    let products = dot::tile(e, self.target, DType::Q8_0, self.p.k, &[strip_at], rows);
                     for (r, product) in products.into_iter().enumerate() {
                         let to = e.gep_const(to, (from + r) * self.logits.1);
                         e.store(product, to, 64);
@@ -230,5 +231,46 @@ impl Rescore<'_> {
                 }
             });
         });
+    }
+
+    /// On matrix units.
+    fn by_tiles(&self, e: &mut Emitter, k: KernelArgs, rows: Val, (units, weights): (Operands, Weights<'_>)) {
+        let (panel, sums) = (e.stack(amx::panel_bytes(units, self.p.k)), e.stack(amx::sum_bytes(weights, PLANES)));
+        amx::clear_padding(e, self.p.x, self.p.x_bytes, rows);
+        units.configure(e);
+        self.joined(e, k, |e, strip, strip_at| {
+            unpack::signed(e, weights, self.p.k, strip_at, panel);
+            let zero = e.i64(0);
+            e.repeat(zero, rows, amx::TOKENS as i64, |e, first| {
+                let to = self.logits_at(e, first, strip);
+                let rows = self.rows(e, first, 0, amx::TOKENS);
+                amx::codes(e, weights, self.p.k, (strip_at, panel), rows, (sums, to, self.logits.1));
+            });
+        });
+        amx::release(e);
+    }
+
+    /// Emits `body(strip, address of its codes)` for this worker's strips.
+    fn joined(&self, e: &mut Emitter, k: KernelArgs, mut body: impl FnMut(&mut Emitter, Val, Val)) {
+        let strip_at = e.stack(StripLayout::new(DType::Q8_0, self.p.k).bytes);
+        let strips = e.i64(self.p.strips() as i64);
+        let (low, high) = e.share(k, strips);
+        e.repeat(low, high, 1, |e, strip| {
+            join::strip(e, self.p, strip, strip_at);
+            body(e, strip, strip_at);
+        });
+    }
+
+    /// `count` rows of activations from `first + from` on.
+    fn rows(&self, e: &mut Emitter, first: Val, from: usize, count: usize) -> Rows {
+        let x = e.row(self.p.x, first, self.p.x_bytes);
+        let first = e.gep_const(x, from * self.p.x_bytes);
+        Rows { first, stride: self.p.x_bytes, count, dtype: DType::A16, planes: PLANES, ahead: None, prefetch: 0 }
+    }
+
+    /// Where the first of a strip's logits of row `first` is.
+    fn logits_at(&self, e: &mut Emitter, first: Val, strip: Val) -> Val {
+        let to = e.row(self.logits.0, first, self.logits.1);
+        e.row(to, strip, 4 * STRIP)
     }
 }
