@@ -51,7 +51,7 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
         |e| {
             let (ordered, best, list) = (Ordered::new(e, rescore.p), e.stack(8 * MOST), e.stack(4 * BLOCK * STRIP));
             e.repeat(zero, rows, 1, |e, row| {
-                let x = e.row(rescore.p.x, row, rescore.p.x_bytes);
+                let x = rescore.p.row(e, row);
                 ordered.fill(e, rescore.p, x);
                 let bounds = e.row(rescore.bounds.0, row, rescore.bounds.1);
                 let logits = e.row(rescore.logits.0, row, rescore.logits.1);
@@ -214,7 +214,7 @@ impl Rescore<'_> {
         e.repeat(low, high, 1, |e, strip| {
             join::strip(e, p, strip, strip_at);
             panels(e, rows, most, |e, first, size| {
-                let x = e.row(p.x, first, p.x_bytes);
+                let x = p.row(e, first);
                 let to = e.row(self.logits.0, first, self.logits.1);
                 let to = e.row(to, strip, 4 * STRIP);
                 for from in (0..size).step_by(tile) {
