@@ -59,7 +59,7 @@ pub fn graph(graph: &Graph, inputs: &[Value], weights: &mut Weights<'_>) -> Resu
 
 /// The integer weight of a product with bf16 activations: as bf16 too.
 fn rounded_weight(graph: &Graph, node: &Node, operands: &[&Value]) -> Option<Value> {
-    let dtype = |operand: usize| graph.ty(*node.operands.get(operand)?).as_tensor().map(|(dtype, _)| dtype);
+    let dtype = |operand: usize| graph.ty(*node.operands.get(operand)?).dtype();
     let widened = node.op.class() == Class::Contract && dtype(0)? == DType::BF16 && dtype(1)?.int().is_some();
     match operands.get(1).filter(|_| widened)? {
         Value::Tensor(w) => {

@@ -89,6 +89,14 @@ impl Type {
         }
     }
 
+    /// Element type of a tensor or a cache; a weight's storage format.
+    pub fn dtype(&self) -> Option<DType> {
+        match self {
+            Type::Tensor { dtype, .. } | Type::Cache { dtype, .. } => Some(*dtype),
+            _ => None,
+        }
+    }
+
     /// Elements of one row: the product of all dims after the first. `None` unless those are fixed.
     pub fn row_width(&self) -> Option<usize> {
         let (_, shape) = self.as_tensor()?;

@@ -47,7 +47,7 @@ fn replace(graph: &mut Graph) -> Vec<Constant> {
     let mut constants = vec![];
     for index in 0..graph.nodes.len() {
         let node = &graph.nodes[index];
-        let float = matches!(node.ty.as_tensor(), Some((DType::F32, _)));
+        let float = node.ty.dtype() == Some(DType::F32);
         let folded = matches!(node.op.class(), Class::Weight | Class::WeightFold);
         let operands: Option<Vec<String>> = node.operands.iter().map(|o| weight_name(graph, *o)).collect();
         let Some(operands) = operands.filter(|_| node.ty.is_static() && float && !folded) else { continue };
@@ -65,7 +65,7 @@ fn replace(graph: &mut Graph) -> Vec<Constant> {
 
 fn weight_name(graph: &Graph, value: ValueId) -> Option<String> {
     let node = graph.node(value).filter(|n| n.op == Op::WEIGHT)?;
-    matches!(node.ty.as_tensor(), Some((DType::F32, _))).then(|| node.attrs.str("name").to_string())
+    (node.ty.dtype() == Some(DType::F32)).then(|| node.attrs.str("name").to_string())
 }
 
 fn value(model: &Model, prefix: &str, constant: &Constant) -> Result<Weight> {

@@ -114,11 +114,11 @@ impl Rounded {
     /// Adds those of a graph.
     fn count(&mut self, graph: &Graph) {
         let queries = graph.nodes.iter().filter(|n| n.op.class() == Class::Attend).map(|n| graph.ty(n.operands[0]));
-        self.attention += queries.filter(|q| matches!(q.as_tensor(), Some((DType::BF16, _)))).count();
+        self.attention += queries.filter(|q| q.dtype() == Some(DType::BF16)).count();
         let contractions =
             graph.nodes.iter().filter(|n| matches!(n.op.class(), Class::Contract | Class::ContractExperts));
         for node in contractions {
-            let dtype = |operand: usize| graph.ty(node.operands[operand]).as_tensor().map(|(dtype, _)| dtype);
+            let dtype = |operand: usize| graph.ty(node.operands[operand]).dtype();
             match (dtype(0), dtype(1)) {
                 (Some(DType::BF16), Some(DType::BF16)) => self.bf16 += 1,
                 (Some(DType::BF16), _) => self.widened += 1,

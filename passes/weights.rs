@@ -130,7 +130,7 @@ fn role(graph: &Graph, weight: ValueId, vocab: usize) -> Role {
             Some((_, [Dim::N(rows), ..])) if *rows == vocab => Role::Vocabulary,
             _ => Role::Table,
         },
-        _ if graph.ty(reader.operands[0]).as_tensor().is_some_and(|(d, _)| d.planes().is_some()) => Role::Quantized,
+        _ if graph.ty(reader.operands[0]).dtype().is_some_and(|d| d.planes().is_some()) => Role::Quantized,
         _ if graph.ty(reader.operands[0]).rows() == Some(Dim::R) => Role::Vocabulary,
         _ if routes(graph, graph.value_of(index)) => Role::Router,
         _ => Role::Product,

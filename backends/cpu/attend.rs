@@ -85,6 +85,19 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     Ok(e.finish())
 }
 
+/// The first position that the token at `position` of a sequence of `length` sees, and the first beyond.
+pub(crate) fn sight(e: &mut Emitter, (causal, window): (bool, usize), position: Val, length: Val) -> (Val, Val) {
+    let (one, zero) = (e.i64(1), e.i64(0));
+    let own = e.add(position, one);
+    let end = if causal { e.min(own, length) } else { length };
+    if window == 0 {
+        return (zero, end);
+    }
+    let window = e.i64(window as i64);
+    let start = e.sub(own, window);
+    (e.max(start, zero), end)
+}
+
 /// A worker's memory for one item, on its stack.
 struct Buffers {
     /// `[rows][dim]`: queries, scaled.

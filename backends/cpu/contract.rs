@@ -104,7 +104,7 @@ pub(crate) fn components(body: &Graph) -> Result<Vec<Component>> {
                 let extent = |i: usize| if let Some(Dim::N(n)) = shape.get(i) { *n } else { 0 };
                 let (n, columns) = (extent(shape.len() - 2), extent(shape.len() - 1));
                 let routing = node.operands.get(2).copied();
-                let activations = body.ty(node.operands[0]).as_tensor().map_or(DType::F32, |(d, _)| d);
+                let activations = body.ty(node.operands[0]).dtype().unwrap_or(DType::F32);
                 if activations.planes().is_some() != dtype.int().is_some() && activations != DType::BF16 {
                     let x = body.ty(node.operands[0]);
                     bail!(Unsupported, "no product of {x} and {dtype} weights: int8 meets integer formats only");
@@ -140,6 +140,26 @@ pub(crate) fn components(body: &Graph) -> Result<Vec<Component>> {
     Ok(parts)
 }
 
+/// What a kernel computes before its contractions.
+pub(crate) struct Before {
+    pub(crate) nodes: Vec<ValueId>,
+    /// Those of them that are read afterwards, with the bytes of their rows.
+    pub(crate) read: Vec<(ValueId, usize)>,
+}
+
+/// Finds what is computed before the contractions: only kernels for few tokens may have something there.
+pub(crate) fn before(kernel: &Kernel, components: &[Component]) -> Result<Before> {
+    let body = &kernel.body;
+    let after = |v: &ValueId| components.iter().any(|c| c.epilogue.contains(v) || c.dots.iter().any(|d| d.value == *v));
+    let (after, nodes): (Vec<ValueId>, Vec<ValueId>) = body.computed().into_iter().partition(after);
+    if !nodes.is_empty() && kernel.range.max > PROLOGUE_TOKENS {
+        bail!(Internal, "`{}` computes activations for up to {} tokens", body.name, kernel.range.max);
+    }
+    let read = |v: &&ValueId| after.iter().filter_map(|a| body.node(*a)).any(|n| n.operands.contains(v));
+    let read = nodes.iter().filter(read).filter_map(|v| Some((*v, row_bytes(body.ty(*v))?))).collect();
+    Ok(Before { nodes, read })
+}
+
 /// Computes what contractions read and no buffer holds: every worker fills rows of its own stack. Kernels with a prologue
 /// are for few tokens.
 fn prologue(
@@ -150,17 +170,10 @@ fn prologue(
     memory: &mut [Option<Val>],
 ) -> Result<()> {
     let body = &kernel.body;
-    let after = |v: &ValueId| components.iter().any(|c| c.epilogue.contains(v) || c.dots.iter().any(|d| d.value == *v));
-    let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some() && !after(v)).collect();
+    let Before { nodes, read } = before(kernel, components)?;
     let Some(last) = nodes.last() else { return Ok(()) };
-    if kernel.range.max > PROLOGUE_TOKENS {
-        bail!(Internal, "`{}` computes activations for up to {} tokens", body.name, kernel.range.max);
-    }
-    for v in &nodes {
-        let read = body.values().filter(after).filter_map(|a| body.node(a)).any(|n| n.operands.contains(v));
-        if let (true, Some(bytes)) = (read, row_bytes(body.ty(*v))) {
-            memory[v.0 as usize] = Some(e.stack(bytes * PROLOGUE_TOKENS));
-        }
+    for (v, bytes) in read {
+        memory[v.0 as usize] = Some(e.stack(bytes * PROLOGUE_TOKENS));
     }
     let rows = count_of(e, k, body.ty(*last))?;
     let zero = e.i64(0);
@@ -372,7 +385,7 @@ impl Contraction<'_> {
         let stride = row_bytes(ty).ok_or_else(|| internal(self.body))?;
         let row = e.row(base, place.first, stride);
         let row = e.gep_const(row, place.row * stride);
-        let narrow = matches!(ty.as_tensor(), Some((DType::BF16, _)));
+        let narrow = ty.dtype() == Some(DType::BF16);
         let offset = if narrow { e.shr(place.offset, 1) } else { place.offset };
         Ok(e.gep(row, offset))
     }

@@ -10,7 +10,7 @@ use crate::emit::{Cmp, Emitter, F32, Val};
 use mansard_ir::layout::row_bytes;
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
-use mansard_ir::{Error, Kind, Result, Target, Type};
+use mansard_ir::{Error, Graph, Kind, Result, Target, ValueId};
 
 /// Emits a `pool` kernel.
 ///
@@ -20,18 +20,8 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let body = &kernel.body;
     let (mut e, k) = Emitter::kernel(kernel, target);
     let memory = super::memory(&mut e, k, body);
-    let (mut nodes, mut pooled) = (vec![], None);
-    for value in body.values() {
-        match body.node(value) {
-            Some(node) if node.op.class() == Class::Pool => pooled = Some((value, node.operands[0])),
-            Some(_) => nodes.push(value),
-            None => {}
-        }
-    }
-    let broken = || Error::new(Kind::Internal, format!("`{}` is no pooling of rows in memory", body.name));
-    let (pooled, x) = pooled.ok_or_else(broken)?;
-    let base = memory[x.0 as usize].ok_or_else(broken)?;
-    let rows = Pooling::new(body.ty(x), base).ok_or_else(broken)?;
+    let Parts { pooled, x, bytes, nodes } = parts(body)?;
+    let rows = Pooling { x: memory[x.0 as usize].ok_or_else(|| broken(body))?, bytes };
     let scratch = e.stack(rows.bytes);
     let count = step_field(&mut e, k, StepField::S);
     let (low, high) = e.share(k, count);
@@ -49,6 +39,29 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     Ok(e.finish())
 }
 
+/// What a kernel of pooling is made of.
+pub(crate) struct Parts {
+    pub(crate) pooled: ValueId,
+    /// What is pooled, and bytes from row to row of it.
+    pub(crate) x: ValueId,
+    pub(crate) bytes: usize,
+    /// What follows.
+    pub(crate) nodes: Vec<ValueId>,
+}
+
+/// The parts of a kernel's body.
+pub(crate) fn parts(body: &Graph) -> Result<Parts> {
+    let pools = |v: &ValueId| body.node(*v).is_some_and(|n| n.op.class() == Class::Pool);
+    let (pooled, nodes): (Vec<ValueId>, Vec<ValueId>) = body.computed().into_iter().partition(pools);
+    let Some((pooled, node)) = pooled.last().and_then(|v| Some((*v, body.node(*v)?))) else { return Err(broken(body)) };
+    let x = node.operands[0];
+    Ok(Parts { pooled, x, bytes: row_bytes(body.ty(x)).ok_or_else(|| broken(body))?, nodes })
+}
+
+fn broken(body: &Graph) -> Error {
+    Error::new(Kind::Internal, format!("`{}` is no pooling of rows in memory", body.name))
+}
+
 /// Rows to take the mean of.
 struct Pooling {
     x: Val,
@@ -57,10 +70,6 @@ struct Pooling {
 }
 
 impl Pooling {
-    fn new(ty: &Type, x: Val) -> Option<Pooling> {
-        Some(Pooling { x, bytes: row_bytes(ty)? })
-    }
-
     /// The mean over a sequence's tokens, to the row at `to`.
     fn mean(&self, e: &mut Emitter, sequences: Val, sequence: Val, to: Val) {
         let record = e.row(sequences, sequence, 8);

@@ -22,16 +22,15 @@ pub(crate) mod schedule;
 mod sweep;
 #[cfg(test)]
 mod tests;
+pub(crate) mod values;
 pub(crate) mod walk;
 
 use super::count_of;
 use crate::emit::{Emitter, KernelArgs, Val};
-use mansard_ir::layout::row_bytes;
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
-use mansard_ir::{DType, Graph, Node, Place, Result, Target, Type, ValueId, bail};
-use schedule::{Home, Schedule, Step};
-use std::collections::BTreeMap;
+use mansard_ir::{Graph, Place, Result, Target, Type, ValueId, bail};
+use schedule::Step;
 
 /// Emits a `rows` kernel: workers share the rows.
 ///
@@ -77,47 +76,20 @@ pub fn emit_row(
     here: &[(ValueId, Val)],
     row: Val,
 ) -> Result<()> {
-    let stored = |v: ValueId| memory.get(v.0 as usize).is_some_and(Option::is_some);
-    let Schedule { steps, homes, stack_bytes } = schedule::schedule(graph, nodes, &stored)?;
-    let mut rows = Rows { graph, nodes, memory, k, row, at: here.iter().copied().collect(), stats: BTreeMap::new() };
-    let stack = if stack_bytes > 0 { Some(e.stack(stack_bytes)) } else { None };
-    for (value, home) in homes {
-        if here.iter().any(|(v, _)| *v == value) {
-            continue;
-        }
-        let address = match (home, stack) {
-            (Home::Memory(buffer), _) => {
-                let Some(bytes) = row_bytes(graph.ty(buffer)) else { bail!(Internal, "{buffer} has no rows") };
-                let base = rows.memory(buffer)?;
-                e.row(base, row, bytes)
-            }
-            (Home::Stack(at), Some(stack)) => e.gep_const(stack, at),
-            _ => continue,
-        };
-        rows.at.insert(value, address);
-    }
+    let stack = |e: &mut Emitter, bytes| (bytes > 0).then(|| e.stack(bytes));
+    let (mut rows, steps) = Rows::new(e, k, (graph, nodes), (memory, here), row, stack)?;
     for step in &steps {
         rows.step(e, step)?;
     }
     Ok(())
 }
 
-/// One row's program under construction.
-struct Rows<'a> {
-    graph: &'a Graph,
-    nodes: &'a [ValueId],
-    /// Start of each value's buffer.
-    memory: &'a [Option<Val>],
-    k: KernelArgs,
-    /// Which row.
-    row: Val,
-    /// Address of each value's row; values that stay in registers have none.
-    at: BTreeMap<ValueId, Val>,
-    /// Figures of normalizations, one record a head.
-    stats: BTreeMap<ValueId, Val>,
-}
+/// A worker, to which a row belongs alone.
+pub(crate) struct Worker;
 
-impl<'a> Rows<'a> {
+type Rows<'a> = values::Rows<'a, Worker>;
+
+impl Rows<'_> {
     fn step(&mut self, e: &mut Emitter, step: &Step) -> Result<()> {
         match step {
             Step::Sweep { heads, nodes } => self.sweep(e, *heads, nodes),
@@ -141,37 +113,6 @@ impl<'a> Rows<'a> {
             Class::Append => self.append(e, node),
             Class::Route => self.route(e, v, node),
             _ => bail!(Internal, "`{}` is no part of a row program", node.op),
-        }
-    }
-
-    fn node(&self, v: ValueId) -> Result<&'a Node> {
-        match self.graph.node(v) {
-            Some(node) => Ok(node),
-            None => bail!(Internal, "{v} is no node"),
-        }
-    }
-
-    fn root(&self, v: ValueId) -> ValueId {
-        schedule::root(self.graph, self.nodes, v)
-    }
-
-    /// Where the row of a value starts.
-    fn row_of(&self, v: ValueId) -> Result<Val> {
-        match self.at.get(&self.root(v)) {
-            Some(at) => Ok(*at),
-            None => bail!(Internal, "{v}: {} has no row here", self.graph.ty(v)),
-        }
-    }
-
-    /// Where a node's result goes; `None` where nobody reads it.
-    fn destination(&self, v: ValueId) -> Option<Val> {
-        self.at.get(&v).copied()
-    }
-
-    fn dtype(&self, v: ValueId) -> Result<DType> {
-        match self.graph.ty(v) {
-            Type::Tensor { dtype, .. } | Type::Cache { dtype, .. } => Ok(*dtype),
-            ty => bail!(Internal, "{v}: {ty} has no dtype"),
         }
     }
 }

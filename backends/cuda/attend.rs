@@ -11,9 +11,11 @@
 //!
 //! `attend_mixed` reads a token's own cache block from the recent caches.
 
-use super::rows::{load_index, put_real, real_at};
+use super::rows::{put_real, real_at};
 use super::{Device, group};
+use crate::cpu::attend::sight;
 use crate::cpu::cached::{At, Stored};
+use crate::cpu::rows::walk::load_index;
 use crate::cpu::{StepField, step_field, tables};
 use crate::emit::{BF16, Cmp, Emitter, F32, I64, Val, WARP};
 use crate::math;
@@ -60,7 +62,7 @@ pub(super) fn emit(e: &mut Emitter, d: Device<'_>) -> Result<()> {
         results: (value.0 as usize..body.len()).filter_map(|v| d.memory[v]).collect(),
         group,
         dim: *dim,
-        halves: matches!(q.as_tensor(), Some((DType::BF16, _))),
+        halves: q.dtype() == Some(DType::BF16),
         query_bytes,
         row_bytes,
         scale: node.attrs.float("scale") as f32,
@@ -157,15 +159,7 @@ impl Attention {
         });
         let positions = step_field(e, d.k, StepField::Positions);
         let own = load_index(e, positions, token);
-        let after = e.add(own, one);
-        let end = if self.causal { e.min(after, found[1]) } else { found[1] };
-        let start = if self.window > 0 {
-            let window = e.i64(self.window as i64);
-            let start = e.sub(after, window);
-            e.max(start, zero)
-        } else {
-            zero
-        };
+        let (start, end) = sight(e, (self.causal, self.window), own, found[1]);
         Item { token, kv_head, table: e.mul(found[0], stride), own, start, end }
     }
 

@@ -15,11 +15,10 @@ pub(super) mod product;
 
 use super::rows::emit_row;
 use super::{Device, THREADS};
-use crate::cpu::contract::{Component, Dot, components};
+use crate::cpu::contract::{Before, Component, Dot, before, components};
 use crate::cpu::{count_of, head::panels};
 use crate::emit::{Cmp, Emitter, F32, I32, I64, Scalar, Val};
 use crate::math;
-use mansard_ir::kernel::PROLOGUE_TOKENS;
 use mansard_ir::layout::{A8, STRIP, StripLayout, row_bytes};
 use mansard_ir::ops::Class;
 use mansard_ir::{Dim, Error, Graph, Kind, Result, Type, ValueId, bail};
@@ -113,21 +112,11 @@ struct Prologue {
 
 impl Prologue {
     fn new(e: &mut Emitter, d: &mut Device<'_>, components: &[Component]) -> Result<Prologue> {
-        let body = &d.kernel.body;
-        let after =
-            |v: &ValueId| components.iter().any(|c| c.epilogue.contains(v) || c.dots.iter().any(|d| d.value == *v));
-        let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some() && !after(v)).collect();
-        if !nodes.is_empty() && d.kernel.range.max > PROLOGUE_TOKENS {
-            bail!(Internal, "`{}` computes activations for up to {} tokens", body.name, d.kernel.range.max);
-        }
-        let read =
-            |v: &ValueId| body.values().filter(after).filter_map(|a| body.node(a)).any(|n| n.operands.contains(v));
-        let kept: Vec<(ValueId, usize)> =
-            nodes.iter().filter(|v| read(v)).filter_map(|v| Some((*v, row_bytes(body.ty(*v))?))).collect();
-        let bytes: usize = kept.iter().map(|(_, bytes)| bytes).sum();
+        let Before { nodes, read } = before(d.kernel, components)?;
+        let bytes: usize = read.iter().map(|(_, bytes)| bytes).sum();
         let fitting = PROLOGUE_BYTES.checked_div(bytes).unwrap_or(PANEL).clamp(1, PANEL);
         let tokens = 1 << fitting.ilog2();
-        for (v, bytes) in kept {
+        for (v, bytes) in read {
             d.memory[v.0 as usize] = Some(e.shared(tokens * bytes));
         }
         Ok(Prologue { nodes, tokens })

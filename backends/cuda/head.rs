@@ -15,59 +15,16 @@ use super::contract::product::{partial_bytes, partial_sums, sum_of_parts};
 use super::rows::real_at;
 use super::{Device, group};
 use crate::cpu::contract::Dot;
-use crate::cpu::head::panels;
+use crate::cpu::head::{PLANES, Projection, broken, panels};
 use crate::cpu::{StepField, count_of, dot::part_at, step_field};
 use crate::emit::{Cmp, Emitter, F16, F32, I8, I32, KernelArgs, Val, WARP};
 use lower::Lower;
 use mansard_ir::layout::{A8, STRIP, row_bytes};
 use mansard_ir::ops::Class;
-use mansard_ir::planes::{CENTRE, PlanesLayout};
-use mansard_ir::{DType, Dim, Error, Kind, Result, ValueId};
-
-/// Planes of the activations.
-const PLANES: usize = 2;
-
-/// The matrix and the rows of a kernel.
-#[derive(Clone, Copy)]
-struct Projection {
-    w: Val,
-    x: Val,
-    /// Bytes from row to row of the activations.
-    x_bytes: usize,
-    /// Rows of the matrix, and its columns.
-    n: usize,
-    k: usize,
-    layout: PlanesLayout,
-}
-
-fn broken(d: &Device<'_>) -> Error {
-    Error::new(Kind::Internal, format!("`{}` is no projection over a matrix in two planes", d.kernel.name))
-}
+use mansard_ir::planes::CENTRE;
+use mansard_ir::{DType, Result, ValueId};
 
 impl Projection {
-    fn new(d: &Device<'_>, x: ValueId, w: ValueId) -> Result<Projection> {
-        let body = &d.kernel.body;
-        match (row_bytes(body.ty(x)), body.ty(w).as_tensor()) {
-            (Some(x_bytes), Some((DType::Q8_PLANES, [Dim::N(n), Dim::N(k)]))) => {
-                let (w, x) = (d.pointer(w)?, d.pointer(x)?);
-                Ok(Projection { w, x, x_bytes, n: *n, k: *k, layout: PlanesLayout::new(*k) })
-            }
-            _ => Err(broken(d)),
-        }
-    }
-
-    fn strips(&self) -> usize {
-        self.n.div_ceil(STRIP)
-    }
-
-    fn row(&self, e: &mut Emitter, row: Val) -> Val {
-        e.row(self.x, row, self.x_bytes)
-    }
-
-    fn strip(&self, e: &mut Emitter, strip: Val) -> Val {
-        e.row(self.w, strip, self.layout.strip_bytes)
-    }
-
     /// The products of a strip of the first plane with rows `first..`, one a thread: 16 times what `q4_0` gives.
     fn upper(&self, e: &mut Emitter, strip: Val, first: Val, tokens: usize, value: ValueId) -> Result<Val> {
         let (dtype, activations) = (DType::Q4_0, DType::A16);
@@ -91,11 +48,46 @@ fn output(e: &mut Emitter, tokens: usize) -> (Val, Val, Val) {
     (e.div(own, lanes), e.rem(own, lanes), e.cmp(Cmp::Lt, thread, outputs))
 }
 
+/// A token of a panel and one of the items that each token has, as a lane of their warp sees them.
+struct Pair {
+    token: Val,
+    item: Val,
+    lane: Val,
+}
+
+/// Visits every pair of one of `tokens` tokens from `first` on and one of `items` items, a pair a warp, and stores the figures
+/// that all lanes get: `f32[tokens][items][N]`.
+fn pairs<const N: usize>(
+    e: &mut Emitter,
+    (first, tokens): (Val, usize),
+    items: usize,
+    to: Val,
+    figures: impl FnOnce(&mut Emitter, Pair) -> [Val; N],
+) {
+    let (lane, warp) = e.lane_and_warp();
+    let (all, warps) = (e.i64((tokens * items) as i64), (e.block_threads() / WARP) as i64);
+    e.repeat(warp, all, warps, |e, index| {
+        let items = e.i64(items as i64);
+        let (token, item) = (e.div(index, items), e.rem(index, items));
+        let token = e.add(first, token);
+        let figures = figures(e, Pair { token, item, lane });
+        let zero = e.i64(0);
+        let here = e.cmp(Cmp::Eq, lane, zero);
+        let to = e.row(to, index, 4 * N);
+        e.when(here, |e| {
+            for (i, figure) in figures.into_iter().enumerate() {
+                let to = e.gep_const(to, 4 * i);
+                e.store(figure, to, 4);
+            }
+        });
+    });
+}
+
 /// Emits an `estimate` kernel.
 pub(super) fn estimate(e: &mut Emitter, d: Device<'_>) -> Result<()> {
     let body = &d.kernel.body;
     let nodes = || body.nodes.iter().enumerate().filter(|(_, n)| n.op.class() == Class::Estimate);
-    let Some((first, node)) = nodes().next() else { return Err(broken(&d)) };
+    let Some((first, node)) = nodes().next() else { return Err(broken(d.kernel)) };
     // Both ops have the same operands; one of them states a margin.
     let with = |margin: bool| nodes().find(|(_, n)| n.attrs.get("margin").is_some() == margin);
     let result = |index: usize| {
@@ -103,7 +95,7 @@ pub(super) fn estimate(e: &mut Emitter, d: Device<'_>) -> Result<()> {
         Some((d.memory[v.0 as usize]?, row_bytes(body.ty(v))?))
     };
     let estimate = Estimate {
-        p: Projection::new(&d, node.operands[0], node.operands[1])?,
+        p: Projection::new(d.kernel, &d.memory, node.operands[0], node.operands[1])?,
         estimates: with(false).and_then(|(index, _)| result(index)),
         bounds: with(true).and_then(|(index, _)| result(index)),
         margin: with(true).map_or(0.0, |(_, n)| n.attrs.float("margin")) as f32,
@@ -136,7 +128,7 @@ struct Estimate {
 
 impl Estimate {
     fn panel(&self, e: &mut Emitter, k: KernelArgs, first: Val, tokens: usize) -> Result<()> {
-        let (p, groups) = (self.p, self.p.k / A8::GROUP);
+        let (p, groups) = (self.p, self.p.groups());
         let sums = e.shared(tokens * groups * SUMS);
         self.sums(e, first, tokens, sums);
         e.barrier();
@@ -174,13 +166,8 @@ impl Estimate {
 
     /// Sums and sums of squares of every group of a panel, a group a warp.
     fn sums(&self, e: &mut Emitter, first: Val, tokens: usize, to: Val) {
-        let groups = self.p.k / A8::GROUP;
-        let (lane, warp) = e.lane_and_warp();
-        let (all, warps) = (e.i64((tokens * groups) as i64), (e.block_threads() / WARP) as i64);
-        e.repeat(warp, all, warps, |e, index| {
-            let groups = e.i64(groups as i64);
-            let (token, group) = (e.div(index, groups), e.rem(index, groups));
-            let token = e.add(first, token);
+        let groups = self.p.groups();
+        pairs(e, (first, tokens), groups, to, |e, Pair { token, item: group, lane }| {
             let line = self.p.row(e, token);
             let line = e.row(line, group, PLANES * A8::LINE);
             let (mut real, mut sum) = (e.float(F32, 0.0), e.float(F32, 0.0));
@@ -196,21 +183,13 @@ impl Estimate {
                 sum = e.add(sum, own);
             }
             let square = e.mul(real, real);
-            let square = group::warp(e, square, &group::sum);
-            let zero = e.i64(0);
-            let here = e.cmp(Cmp::Eq, lane, zero);
-            let to = e.row(to, index, SUMS);
-            e.when(here, |e| {
-                e.store(sum, to, 4);
-                let to = e.gep_const(to, 4);
-                e.store(square, to, 4);
-            });
+            [sum, group::warp(e, square, &group::sum)]
         });
     }
 
     /// The sums over groups of scale times sum, and of scale^2 times sum of squares.
     fn over_groups(&self, e: &mut Emitter, strip: Val, row: Val, (sums, token): (Val, Val)) -> (Val, Val) {
-        let (layout, groups) = (self.p.layout.strip, self.p.k / A8::GROUP);
+        let (layout, groups) = (self.p.layout.strip, self.p.groups());
         let strip = self.p.strip(e, strip);
         let sums = e.row(sums, token, groups * SUMS);
         let (zero, end, one, nothing) = (e.i64(0), e.i64(groups as i64), e.i64(1), e.float(F32, 0.0));
@@ -267,10 +246,15 @@ impl Estimate {
 pub(super) fn rescore(e: &mut Emitter, d: Device<'_>) -> Result<()> {
     let body = &d.kernel.body;
     let found = body.values().find_map(|v| Some((v, body.node(v).filter(|n| n.op.class() == Class::Rescore)?)));
-    let Some((value, node)) = found else { return Err(broken(&d)) };
-    let &[estimates, bounds, x, w, _] = node.operands.as_slice() else { return Err(broken(&d)) };
-    let place = |v: ValueId| Ok((d.pointer(v)?, row_bytes(body.ty(v)).ok_or_else(|| broken(&d))?));
-    let rescore = Rescore { p: Projection::new(&d, x, w)?, logits: place(estimates)?, bounds: place(bounds)?, value };
+    let Some((value, node)) = found else { return Err(broken(d.kernel)) };
+    let &[estimates, bounds, x, w, _] = node.operands.as_slice() else { return Err(broken(d.kernel)) };
+    let place = |v: ValueId| Ok((d.pointer(v)?, row_bytes(body.ty(v)).ok_or_else(|| broken(d.kernel))?));
+    let rescore = Rescore {
+        p: Projection::new(d.kernel, &d.memory, x, w)?,
+        logits: place(estimates)?,
+        bounds: place(bounds)?,
+        value,
+    };
     let rows = count_of(e, d.k, body.ty(estimates))?;
     let candidates = step_field(e, d.k, StepField::Candidates);
     let (zero, one) = (e.i64(0), e.i64(1));
@@ -331,20 +315,11 @@ impl Rescore {
 
     /// Products of a strip's rows of the second plane, a row and token a warp: `f32[tokens][16]`.
     fn seconds(&self, e: &mut Emitter, strip: Val, (first, tokens): (Val, usize), to: Val) {
-        let (lane, warp) = e.lane_and_warp();
-        let (all, warps) = (e.i64((tokens * STRIP) as i64), (e.block_threads() / WARP) as i64);
-        e.repeat(warp, all, warps, |e, index| {
-            let lanes = e.i64(STRIP as i64);
-            let (token, row) = (e.div(index, lanes), e.rem(index, lanes));
-            let token = e.add(first, token);
+        pairs(e, (first, tokens), STRIP, to, |e, Pair { token, item, lane }| {
             let x = self.p.row(e, token);
             let before = e.scaled(strip, STRIP, 0);
-            let row = e.add(before, row);
-            let product = Lower { p: self.p, x, lane, centre: 0.0 }.product(e, row);
-            let zero = e.i64(0);
-            let here = e.cmp(Cmp::Eq, lane, zero);
-            let to = e.row(to, index, 4);
-            e.when(here, |e| e.store(product, to, 4));
+            let row = e.add(before, item);
+            [Lower { p: self.p, x, lane, centre: 0.0 }.product(e, row)]
         });
     }
 }

@@ -1,27 +1,18 @@
 //! Pooling on a GPU: a block takes the mean over a sequence's tokens, a column a thread, then row programs follow.
 
 use super::Device;
-use super::rows::{emit_row, load_index, put_real, real_at};
+use super::rows::{emit_row, put_real, real_at};
+use crate::cpu::pool::{Parts, parts};
+use crate::cpu::rows::walk::load_index;
 use crate::cpu::{StepField, step_field};
 use crate::emit::{Cmp, Emitter, F32};
-use mansard_ir::layout::row_bytes;
-use mansard_ir::ops::Class;
-use mansard_ir::{Error, Kind, Result};
+use mansard_ir::Result;
 
 /// Emits a `pool` kernel.
 pub(super) fn emit(e: &mut Emitter, d: Device<'_>) -> Result<()> {
     let body = &d.kernel.body;
-    let (mut nodes, mut pooled) = (vec![], None);
-    for value in body.values() {
-        match body.node(value) {
-            Some(node) if node.op.class() == Class::Pool => pooled = Some((value, node.operands[0])),
-            Some(_) => nodes.push(value),
-            None => {}
-        }
-    }
-    let broken = || Error::new(Kind::Internal, format!("`{}` is no pooling of rows in memory", body.name));
-    let (pooled, x) = pooled.ok_or_else(broken)?;
-    let (base, bytes) = (d.pointer(x)?, row_bytes(body.ty(x)).ok_or_else(broken)?);
+    let Parts { pooled, x, bytes, nodes } = parts(body)?;
+    let base = d.pointer(x)?;
     let own = e.shared(bytes);
     let count = step_field(e, d.k, StepField::S);
     let sequences = step_field(e, d.k, StepField::Sequences);

@@ -17,17 +17,16 @@ mod sweep;
 use super::{Device, weights};
 use crate::cpu::count_of;
 use crate::cpu::rows::lead;
-use crate::cpu::rows::schedule::{self, Home, Schedule, Step};
-use crate::emit::{Emitter, F32, I32, I64, KernelArgs, Val};
-use mansard_ir::layout::row_bytes;
+use crate::cpu::rows::schedule::Step;
+use crate::cpu::rows::values;
+use crate::emit::{Emitter, F32, KernelArgs, Val};
 use mansard_ir::ops::Class;
-use mansard_ir::{DType, Graph, Node, Place, Result, Type, ValueId, bail};
-use std::collections::BTreeMap;
+use mansard_ir::{Graph, Place, Result, ValueId, bail};
 
 /// Emits a `rows` kernel: blocks share the rows.
 pub(super) fn emit(e: &mut Emitter, d: Device<'_>) -> Result<()> {
     let body = &d.kernel.body;
-    let nodes: Vec<ValueId> = body.values().filter(|v| body.node(*v).is_some()).collect();
+    let nodes = body.computed();
     let count = count_of(e, d.k, lead(body, &nodes)?)?;
     let mut result = Ok(());
     e.for_loop((d.k.thread, count, d.k.threads), &[], |e, row, _| {
@@ -52,19 +51,8 @@ pub(super) fn emit_row(
     row: Val,
 ) -> Result<()> {
     e.scoped(|e| {
-        let here: BTreeMap<ValueId, Val> = here.iter().copied().collect();
-        let stored = |v: ValueId| here.contains_key(&v) || memory.get(v.0 as usize).is_some_and(Option::is_some);
-        let Schedule { steps, homes, stack_bytes } = schedule::schedule(graph, nodes, &stored)?;
-        let mut rows = Rows { graph, nodes, memory, here: &here, k, row, at: here.clone(), stats: BTreeMap::new() };
-        let shared = e.shared(stack_bytes);
-        for (value, home) in homes {
-            let address = match home {
-                Home::Memory(buffer) => rows.row_in_buffer(e, buffer)?,
-                Home::Stack(at) => e.gep_const(shared, at),
-                Home::Elsewhere => continue,
-            };
-            rows.at.insert(value, address);
-        }
+        let shared = |e: &mut Emitter, bytes| Some(e.shared(bytes));
+        let (mut rows, steps) = Rows::new(e, k, (graph, nodes), (memory, here), row, shared)?;
         for step in &steps {
             match step {
                 Step::Sweep { heads, nodes } => rows.sweep(e, *heads, nodes)?,
@@ -78,24 +66,12 @@ pub(super) fn emit_row(
     })
 }
 
-/// One row's program under construction.
-struct Rows<'a> {
-    graph: &'a Graph,
-    nodes: &'a [ValueId],
-    /// Start of each value's buffer.
-    memory: &'a [Option<Val>],
-    /// Rows that are no buffer's.
-    here: &'a BTreeMap<ValueId, Val>,
-    k: KernelArgs,
-    /// Which row.
-    row: Val,
-    /// Address of each value's row; values that stay in registers have none.
-    at: BTreeMap<ValueId, Val>,
-    /// Figures of normalizations, in shared memory.
-    stats: BTreeMap<ValueId, Val>,
-}
+/// A block of threads, which compute a row together.
+pub(super) struct Block;
 
-impl<'a> Rows<'a> {
+type Rows<'a> = values::Rows<'a, Block>;
+
+impl Rows<'_> {
     /// A node that is no part of a sweep.
     fn alone(&mut self, e: &mut Emitter, v: ValueId) -> Result<()> {
         let node = self.node(v)?;
@@ -112,68 +88,6 @@ impl<'a> Rows<'a> {
             _ => bail!(Internal, "`{}` is no part of a row program", node.op),
         }
     }
-
-    fn node(&self, v: ValueId) -> Result<&'a Node> {
-        match self.graph.node(v) {
-            Some(node) => Ok(node),
-            None => bail!(Internal, "{v} is no node"),
-        }
-    }
-
-    fn root(&self, v: ValueId) -> ValueId {
-        schedule::root(self.graph, self.nodes, v)
-    }
-
-    /// Where the row of a value starts.
-    fn row_of(&self, v: ValueId) -> Result<Val> {
-        match self.at.get(&self.root(v)) {
-            Some(at) => Ok(*at),
-            None => bail!(Internal, "{v}: {} has no row here", self.graph.ty(v)),
-        }
-    }
-
-    /// Where a node's result goes; `None` where nobody reads it.
-    fn destination(&self, v: ValueId) -> Option<Val> {
-        self.at.get(&v).copied()
-    }
-
-    fn dtype(&self, v: ValueId) -> Result<DType> {
-        match self.graph.ty(v) {
-            Type::Tensor { dtype, .. } | Type::Cache { dtype, .. } => Ok(*dtype),
-            ty => bail!(Internal, "{v}: {ty} has no dtype"),
-        }
-    }
-
-    /// The start of a buffer.
-    fn memory(&self, value: ValueId) -> Result<Val> {
-        match self.memory.get(value.0 as usize) {
-            Some(Some(base)) => Ok(*base),
-            _ => bail!(Internal, "{value} is not in memory"),
-        }
-    }
-
-    /// Where this row of a value with a buffer is.
-    fn row_in_buffer(&self, e: &mut Emitter, value: ValueId) -> Result<Val> {
-        if let Some(at) = self.here.get(&value) {
-            return Ok(*at);
-        }
-        let Some(bytes) = row_bytes(self.graph.ty(value)) else { bail!(Internal, "{value} has no rows") };
-        let base = self.memory(value)?;
-        Ok(e.row(base, self.row, bytes))
-    }
-
-    /// A loaded index of this row: of a token, a position, a row.
-    fn index(&self, e: &mut Emitter, value: ValueId) -> Result<Val> {
-        let base = self.memory(value)?;
-        Ok(load_index(e, base, self.row))
-    }
-}
-
-/// Loads an `i32` and widens it.
-pub(super) fn load_index(e: &mut Emitter, base: Val, index: Val) -> Val {
-    let at = e.row(base, index, 4);
-    let value = e.load(at, I32, 4);
-    e.convert("extsi", value, I64)
 }
 
 /// The f32 at `base[index]`.

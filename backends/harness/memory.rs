@@ -107,7 +107,7 @@ impl Memory {
     /// The value in a buffer of `rows` rows, after a look at what lines of codes say of their sums.
     pub fn read_rows(&self, ty: &Type, rows: usize) -> Value {
         let (bytes, stride) = (self.bytes(), row_bytes(ty).expect("rows"));
-        if ty.as_tensor().is_some_and(|(dtype, _)| dtype.planes().is_some()) {
+        if ty.dtype().is_some_and(|dtype| dtype.planes().is_some()) {
             bytes.chunks_exact(stride).take(rows).for_each(check_sums);
         }
         decode::rows(ty, &bytes, rows).unwrap_or_else(|e| panic!("{e}"))

@@ -79,9 +79,9 @@ pub fn of_kernel(body: &Graph) -> f64 {
     };
     // What meets bf16 is rounded to it inside the kernel: codes of weights, keys and values.
     let meets = |n: &Node| match n.operands.iter().map(|o| body.ty(*o)).collect::<Vec<_>>()[..] {
-        [x, with, ..] if matches!(x.as_tensor(), Some((DType::BF16, _))) => match with {
+        [x, with, ..] if x.dtype() == Some(DType::BF16) => match with {
             Type::Cache { .. } => true,
-            _ => with.as_tensor().is_some_and(|(dtype, _)| dtype.int().is_some()),
+            _ => with.dtype().is_some_and(|dtype| dtype.int().is_some()),
         },
         _ => false,
     };

@@ -291,7 +291,7 @@ pub fn matmul_experts(o: &[&Type], _: &Attrs) -> Rule {
     let Type::Routing { top, experts } = *o[2] else { bail!(Input, "expected a routing, found {}", o[2]) };
     let (dtype, w) = fixed(o[1])?;
     let (lead, x) = contraction(o[0], dtype)?;
-    if dtype.int().is_some() && matches!(o[0].as_tensor(), Some((DType::BF16, _))) {
+    if dtype.int().is_some() && o[0].dtype() == Some(DType::BF16) {
         bail!(Input, "bf16 activations do not go with experts in {dtype}");
     }
     match (x.as_slice(), w.as_slice()) {

@@ -222,16 +222,7 @@ impl Attention {
         let last = e.sub(last, one);
         let mut sight = |token: Val| {
             let position = load_index(e, self.step.positions, token);
-            let own = e.add(position, one);
-            let end = if shape.causal { e.min(own, length) } else { length };
-            let start = if shape.window > 0 {
-                let window = e.i64(shape.window as i64);
-                let start = e.sub(own, window);
-                e.max(start, zero)
-            } else {
-                zero
-            };
-            (start, end)
+            super::sight(e, (shape.causal, shape.window), position, length)
         };
         let ((low, end), (start, high)) = (sight(first), sight(last));
         let positions = e.i64(CACHE_BLOCK as i64);

@@ -48,7 +48,7 @@ impl Shape {
         let group = width / dim / kv_heads;
         let item = AttentionItem::new(group, *dim);
         let parts = group / item.heads;
-        let halves = matches!(q.as_tensor(), Some((DType::BF16, _)));
+        let halves = q.dtype() == Some(DType::BF16);
         Ok(Shape {
             dim: *dim,
             item,

@@ -50,7 +50,7 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let sums = e.stack(PANEL * projection.groups() * SUMS);
     e.when(wanted, |e| {
         panels(e, rows, kernel.range.max, |e, first, size| {
-            let x = e.row(projection.x, first, projection.x_bytes);
+            let x = projection.row(e, first);
             estimate.sums(e, x, size, sums);
             estimate.strips(e, k, Panel { first, x, size, sums });
         });
@@ -121,7 +121,7 @@ impl Estimate<'_> {
         let all = e.i64(p.strips() as i64);
         let (low, high) = e.share(k, all);
         e.repeat(low, high, 1, |e, strip| {
-            let at = e.row(p.w, strip, p.layout.strip_bytes);
+            let at = p.strip(e, strip);
             let products = self.products(e, at, panel);
             let (middles, squares) = self.over_groups(e, at, panel);
             let spread = e.gep_const(at, p.layout.spreads());

@@ -17,7 +17,7 @@ use mansard_ir::layout::{A8, ALIGN, STRIP, StripLayout, code_bytes};
 /// Joins strip `strip` at `to`, laid out as `q8_0`.
 pub fn strip(e: &mut Emitter, p: Projection, strip: Val, to: Val) {
     let (from, whole) = (p.layout.strip, StripLayout::new(DType::Q8_0, p.k));
-    let upper = e.row(p.w, strip, p.layout.strip_bytes);
+    let upper = p.strip(e, strip);
     let first = e.scaled(strip, STRIP, 0);
     let lower = p.lower_row(e, first);
     let lower = e.gep_const(lower, p.layout.codes);

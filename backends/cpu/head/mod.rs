@@ -25,26 +25,26 @@ use mansard_ir::{DType, Dim, Error, Kind, Result, Type, ValueId};
 const PANEL: usize = 8;
 
 /// Planes of the activations.
-const PLANES: usize = 2;
+pub(crate) const PLANES: usize = 2;
 
 /// The matrix and the rows of a kernel.
 #[derive(Clone, Copy)]
-struct Projection {
+pub(crate) struct Projection {
     /// Address of the packed matrix.
-    w: Val,
+    pub(crate) w: Val,
     /// Address of the activations.
-    x: Val,
+    pub(crate) x: Val,
     /// Bytes from row to row of the activations.
-    x_bytes: usize,
+    pub(crate) x_bytes: usize,
     /// Rows of the matrix.
-    n: usize,
+    pub(crate) n: usize,
     /// Its columns.
-    k: usize,
-    layout: PlanesLayout,
+    pub(crate) k: usize,
+    pub(crate) layout: PlanesLayout,
 }
 
 impl Projection {
-    fn new(kernel: &Kernel, memory: &[Option<Val>], x: ValueId, w: ValueId) -> Result<Projection> {
+    pub(crate) fn new(kernel: &Kernel, memory: &[Option<Val>], x: ValueId, w: ValueId) -> Result<Projection> {
         let body = &kernel.body;
         let parts = (memory[x.0 as usize], memory[w.0 as usize], row_bytes(body.ty(x)), body.ty(w).as_tensor());
         match parts {
@@ -55,22 +55,32 @@ impl Projection {
         }
     }
 
-    fn strips(&self) -> usize {
+    pub(crate) fn strips(&self) -> usize {
         self.n.div_ceil(STRIP)
     }
 
-    fn groups(&self) -> usize {
+    pub(crate) fn groups(&self) -> usize {
         self.k / A8::GROUP
     }
 
+    /// Address of row `row` of the activations.
+    pub(crate) fn row(&self, e: &mut Emitter, row: Val) -> Val {
+        e.row(self.x, row, self.x_bytes)
+    }
+
+    /// Address of strip `strip` of the first plane.
+    pub(crate) fn strip(&self, e: &mut Emitter, strip: Val) -> Val {
+        e.row(self.w, strip, self.layout.strip_bytes)
+    }
+
     /// Address of row `row` of the second plane.
-    fn lower_row(&self, e: &mut Emitter, row: Val) -> Val {
+    pub(crate) fn lower_row(&self, e: &mut Emitter, row: Val) -> Val {
         let lower = e.gep_const(self.w, self.layout.upper_bytes(self.n));
         e.row(lower, row, self.layout.row_bytes)
     }
 }
 
-fn broken(kernel: &Kernel) -> Error {
+pub(crate) fn broken(kernel: &Kernel) -> Error {
     Error::new(Kind::Internal, format!("`{}` is no projection over a matrix in two planes", kernel.name))
 }
 

@@ -52,7 +52,7 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
         |e| {
             let (ordered, best, list) = (Ordered::new(e, rescore.p), e.stack(8 * MOST), e.stack(4 * BLOCK * STRIP));
             e.repeat(zero, rows, 1, |e, row| {
-                let x = e.row(rescore.p.x, row, rescore.p.x_bytes);
+                let x = rescore.p.row(e, row);
                 ordered.fill(e, rescore.p, x);
                 let bounds = e.row(rescore.bounds.0, row, rescore.bounds.1);
                 let logits = e.row(rescore.logits.0, row, rescore.logits.1);
@@ -263,7 +263,7 @@ impl Rescore<'_> {
 
     /// `count` rows of activations from `first + from` on.
     fn rows(&self, e: &mut Emitter, first: Val, from: usize, count: usize) -> Rows {
-        let x = e.row(self.p.x, first, self.p.x_bytes);
+        let x = self.p.row(e, first);
         let first = e.gep_const(x, from * self.p.x_bytes);
         Rows { first, stride: self.p.x_bytes, count, dtype: DType::A16, planes: PLANES, ahead: None, prefetch: 0 }
     }

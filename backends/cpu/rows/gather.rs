@@ -9,7 +9,7 @@ use crate::cpu::dot::{part_at, zero_point};
 use crate::emit::{Cmp, Emitter, F16, F32, I8, I32, I64, Val};
 use crate::math;
 use mansard_ir::formats::{IntFormat, Zero};
-use mansard_ir::layout::{STRIP, StripLayout, code_bytes, high_bytes, row_bytes};
+use mansard_ir::layout::{STRIP, StripLayout, code_bytes, high_bytes};
 use mansard_ir::{DType, Dim, Node, Result, ValueId, bail};
 
 /// One row inside a strip.
@@ -52,17 +52,6 @@ impl Rows<'_> {
                 bail!(Unsupported, "embedding from a table of {dtype}: f32, f16, bf16 or a quantized format is needed")
             }
         }
-        Ok(())
-    }
-
-    /// `select_rows`: the row of another value is this value's row.
-    pub(super) fn select(&mut self, e: &mut Emitter, v: ValueId, node: &Node) -> Result<()> {
-        let ty = self.graph.ty(node.operands[0]);
-        let Some(bytes) = row_bytes(ty) else { bail!(Internal, "{ty} has no rows") };
-        let base = self.memory(node.operands[0])?;
-        let index = self.index(e, node.operands[1])?;
-        let at = e.row(base, index, bytes);
-        self.at.insert(v, at);
         Ok(())
     }
 

@@ -206,19 +206,10 @@ impl Rows<'_> {
         Ok(sum.unwrap_or(e.float(F32.x(place.chunk.lanes), 0.0)))
     }
 
-    /// The address of a static vector, or the start of a buffer.
-    pub(super) fn memory(&self, value: ValueId) -> Result<Val> {
-        match self.memory.get(value.0 as usize) {
-            Some(Some(base)) => Ok(*base),
-            _ => bail!(Internal, "{value} is not in memory"),
-        }
-    }
-
     /// Copies one row.
     pub(super) fn copy(&self, e: &mut Emitter, from: ValueId, to: ValueId) -> Result<()> {
-        let (from, base) = (self.row_of(from)?, self.memory(to)?);
         let Some(bytes) = mansard_ir::layout::row_bytes(self.graph.ty(to)) else { bail!(Internal, "{to} has no rows") };
-        let to = e.row(base, self.row, bytes);
+        let (from, to) = (self.row_of(from)?, self.row_in_buffer(e, to)?);
         walk::visit(e, bytes / 4, &mut |e, chunk| {
             let value = chunk.load(e, from, 64);
             chunk.store(e, value, to, 64);
@@ -242,12 +233,6 @@ impl Rows<'_> {
             filled += count;
         }
         Ok(())
-    }
-
-    /// A loaded index of this row: of a token, a position, a row.
-    pub(super) fn index(&self, e: &mut Emitter, value: ValueId) -> Result<Val> {
-        let base = self.memory(value)?;
-        Ok(walk::load_index(e, base, self.row))
     }
 }
 

@@ -21,8 +21,7 @@ impl Lower {
     pub(super) fn product(&self, e: &mut Emitter, row: Val) -> Val {
         const WORDS: usize = A8::GROUP / 8;
         let p = self.p;
-        let plane = e.gep_const(p.w, p.layout.upper_bytes(p.n));
-        let row = e.row(plane, row, p.layout.row_bytes);
+        let row = p.lower_row(e, row);
         let codes = e.gep_const(row, p.layout.codes);
         let (end, step, nothing) = (e.i64((p.k / 8) as i64), e.i64(WARP as i64), e.float(F32, 0.0));
         let own = e.for_loop((self.lane, end, step), &[nothing], |e, word, sum| {

@@ -4,8 +4,7 @@ use super::{Rows, put_real, real_at, weights};
 use crate::cpu::rows::schedule::width;
 use crate::emit::{Emitter, F32, Val};
 use crate::math;
-use mansard_ir::layout::row_bytes;
-use mansard_ir::{DType, Dim, Node, Result, ValueId, bail};
+use mansard_ir::{DType, Dim, Node, Result, ValueId};
 
 impl Rows<'_> {
     /// `embed`: row `tokens[t]` of a packed table, an element a thread.
@@ -26,17 +25,6 @@ impl Rows<'_> {
             result = element.map(|x| put_real(e, x, to, column));
         });
         result
-    }
-
-    /// `select_rows`: the row of another value is this value's row.
-    pub(super) fn select(&mut self, e: &mut Emitter, v: ValueId, node: &Node) -> Result<()> {
-        let ty = self.graph.ty(node.operands[0]);
-        let Some(bytes) = row_bytes(ty) else { bail!(Internal, "{ty} has no rows") };
-        let base = self.memory(node.operands[0])?;
-        let index = self.index(e, node.operands[1])?;
-        let at = e.row(base, index, bytes);
-        self.at.insert(v, at);
-        Ok(())
     }
 
     /// `rope_table`: cosines, then sines, of position times frequency.

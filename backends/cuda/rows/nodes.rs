@@ -1,8 +1,9 @@
 //! Nodes of a row program that look at several elements at once: rotations, appends to a cache, and routing.
 
-use super::{Rows, load_index, put_real, real_at};
+use super::{Rows, put_real, real_at};
 use crate::cpu::cached::Stored;
 use crate::cpu::rows::schedule::{heads, width};
+use crate::cpu::rows::walk::load_index;
 use crate::cpu::slots;
 use crate::cuda::group;
 use crate::emit::{Cmp, Emitter, F32, I8, I32, I64, Val, WARP};
