@@ -7,6 +7,7 @@
 //! Figures are stated or measured (`mansard probe`); `machines/README.md` explains every key. Invariant: a table that was
 //! parsed has memory and f32 figures for ascending counts of workers, and none of them is absurd.
 
+use mansard_ir::costs::Costs;
 use mansard_ir::{Error, Kind, Machine, Place, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -29,6 +30,9 @@ pub struct MachineTable {
     pub cache_kib: BTreeMap<Level, u64>,
     /// By ascending count.
     pub workers: Vec<Workers>,
+    /// What kernels were measured to take, as multiples of what these figures say.
+    #[serde(default, skip_serializing_if = "Costs::is_empty")]
+    pub costs: Costs,
 }
 
 /// Figures of `count` workers at work together.
@@ -127,7 +131,7 @@ impl MachineTable {
             let (before, found) = (self.workers[i].count, self.workers[i + 1].count);
             bail!(Input, "`workers[{}]`: `count`: expected more than the {before} before, found {found}", i + 1);
         }
-        Ok(())
+        self.costs.check()
     }
 
     /// The roofline of all its workers.
@@ -245,6 +249,11 @@ launch_us = 4.5
 barrier_us = 0.3
 gb_per_s = { l1 = 600, l3 = 120, memory = 40 }
 gop_per_s = { f32 = 300, i8 = 1200 }
+[[costs]]
+kind = "contract"
+format = "q4_1"
+factor = 1.5
+tokens = { min = 1, max = 8 }
 "#;
 
     #[test]
@@ -296,6 +305,8 @@ gop_per_s = { f32 = 300, i8 = 1200 }
         says("i8 = 400", "int8 = 400", &["`workers[0].gop_per_s", "int8", "expected one of"]);
         says("count = 3", "count = 1", &["`workers[1]`", "`count`", "more than the 1 before, found 1"]);
         says("count = 1", "count = 0", &["`workers[0]`", "`count`", "found 0"]);
+        says("factor = 1.5", "factor = 1e9", &["costs[0]", "`factor`", "found 1000000000"]);
+        says("max = 8", "max = 0", &["costs[0]", "`tokens`", "found 1 to 0"]);
         says("arch =", "arc =", &["unknown field `arc`", "`arch`"]);
         says("[cache_kib]", "[cache_kib", &["line 6"]);
         says("l1 = 32", "memory = 32", &["`cache_kib.memory`"]);

@@ -88,6 +88,14 @@ impl Default for CompileOptions {
     }
 }
 
+impl CompileOptions {
+    /// What prices are multiplied by: what was measured for this model, else what the machine file says.
+    pub fn costs(&self) -> &Costs {
+        let of_machine = self.machine.as_ref().map(|file| &file.table.costs);
+        of_machine.filter(|_| self.costs.is_empty()).unwrap_or(&self.costs)
+    }
+}
+
 /// Hears how far a compilation is.
 pub trait Progress {
     /// A stage begins; `total` counts its units (0: unknown).
@@ -150,7 +158,7 @@ pub fn pass_options(mut target: Target, options: &CompileOptions) -> passes::Opt
     }
     let CompileOptions { kv, weights, exact_head, strategy, copies, limits, traffic, quantizer, .. } = *options;
     let quantizer = quantizer.unwrap_or_default();
-    let (formats, costs) = (options.formats.clone(), options.costs.clone());
+    let (formats, costs) = (options.formats.clone(), options.costs().clone());
     let first = if options.as_written { 0 } else { usize::MAX };
     let rules = passes::rules::RuleSet { first, ..Default::default() };
     let fresh = passes::Options { rules, ..passes::Options::new(target) };
@@ -211,7 +219,7 @@ pub fn compile(
         options: options.recorded(&targets),
         approximations: report.approximations.clone(),
         tuning,
-        costs: options.costs.clone(),
+        costs: options.costs().clone(),
         decided: None,
         derivations: report.derivations.clone(),
         quality: None,

@@ -2,11 +2,13 @@
 //!
 //! ```text
 //! for 1, 2, 4... workers and all    GB/s from each cache and from memory, GOP/s of f32, bf16, int8, launch, barrier
+//! for a model of each format        what its kernels take, as multiples of what these figures say
 //! ```
 //!
 //! The loops are generated code, run by the workers that run artifacts. Of several runs the fastest counts: a neighbour
 //! takes some of a machine, nobody adds any.
 
+mod kernels;
 pub mod measure;
 
 use crate::report;
@@ -15,6 +17,7 @@ use mansard::machine::{origin, stored_path};
 use mansard_backends as backends;
 use mansard_backends::cpu::probe::{Loop, Loops};
 use mansard_backends::machine::{Level, MachineTable, Peak, Workers};
+use mansard_ir::costs::Costs;
 use mansard_ir::{Error, Result, bail};
 use mansard_runtime::{self as runtime, CacheLevel, Probe};
 use measure::{bandwidth, peak};
@@ -40,7 +43,7 @@ pub struct Arguments {
     /// Most worker threads [default: physical cores]
     #[arg(short = 't', long, value_name = "N")]
     threads: Option<usize>,
-    /// Rough figures in a second or two
+    /// Rough figures in a second or two, and none of kernels
     #[arg(long)]
     quick: bool,
     /// Report in JSON
@@ -63,7 +66,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             "expected where the machine file goes: -o machine.toml, as neither XDG_CONFIG_HOME nor HOME is set"
         );
     };
-    let table = measured(arguments, most)?;
+    let mut table = measured(arguments, most)?;
+    if !arguments.quick {
+        table.costs = kernels::costs(&table)?;
+    }
     if let (None, Some(folder)) = (&arguments.output, path.parent()) {
         std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
     }
@@ -93,6 +99,7 @@ fn measured(arguments: &Arguments, most: usize) -> Result<MachineTable> {
         measured: Some(time::OffsetDateTime::now_utc().date().to_string()),
         cache_kib: caches.iter().map(|(level, cache)| (*level, cache.bytes as u64 / 1024)).collect(),
         workers: vec![],
+        costs: Costs::default(),
     };
     for count in counts(most) {
         table.workers.push(workers(&loops, &caches, count, arguments.quick, &bar)?);

@@ -13,6 +13,7 @@ use mansard::machine;
 use mansard_backends as backends;
 use mansard_backends::cpu::probe::Loops;
 use mansard_ir::cost::{Work, Workload};
+use mansard_ir::costs::Costs;
 use mansard_ir::kernel::{self, KernelKind};
 use mansard_ir::plan::{KernelSpec, Program};
 use mansard_ir::{Graph, Machine, Result, bail};
@@ -55,6 +56,8 @@ pub struct Roof {
     pub machine: Machine,
     /// Where the peaks come from: `measured 2026-11-21`, or `stated`.
     pub peaks: String,
+    /// What predictions are made of: as decisions are priced.
+    priced: (Machine, Costs),
     bodies: Vec<Graph>,
     /// Of the weights.
     bytes: usize,
@@ -72,13 +75,18 @@ impl Roof {
         let Some(code) = manifest.code.iter().find(|code| runtime::missing(code).is_none()) else {
             bail!(Unsupported, "the artifact has no code for this machine");
         };
-        let (mut machine, peaks) = match machine::of_this_processor()? {
-            Some(file) => (file.table.roofline(threads), machine::origin(&file.table)),
-            None => (stated(&code.target, threads)?, "stated".into()),
+        let (priced, costs, peaks) = match machine::of_this_processor()? {
+            Some(file) => (file.table.roofline(threads), file.table.costs.clone(), machine::origin(&file.table)),
+            None => (stated(&code.target, threads)?, Costs::default(), "stated".into()),
         };
-        let bytes = weight_bytes(&manifest.program);
-        machine.bandwidth = read_bandwidth(loops, bytes, threads)?;
-        Roof::on(&manifest.program, machine, peaks, threads)
+        let bandwidth = read_bandwidth(loops, weight_bytes(&manifest.program), threads)?;
+        let roof = Roof::on(&manifest.program, Machine { bandwidth, ..priced }, peaks, threads)?;
+        Ok(Roof { priced: (priced, costs), ..roof })
+    }
+
+    /// The same, whose predictions are scaled by what was measured.
+    pub fn with(self, costs: Costs) -> Roof {
+        Roof { priced: (self.machine, costs), ..self }
     }
 
     /// Of a machine whose figures are known, `peaks` says from where. Nothing is measured.
@@ -87,7 +95,8 @@ impl Roof {
     /// Where a kernel's body is no graph.
     pub fn on(program: &Program, machine: Machine, peaks: String, threads: usize) -> Result<Roof> {
         let bodies = program.kernels.iter().map(KernelSpec::body).collect::<Result<_>>()?;
-        Ok(Roof { machine, peaks, bodies, bytes: weight_bytes(program), threads })
+        let priced = (machine, Costs::default());
+        Ok(Roof { machine, peaks, priced, bodies, bytes: weight_bytes(program), threads })
     }
 
     /// Measures the bandwidth once more and keeps the larger: a neighbour takes some of it, nobody adds any.
@@ -108,7 +117,10 @@ impl Roof {
     /// Seconds of one launch of kernel `index`, as decisions are priced.
     pub fn predicted(&self, index: usize, step: &Workload) -> f64 {
         let Some(body) = self.bodies.get(index) else { return 0.0 };
-        passes::cost::kernel_seconds(body, &body.computed(), &self.machine, step)
+        let (machine, costs) = &self.priced;
+        let filed = passes::cost::kind_and_format(body);
+        let factor = filed.map_or(1.0, |(kind, format)| costs.factor(kind.name(), &format, step.tokens));
+        passes::cost::kernel_seconds(body, &body.computed(), machine, step) * factor
     }
 
     /// A kernel's body.

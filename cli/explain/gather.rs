@@ -104,7 +104,7 @@ pub fn explain(model: &Model, path: &Path, request: &Request<'_>) -> Result<Expl
     let manifest = artifact.manifest();
     let (program, info) = (&manifest.program, &manifest.model);
     let (name, origin, figures) = figures(manifest, request)?;
-    let roof = Roof::on(program, figures, origin.clone(), request.threads)?;
+    let roof = Roof::on(program, figures, origin.clone(), request.threads)?.with(manifest.provenance.costs.clone());
     let workload = manifest.provenance.options.get("workload").and_then(|w| w.parse().ok());
     let traffic: Traffic = workload.unwrap_or_default();
     let tests = pricing::tests(&traffic, &program.limits, info.encoder);

@@ -1,0 +1,59 @@
+//! Kernels of made-up models -> what they take, as multiples of what the roofline says.
+//!
+//! ```text
+//! some layers of a common shape in f32, bf16, q8_0...   compiled, and timed in each range of tokens as by `--calibrate-cost`
+//! ```
+
+use crate::{costs, report};
+use mansard::driver::{CompileOptions, Quiet};
+use mansard::machine::MachineFile;
+use mansard_backends::machine::MachineTable;
+use mansard_ir::costs::Costs;
+use mansard_ir::{DType, Error, Result};
+
+/// Formats that stand for others: what is missing among costs is priced as its like.
+const FORMATS: [DType; 6] = [DType::F32, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q4_K];
+
+/// Weights of a step: beyond any cache of a core, as in real models.
+const BYTES: usize = 96 << 20;
+
+/// Matrices of a layer have so many elements.
+const LAYER: usize = 1024 * (2 * 1024 + 2 * 256 + 3 * 3072);
+
+/// A decoder of a common shape.
+fn config(layers: usize) -> String {
+    format!(
+        r#"{{
+  "model_type": "llama", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": {layers}, "num_attention_heads": 16,
+  "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000, "max_position_embeddings": 2048, "hidden_act": "silu",
+  "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": true
+}}"#
+    )
+}
+
+/// Measures a machine that has the roofline of `table`, with all its cores.
+///
+/// # Errors
+/// Where there is no room for temporary files, or what compiling and running can meet.
+pub fn costs(table: &MachineTable) -> Result<Costs> {
+    let folder = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
+    let input = folder.path().join("config.json");
+    let file = MachineFile { path: input.clone(), table: table.clone(), hash: String::new() };
+    let bar = report::bar("measuring kernels", FORMATS.len());
+    let mut all = Costs::default();
+    for format in FORMATS {
+        let layers = format.bytes(LAYER).map_or(1, |bytes| BYTES.div_ceil(bytes));
+        std::fs::write(&input, config(layers)).map_err(|e| Error::io(&input, e))?;
+        let options = CompileOptions {
+            machine: Some(file.clone()),
+            weights: Some(format),
+            synthetic_seed: Some(1),
+            ..CompileOptions::default()
+        };
+        let found = costs::measure(&input, &folder.path().join("m.mansard"), &options, &mut Quiet)?;
+        all.factors.extend(found.factors);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(all)
+}
