@@ -6,7 +6,7 @@ demo: setup
 	.ci/demo
 
 # The models and ptxas are optional: tests of what could not be fetched report themselves as skipped.
-# So are OpenAI's Python client and playwright, but not where `CI` is set.
+# So are OpenAI's Python client, playwright, and what builds the Python package, but not where `CI` is set.
 test: setup
 	-.ci/fetch-models smollm2 gemma3 minilm
 	-.ci/fetch-ptxas

@@ -28,6 +28,11 @@
 //!
 //! Several sequences advance in one [`Engine::step`]; see [`Work`].
 
+/// The page's program.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/embedding.md")]
+struct Embedding;
+
 mod artifact;
 mod batch;
 mod bind;
