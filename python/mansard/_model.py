@@ -299,7 +299,8 @@ class Model:
     def embed(self, texts: Union[str, Sequence[Prompt]]) -> Floats:
         """Embeds texts with an encoder, as many at once as fit: f32 [texts, width], normalized; of one text f32 [width]."""
         if isinstance(texts, str):
-            return self.embed([texts])[0]
+            vector: Floats = self.embed([texts])[0]
+            return vector
         lists = [self.encode(text) if isinstance(text, str) else list(text) for text in texts]
         ids, counts = _ids([id for tokens in lists for id in tokens]), ffi.new("size_t[]", [len(tokens) for tokens in lists])
         out: Floats = np.empty((len(lists), self.facts.embedding), np.float32)
