@@ -1,5 +1,5 @@
-//! The command line: `mansard compile | run | chat | serve | logits | embed | eval | verify | bisect | bench | explain | inspect | diff |
-//! probe | opt | doctor`.
+//! The command line: `mansard compile | run | chat | serve | logits | embed | eval | verify | bisect | bench | bundle | explain |
+//! inspect | diff | probe | opt | doctor`.
 //!
 //! Results go to standard output, progress and remarks to standard error. Exit codes are those of
 //! [`mansard_ir::Error::exit_code`]; every failure is one `error:` with its place and, where something is known, one `help:`.
@@ -7,6 +7,7 @@
 
 mod bench;
 mod bisect;
+mod bundle;
 mod chat;
 mod compile;
 mod costs;
@@ -58,6 +59,7 @@ enum Command {
     Verify(verify::Arguments),
     Bisect(bisect::Arguments),
     Bench(bench::Arguments),
+    Bundle(bundle::Arguments),
     Explain(explain::Arguments),
     Inspect(inspect::Arguments),
     Diff(diff::Arguments),
@@ -78,6 +80,7 @@ fn main() -> ExitCode {
         Command::Verify(arguments) => verify::run(&arguments),
         Command::Bisect(arguments) => bisect::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Bundle(arguments) => bundle::run(&arguments),
         Command::Explain(arguments) => explain::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Diff(arguments) => diff::run(&arguments),

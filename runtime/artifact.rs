@@ -9,6 +9,8 @@
 //! not cached does, where the file system has them (ext4 since Linux 6.16, XFS, Btrfs, tmpfs with `huge=`); a mapping of
 //! huge pages costs a few milliseconds per gigabyte and reads as fast as memory does.
 //!
+//! An artifact may be a file, a part of one such as a section of an executable, or memory that a program was linked with.
+//!
 //! The header is that of a safetensors file. Everything in it is outside bytes: sizes are compared with the file before
 //! anything is allocated, and one error names the file, the section, what was expected and what was found.
 
@@ -61,17 +63,31 @@ impl Artifact {
     /// # Errors
     /// Where it cannot be opened, is damaged, or is of a newer format.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Artifact> {
-        let path = path.as_ref();
         let file = MappedFile::open(path)?;
         file.advise_huge_pages();
+        Artifact::of(file, options)
+    }
+
+    /// Checks an artifact that is a file, a part of one ([`MappedFile::part`]), or memory that the program was linked with
+    /// ([`MappedFile::linked`]), from a multiple of 4096 bytes on.
+    ///
+    /// # Errors
+    /// Where it is damaged or of a newer format.
+    pub fn of(file: MappedFile, options: &OpenOptions) -> Result<Artifact> {
+        let path = file.path().display().to_string();
         Artifact::check(file, options).map_err(|e| {
             let damaged = e.kind() == Kind::Input && e.advice().is_none();
-            let e = e.at(path.display().to_string());
+            let e = e.at(path);
             if damaged { e.help("the file is damaged or no artifact: compile the model again") } else { e }
         })
     }
 
     fn check(file: MappedFile, options: &OpenOptions) -> Result<Artifact> {
+        let address = file.all().as_ptr().addr();
+        if !address.is_multiple_of(DATA_ALIGN) {
+            let message = format!("expected an artifact at a multiple of {DATA_ALIGN} bytes, found it at {address:#x}");
+            return Err(Error::new(Kind::Input, message).help("align it, as files and sections that are mapped are"));
+        }
         let (header, data) = read_header(file.all())?;
         let sections = lay_out(header.tensors, data, file.all().len())?;
         let Some(json) = header.metadata.get(METADATA_KEY) else {
@@ -112,12 +128,12 @@ impl Artifact {
         Ok(())
     }
 
-    /// Where it was opened.
+    /// Where it was opened, or what it was called.
     pub fn path(&self) -> &Path {
         self.file.path()
     }
 
-    /// Bytes of the whole file.
+    /// Its bytes.
     pub fn file_bytes(&self) -> usize {
         self.file.all().len()
     }

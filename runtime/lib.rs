@@ -28,6 +28,11 @@
 //!
 //! Several sequences advance in one [`Engine::step`]; see [`Work`].
 
+/// The page's program.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/embedding.md")]
+struct Embedding;
+
 mod artifact;
 mod batch;
 mod bind;
@@ -85,6 +90,12 @@ pub struct Model {
     tokens: OnceLock<Arc<Tokens>>,
 }
 
+impl From<Artifact> for Model {
+    fn from(artifact: Artifact) -> Model {
+        Model { artifact: Arc::new(artifact), tokens: OnceLock::new() }
+    }
+}
+
 impl Model {
     /// Opens and checks the artifact at `path`.
     ///
@@ -99,7 +110,7 @@ impl Model {
     /// # Errors
     /// As [`Artifact::open`].
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Model> {
-        Ok(Model { artifact: Arc::new(Artifact::open(path, options)?), tokens: OnceLock::new() })
+        Ok(Artifact::open(path, options)?.into())
     }
 
     /// The file.
