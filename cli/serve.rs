@@ -20,6 +20,7 @@ mod page;
 mod routes;
 
 use crate::report::EngineArguments;
+use crate::stream::StreamArguments;
 use app::App;
 use mansard_ir::{Error, Result};
 use std::net::IpAddr;
@@ -79,9 +80,8 @@ pub struct Arguments {
     /// Keep nothing of a prompt for others that begin like it
     #[arg(long)]
     no_prefix_sharing: bool,
-    /// Most tokens to guess by what came before and check in one step; 0 for none. Answers stay the same
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    guesses: usize,
+    #[command(flatten)]
+    stream: StreamArguments,
     /// What is logged to standard error: error, warn, info, debug
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log: tracing::Level,

@@ -8,16 +8,24 @@
 //! Before each step cache blocks that no token from there on sees are put back; another sequence, or the same one a little
 //! later, takes them next. So a group with a window holds a sequence's last positions and no more memory than those took.
 //! The last step can always be taken back, and with it the 64 positions before.
+//!
+//! An engine that is to attend to the first positions and the last ones only (attention sinks; Xiao et al., 2023) drops what
+//! lies between, cache block by cache block: entries leave the middle of every table, and positions in the cache move up.
+//! What keys were turned by does not: that is a token's position in the text.
 
-use crate::bind::make_pools;
 use crate::blocks::{BlockIndex, Blocks, blocks_for};
 use crate::memory::Arena;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{CacheGroup, CacheSpec, Program};
 use mansard_ir::{Error, Kind, Result, bail};
+use std::collections::BTreeMap;
 
 /// The most cache blocks: a slot, `cache block * 64 + position % 64`, is an i32.
 const MAX_BLOCKS: usize = i32::MAX as usize / CACHE_BLOCK;
+
+/// So many bytes at the start of each cache pool are on small pages, what lies beyond on huge ones: a pool is one of many,
+/// and huge pages from its start would commit far more memory than a short prompt fills.
+const SMALL_POOL_BYTES: usize = 16 << 20;
 
 /// Pools of all caches, and who holds which cache block of them.
 pub struct Caches {
@@ -26,6 +34,8 @@ pub struct Caches {
     pools: Arena,
     /// Of each cache's pool.
     offsets: Vec<usize>,
+    /// Last positions that a token sees beside the first cache block; `None` for all.
+    recent: Option<usize>,
 }
 
 struct Group {
@@ -58,11 +68,16 @@ pub struct Table {
 /// What a sequence has: its length, and a table for each cache group.
 #[derive(Clone, Debug, Default)]
 pub struct Sequence {
-    /// Positions.
+    /// Positions in the caches.
     pub length: usize,
+    /// Positions between the first cache block and the others that are in no cache any more.
+    pub dropped: usize,
     /// By group.
     pub tables: Vec<Table>,
 }
+
+/// Shared cache blocks, by group, and how many of their holders go on in copies of their own.
+pub type Copied = BTreeMap<(usize, BlockIndex), usize>;
 
 /// The cache blocks of 64 positions, one of each group, that somebody holds.
 #[derive(Debug)]
@@ -79,8 +94,8 @@ impl Caches {
     /// positions are filled.
     ///
     /// # Errors
-    /// Where that is no number of positions, or the system refuses memory.
-    pub fn new(program: &Program, positions: usize) -> Result<Caches> {
+    /// Where that is no number of positions, layers see more than the `recent` ones, or the system refuses memory.
+    pub fn new(program: &Program, positions: usize, recent: Option<usize>) -> Result<Caches> {
         // Without caches there is nothing to hold, and no limit to it.
         let groups = if program.caches.is_empty() { &[][..] } else { &program.groups };
         let blocks = blocks_for(positions);
@@ -88,9 +103,11 @@ impl Caches {
             let found = blocks * CACHE_BLOCK;
             bail!(Usage, "expected 1 to {} positions of cache, found {found}", MAX_BLOCKS * CACHE_BLOCK);
         }
+        check_recent(groups, recent)?;
         let (pools, offsets) = make_pools(program, blocks)?;
         let group = |plan: &CacheGroup| Group { plan: *plan, blocks: Blocks::new(blocks as u32) };
-        Ok(Caches { groups: groups.iter().map(group).collect(), specs: program.caches.clone(), pools, offsets })
+        let groups = groups.iter().map(group).collect();
+        Ok(Caches { groups, specs: program.caches.clone(), pools, offsets, recent })
     }
 
     /// Address of every cache's pool.
@@ -129,7 +146,7 @@ impl Caches {
 
     /// A sequence without positions.
     pub fn empty(&self) -> Sequence {
-        Sequence { length: 0, tables: vec![Table::default(); self.groups.len()] }
+        Sequence { length: 0, dropped: 0, tables: vec![Table::default(); self.groups.len()] }
     }
 
     /// The same positions, in the same cache blocks.
@@ -155,8 +172,28 @@ impl Caches {
         Ok(copy)
     }
 
+    /// Cache blocks after the first that a token at this position of a text, and up to 64 before it, does not see.
+    fn middle(&self, position: usize) -> usize {
+        let unseen = |recent: usize| (position + 1).saturating_sub(recent + CACHE_BLOCK) / CACHE_BLOCK;
+        self.recent.map_or(0, unseen).saturating_sub(1)
+    }
+
+    /// The first position of a text whose step drops so many cache blocks.
+    fn onset(&self, middle: usize) -> usize {
+        self.recent.map_or(usize::MAX, |recent| recent + (middle + 2) * CACHE_BLOCK - 1)
+    }
+
+    /// So many tokens see the same in one step as in a step each.
+    pub fn steady(&self, sequence: &Sequence) -> usize {
+        let position = sequence.length + sequence.dropped;
+        self.onset(self.middle(position) + 1) - position
+    }
+
     /// The fewest positions, beside none, to which a sequence can be cut: what the next token would see must be held.
     pub fn shortest(&self, sequence: &Sequence) -> usize {
+        if sequence.dropped > 0 {
+            return self.onset(sequence.dropped / CACHE_BLOCK) - sequence.dropped;
+        }
         let least = |(group, table): (&Group, &Table)| match table.released {
             0 => 1,
             released => released * CACHE_BLOCK + group.plan.window - 1,
@@ -174,16 +211,33 @@ impl Caches {
                 *table = Table::default();
             }
         }
+        if length == 0 {
+            sequence.dropped = 0;
+        }
     }
 
     /// Cache blocks of each group that must be free for `tokens` more positions, in steps of at most `step`: for new
-    /// positions, and for a copy of a shared one, less what leaves sight on the way.
-    pub fn needed(&self, sequence: &Sequence, tokens: usize, step: usize) -> Vec<usize> {
-        let of = |(group, table): (&Group, &Table)| {
+    /// positions, and for a copy of a shared one, less what leaves sight on the way. The last holder of a shared one needs no
+    /// copy: `copied` remembers those that grow before it.
+    pub fn needed(&self, sequence: &Sequence, tokens: usize, step: usize, copied: &mut Copied) -> Vec<usize> {
+        let mut of = |(index, (group, table)): (usize, (&Group, &Table))| {
             let held = table.entries.len();
             let shared = |block: &BlockIndex| group.blocks.is_shared(*block);
-            let copies = usize::from(tail(sequence, table).is_some_and(|tail| shared(&table.entries[tail])));
+            let copies = tail(sequence, table).map_or(0, |tail| {
+                let block = table.entries[tail];
+                let before = copied.entry((index, block)).or_default();
+                let copies = usize::from(group.blocks.holders(block) > *before + 1);
+                *before += copies;
+                copies
+            });
             let before = |first: usize| {
+                if group.plan.window == 0 {
+                    let dropped =
+                        self.middle(sequence.length + sequence.dropped + first) - sequence.dropped / CACHE_BLOCK;
+                    let (start, end) = (held.min(1), (1 + dropped).min(held));
+                    let old = table.entries[start..end.max(start)].iter();
+                    return old.filter(|block| !shared(block)).count() + (1 + dropped).saturating_sub(held.max(1));
+                }
                 let end = group.plan.out_of_sight(sequence.length + first).max(table.released);
                 let old = &table.entries[table.released..end.min(held)];
                 old.iter().filter(|block| !shared(block)).count() + end.saturating_sub(held)
@@ -194,7 +248,7 @@ impl Caches {
             });
             steps.max().unwrap_or(0)
         };
-        self.groups.iter().zip(&sequence.tables).map(of).collect()
+        self.groups.iter().zip(&sequence.tables).enumerate().map(&mut of).collect()
     }
 
     /// Refuses to take more cache blocks of a group than are free.
@@ -260,6 +314,7 @@ impl Caches {
     /// # Errors
     /// Where too few are free, which [`Caches::needed`] tells before.
     pub fn grow(&mut self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        self.drop_middle(sequence);
         let tails: Vec<Option<usize>> = sequence.tables.iter().map(|table| tail(sequence, table)).collect();
         let length = sequence.length;
         for (index, (table, tail)) in sequence.tables.iter_mut().zip(tails).enumerate() {
@@ -281,6 +336,22 @@ impl Caches {
         Ok(())
     }
 
+    /// Puts back the cache blocks between the first one and the last positions.
+    fn drop_middle(&mut self, sequence: &mut Sequence) {
+        let more = self.middle(sequence.length + sequence.dropped) - sequence.dropped / CACHE_BLOCK;
+        if more == 0 {
+            return;
+        }
+        for (group, table) in self.groups.iter_mut().zip(&mut sequence.tables) {
+            let released = table.released;
+            let gone = table.entries.drain(1..1 + more).zip(1..).filter(|(_, entry)| *entry >= released);
+            gone.for_each(|(block, _)| group.blocks.put_back(block));
+            table.released = released.min(1).max(released.saturating_sub(more));
+        }
+        sequence.length -= more * CACHE_BLOCK;
+        sequence.dropped += more * CACHE_BLOCK;
+    }
+
     /// Takes a cache block with what another holds, in every cache of the group.
     fn copy_block(&mut self, group: usize, from: BlockIndex) -> Result<BlockIndex> {
         let to = self.groups[group].blocks.take()?;
@@ -290,6 +361,44 @@ impl Caches {
         }
         Ok(to)
     }
+}
+
+/// Refuses to see fewer of the last positions than some layers do by themselves.
+fn check_recent(groups: &[CacheGroup], recent: Option<usize>) -> Result<()> {
+    let Some(recent) = recent else { return Ok(()) };
+    let least = groups.iter().map(|group| group.window).max().unwrap_or(0).max(CACHE_BLOCK);
+    if groups.is_empty() || recent < least || recent > MAX_BLOCKS * CACHE_BLOCK {
+        let found = if groups.is_empty() { "a model without caches".into() } else { recent.to_string() };
+        bail!(Usage, "expected a window of at least {least} positions, which its layers see themselves, found {found}");
+    }
+    Ok(())
+}
+
+/// One arena for the pools of all caches, and the offset of each.
+///
+/// # Errors
+/// Where the system refuses memory.
+fn make_pools(program: &Program, blocks: usize) -> Result<(Arena, Vec<usize>)> {
+    let mut offsets = vec![];
+    let mut bytes = 0usize;
+    for cache in &program.caches {
+        offsets.push(bytes);
+        let pool = cache.block_bytes.checked_mul(blocks).and_then(|pool| bytes.checked_add(pool));
+        let Some(end) = pool else {
+            bail!(
+                Usage,
+                "{blocks} cache blocks of {} bytes in {} caches: no such memory",
+                cache.block_bytes,
+                offsets.len()
+            );
+        };
+        bytes = end;
+    }
+    let arena = Arena::new("caches", bytes)?;
+    for (offset, end) in offsets.iter().zip(offsets.iter().skip(1).chain([&bytes])) {
+        arena.use_huge_pages(offset.saturating_add(SMALL_POOL_BYTES)..*end);
+    }
+    Ok((arena, offsets))
 }
 
 /// The entry that the next position falls into, where it is filled in part.
@@ -304,12 +413,19 @@ mod tests {
 
     const WINDOW: usize = 100;
 
-    /// Two groups, the second with a window, of one cache each.
-    fn caches(positions: usize) -> Caches {
+    fn program() -> Program {
         let spec = |group| CacheSpec { name: "keys".into(), ty: String::new(), block_bytes: 64, group };
         let groups = [0, WINDOW].map(|window| CacheGroup { window }).to_vec();
-        let program = Program { caches: vec![spec(0), spec(1)], groups, ..Program::default() };
-        Caches::new(&program, positions).unwrap()
+        Program { caches: vec![spec(0), spec(1)], groups, ..Program::default() }
+    }
+
+    fn caches(positions: usize) -> Caches {
+        caches_with(positions, None)
+    }
+
+    /// Two groups, the second with a window, of one cache each.
+    fn caches_with(positions: usize, recent: Option<usize>) -> Caches {
+        Caches::new(&program(), positions, recent).unwrap()
     }
 
     fn taken(caches: &Caches) -> [usize; 2] {
@@ -318,7 +434,7 @@ mod tests {
 
     /// A step, which must need what was said.
     fn step(caches: &mut Caches, sequence: &mut Sequence, tokens: usize) {
-        let (needed, before) = (caches.needed(sequence, tokens, tokens), taken(caches));
+        let (needed, before) = (caches.needed(sequence, tokens, tokens, &mut Copied::new()), taken(caches));
         caches.check_free(&needed).unwrap();
         caches.grow(sequence, tokens).unwrap();
         for (group, after) in taken(caches).into_iter().enumerate() {
@@ -394,11 +510,55 @@ mod tests {
     }
 
     #[test]
+    fn the_middle_is_dropped() {
+        let recent = 2 * WINDOW;
+        let mut caches = caches_with(1280, Some(recent));
+        let mut sequence = caches.empty();
+        for (tokens, times) in [(100, 4), (1, 150), (300, 3), (1, 5)] {
+            for _ in 0..times {
+                let (tail, first) =
+                    (sequence.tables[0].entries.last().copied(), sequence.tables[0].entries.first().copied());
+                step(&mut caches, &mut sequence, tokens);
+                let table = &sequence.tables[0].entries;
+                assert!(first.is_none() || first == table.first().copied());
+                assert!(tail.is_none_or(|tail| table.contains(&tail)));
+                // Of what comes before the step.
+                let seen = sequence.length - tokens;
+                assert!(
+                    sequence.dropped == 0 || (CACHE_BLOCK + recent..CACHE_BLOCK + recent + 128).contains(&(seen + 1))
+                );
+                let (length, shortest) =
+                    (sequence.length + sequence.dropped, caches.shortest(&sequence) + sequence.dropped);
+                assert!(caches.middle(length - tokens) == sequence.dropped / CACHE_BLOCK && shortest <= length);
+                assert_eq!(caches.middle(length + caches.steady(&sequence) - 1), caches.middle(length));
+            }
+        }
+        assert_eq!(sequence.length + sequence.dropped, 1455);
+        caches.cut(&mut sequence, 0);
+        assert_eq!((sequence.dropped, taken(&caches)), (0, [0, 0]));
+        assert!(Caches::new(&program(), 1280, Some(WINDOW - 1)).is_err());
+    }
+
+    #[test]
+    fn the_last_holder_of_a_tail_needs_no_copy() {
+        let mut caches = caches(2048);
+        let mut one = caches.empty();
+        step(&mut caches, &mut one, 70);
+        let mut all = [caches.share(&one), caches.share(&one), one];
+        let before = taken(&caches);
+        let mut copied = Copied::new();
+        let needed = all.each_ref().map(|sequence| caches.needed(sequence, 1, 1, &mut copied));
+        assert_eq!(needed, [[1, 1], [1, 1], [0, 0]]);
+        all.iter_mut().for_each(|sequence| step(&mut caches, sequence, 1));
+        assert_eq!(taken(&caches), before.map(|taken| taken + 2));
+    }
+
+    #[test]
     fn a_long_prompt_needs_no_more_than_its_steps_hold() {
         let mut caches = caches(640);
         let mut sequence = caches.empty();
-        assert_eq!(caches.needed(&sequence, 640, 640), [10, 10]);
-        let needed = caches.needed(&sequence, 640, 64);
+        assert_eq!(caches.needed(&sequence, 640, 640, &mut Copied::new()), [10, 10]);
+        let needed = caches.needed(&sequence, 640, 64, &mut Copied::new());
         assert_eq!(needed[0], 10);
         let mut most = 0;
         for _ in 0..10 {
@@ -406,7 +566,7 @@ mod tests {
             most = most.max(taken(&caches)[1]);
         }
         assert_eq!(needed[1], most);
-        let error = caches.check_free(&caches.needed(&sequence, 1, 1)).unwrap_err();
+        let error = caches.check_free(&caches.needed(&sequence, 1, 1, &mut Copied::new())).unwrap_err();
         assert!(error.message().contains("expected 1 free cache blocks of 64 positions, found 0 of 10"), "{error}");
     }
 }

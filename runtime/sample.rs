@@ -77,7 +77,7 @@ impl SamplerOptions {
     }
 
     /// Logits are changed before anything is chosen.
-    fn adjusts(&self) -> bool {
+    pub(crate) fn adjusts(&self) -> bool {
         self.repetition_penalty != 1.0
             || self.frequency_penalty != 0.0
             || self.presence_penalty != 0.0
@@ -171,6 +171,11 @@ impl Sampler {
     /// Its options.
     pub fn options(&self) -> &SamplerOptions {
         &self.options
+    }
+
+    /// Another one, whose next random numbers are this one's next.
+    pub(crate) fn ahead(&self) -> Sampler {
+        Sampler { options: self.options.clone(), state: self.state, adjusted: vec![], candidates: vec![] }
     }
 
     /// Chooses the token after `before`, whose logits are `logits[vocab]`, among those that `allowed` has a bit for.

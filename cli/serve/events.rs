@@ -18,6 +18,12 @@ pub fn respond(answer: Answer, include_usage: bool) -> Response {
     if answer.endpoint == Endpoint::Chat {
         (0..answer.left).for_each(|choice| opening += &event(&answer.opening(choice)));
     }
+    for choice in 0..answer.left {
+        match answer.echo(choice) {
+            Ok(text) => text.iter().for_each(|text| opening += &event(text)),
+            Err(error) => opening += &failure(&error),
+        }
+    }
     let first = stream::iter([Ok::<_, Infallible>(opening)]);
     let rest = stream::unfold(Some(answer), move |answer| async move {
         let (text, answer) = next(answer?, include_usage).await;
@@ -34,6 +40,7 @@ pub fn respond(answer: Answer, include_usage: bool) -> Response {
 async fn next(mut answer: Answer, include_usage: bool) -> (String, Option<Answer>) {
     match answer.next(SILENCE).await {
         Ok(Next::Silence) => (": on its way\n\n".into(), Some(answer)),
+        Ok(Next::Prompt(..)) => (String::new(), Some(answer)),
         Err(error) => (failure(&error), None),
         Ok(Next::Event(told)) => {
             let mut text = event(&answer.chunk(told));
