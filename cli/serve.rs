@@ -68,6 +68,9 @@ pub struct Arguments {
     /// Seconds a client has to send its request
     #[arg(long, value_name = "N", default_value_t = 20)]
     read_seconds: u64,
+    /// Seconds of silence after which a stream gets a comment, for proxies that would close it
+    #[arg(long, value_name = "N", default_value_t = 15)]
+    keep_alive_seconds: u64,
     /// Seconds that answers on their way have to end after SIGTERM
     #[arg(long, value_name = "N", default_value_t = 30)]
     drain_seconds: u64,

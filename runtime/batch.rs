@@ -50,11 +50,13 @@ pub struct BatchOptions {
     pub share: bool,
     /// Most tokens that are guessed, by what came before or a draft model, and checked in one step; 0 for none.
     pub guesses: usize,
+    /// Guess wherever there is something to guess, whether it pays or not.
+    pub always_guess: bool,
 }
 
 impl Default for BatchOptions {
     fn default() -> BatchOptions {
-        BatchOptions { running: None, piece: 128, share: true, guesses: 0 }
+        BatchOptions { running: None, piece: 128, share: true, guesses: 0, always_guess: false }
     }
 }
 
@@ -73,6 +75,7 @@ pub struct Batcher {
     share: bool,
     /// Most tokens guessed at once: as many as asked for, and no more than leave an answer as it is.
     guesses: usize,
+    always_guess: bool,
     pace: Pace,
     draft: Option<DraftModel>,
     /// Positions that a sequence can have.
@@ -121,6 +124,7 @@ impl Batcher {
             most_running: options.running.unwrap_or(most).min(most),
             share: options.share,
             guesses,
+            always_guess: options.always_guess,
             pace,
             draft: None,
             capacity,

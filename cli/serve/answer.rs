@@ -86,6 +86,11 @@ impl Answer {
         })
     }
 
+    /// Most silence in a stream of it.
+    pub fn silence(&self) -> Duration {
+        self.app.silence
+    }
+
     /// Waits for the next event, or for some time.
     ///
     /// # Errors

@@ -52,6 +52,8 @@ pub struct App {
     pub max_time: Duration,
     /// Most time of a request's arrival.
     pub read_time: Duration,
+    /// Most silence in a stream.
+    pub silence: Duration,
     /// No key is needed and only this machine is listened to.
     pub only_own_host: bool,
     path: PathBuf,
@@ -85,6 +87,7 @@ impl App {
             max_tokens: arguments.max_tokens,
             max_choices: arguments.max_choices,
             max_time: Duration::from_secs(arguments.max_seconds),
+            silence: Duration::from_secs(arguments.keep_alive_seconds.max(1)),
             read_time: Duration::from_secs(arguments.read_seconds),
             path: path.clone(),
             model,
@@ -128,6 +131,7 @@ fn start(model: &Model, arguments: &Arguments) -> Result<(Work, usize)> {
         piece: arguments.piece,
         share: !arguments.no_prefix_sharing,
         guesses: arguments.stream.guesses(),
+        ..BatchOptions::default()
     };
     let mut batcher = Batcher::new(engine, Some(model.tokens()?.clone()), &batch)?;
     if let Some(draft) = draft {

@@ -55,6 +55,7 @@ impl Batcher {
         let answers = wishes.len();
         let most = self.bounds.limits.tokens.min(self.bounds.limits.rows).min(self.bounds.many - 1);
         let mut plan = Plan::new(&self.pace, answers, most);
+        plan.always = self.always_guess;
         let mut rest = vec![];
         for (index, part) in wishes.iter_mut().enumerate().filter(|(_, part)| part.is_last_token()) {
             let Some(run) = self.running.iter_mut().find(|run| part.is_of(run)) else { continue };
@@ -99,6 +100,8 @@ pub(super) fn exact(engine: &mut Engine, most: usize) -> Result<(usize, Pace)> {
     let room = engine.caches.free().1.saturating_mul(CACHE_BLOCK).min(limits.context);
     let most = most.min(limits.rows).min(limits.tokens);
     // As many positions as attention reads at once, and more.
+    // And no more than are in sight.
+    let room = room.min(engine.caches.steady(&engine.caches.empty()));
     let before = 300.min(room.saturating_sub(2 * most));
     let tokens: Vec<u32> = (0..before + 2 * most).map(|i| ((i * i + 7 * i) % vocab) as u32).collect();
     let mut pace = Pace::default();

@@ -52,19 +52,24 @@ pub(in crate::batch) struct Plan<'a> {
     /// Tokens, and the most there may be.
     pub tokens: usize,
     pub most: usize,
+    /// Guesses are made whether they pay or not.
+    pub always: bool,
 }
 
 impl<'a> Plan<'a> {
     /// A step of so many answers.
     pub fn new(pace: &'a Pace, answers: usize, most: usize) -> Plan<'a> {
-        Plan { pace, come: answers as f64, tokens: answers, most }
+        Plan { pace, come: answers as f64, tokens: answers, most, always: false }
     }
 
     /// How much faster tokens come with so many tokens more in the step, of which `right` are expected to be right, where
     /// making them up takes `seconds`.
     pub fn gain(&self, more: usize, right: f64, seconds: f64) -> f64 {
         let [without, with] = [0, more].map(|more| self.pace.seconds(self.tokens + more));
-        if self.tokens + more > self.most { 0.0 } else { (self.come + right) / self.come * without / (with + seconds) }
+        if self.tokens + more > self.most {
+            return 0.0;
+        }
+        if self.always { 1.0 + more as f64 } else { (self.come + right) / self.come * without / (with + seconds) }
     }
 
     /// Adds as many guesses as pay best, and gives how many. `chances` are of each to be right, where those before it are.
