@@ -183,10 +183,22 @@ impl Caches {
         self.recent.map_or(usize::MAX, |recent| recent + (middle + 2) * CACHE_BLOCK - 1)
     }
 
-    /// So many tokens see the same in one step as in a step each.
+    /// So many positions a sequence may have before any is dropped.
+    pub fn until_dropped(&self) -> usize {
+        self.onset(1)
+    }
+
+    /// So many tokens see the same cache blocks in one step as in a step each, which attention sums up by halves.
     pub fn steady(&self, sequence: &Sequence) -> usize {
         let position = sequence.length + sequence.dropped;
-        self.onset(self.middle(position) + 1) - position
+        let next = sequence.length + 1;
+        let until = |window: usize| match next.checked_sub(window) {
+            Some(start) => CACHE_BLOCK - start % CACHE_BLOCK,
+            None => window - next + CACHE_BLOCK,
+        };
+        let windows = self.groups.iter().map(|group| group.plan.window).filter(|window| *window > 0).map(until);
+        let own = CACHE_BLOCK - sequence.length % CACHE_BLOCK;
+        windows.chain([own, self.onset(self.middle(position) + 1) - position]).min().unwrap_or(own)
     }
 
     /// The fewest positions, beside none, to which a sequence can be cut: what the next token would see must be held.
@@ -531,6 +543,7 @@ mod tests {
                     (sequence.length + sequence.dropped, caches.shortest(&sequence) + sequence.dropped);
                 assert!(caches.middle(length - tokens) == sequence.dropped / CACHE_BLOCK && shortest <= length);
                 assert_eq!(caches.middle(length + caches.steady(&sequence) - 1), caches.middle(length));
+                assert!(caches.steady(&sequence) <= 64 - sequence.length % 64);
             }
         }
         assert_eq!(sequence.length + sequence.dropped, 1455);

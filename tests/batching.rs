@@ -272,7 +272,7 @@ fn any_schedule_with_experts_and_integer_caches() {
 /// Caches of int4, beside which a token's own cache block is kept in f16; heads of 32, which those need.
 #[test]
 fn any_schedule_with_int4_caches() {
-    let (_folder, path) = config("\"head_dim\": 16", "\"head_dim\": 32");
+    let (_folder, path) = config(&[("\"head_dim\": 16", "\"head_dim\": 32")]);
     let options = CompileOptions { kv: Some(DType::I4), synthetic_seed: Some(9), ..CompileOptions::default() };
     any_schedule_of("int4 caches", &path, &options, 7, &Setup::default());
     any_schedule_of("int4 caches", &path, &options, 8, &Setup { window: Some(64), ..Setup::default() });
@@ -286,13 +286,33 @@ fn any_schedule_with_integer_weights() {
 }
 
 /// The tiny llama's configuration, changed.
-fn config(from: &str, to: &str) -> (tempfile::TempDir, std::path::PathBuf) {
+fn config(changes: &[(&str, &str)]) -> (tempfile::TempDir, std::path::PathBuf) {
     let folder = tempfile::tempdir().unwrap();
-    let config = std::fs::read_to_string(here().join("goldens/llama/config.json")).unwrap();
+    let mut config = std::fs::read_to_string(here().join("goldens/llama/config.json")).unwrap();
     let path = folder.path().join("config.json");
-    assert!(config.contains(from));
-    std::fs::write(&path, config.replace(from, to)).unwrap();
+    for (from, to) in changes {
+        assert!(config.contains(from));
+        config = config.replace(from, to);
+    }
+    std::fs::write(&path, config).unwrap();
     (folder, path)
+}
+
+/// A context of 1024.
+const LONG: (&str, &str) = ("\"max_position_embeddings\": 256", "\"max_position_embeddings\": 1024");
+
+/// Three heads for two workers: attention of long contexts is divided between them, and comes to the same however it is.
+#[test]
+fn any_schedule_with_an_odd_number_of_heads() {
+    let heads = [
+        ("\"num_attention_heads\": 4", "\"num_attention_heads\": 3"),
+        ("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3"),
+    ];
+    let (_folder, path) = config(&[heads[0], heads[1], LONG]);
+    let setup = Setup { longer: 4, ..Setup::default() };
+    let options = CompileOptions { synthetic_seed: Some(9), ..CompileOptions::default() };
+    any_schedule_of("odd heads", &path, &options, 17, &setup);
+    any_schedule_of("odd heads", &path, &options, 18, &setup);
 }
 
 fn synthetic(path: &Path, seed: u64) -> (tempfile::TempDir, Arc<Artifact>) {
@@ -312,7 +332,7 @@ fn any_schedule_with_shifts() {
 /// Only the first positions and the last are seen, guessed ahead or not.
 #[test]
 fn any_schedule_with_sinks() {
-    let (_folder, path) = config("\"max_position_embeddings\": 256", "\"max_position_embeddings\": 1024");
+    let (_folder, path) = config(&[LONG]);
     let setup = Setup { window: Some(64), shift: Some(8), longer: 4, draft: None };
     let options = CompileOptions { synthetic_seed: Some(9), ..CompileOptions::default() };
     any_schedule_of("sinks", &path, &options, 13, &setup);
@@ -425,7 +445,7 @@ fn draft_models_leave_the_distribution() {
 #[test]
 fn drafts_of_another_vocabulary_are_refused() {
     let (_files, target) = compiled(&here().join("goldens/llama"), &CompileOptions::default()).unwrap();
-    let (_folder, path) = config("\"vocab_size\": 256", "\"vocab_size\": 128");
+    let (_folder, path) = config(&[("\"vocab_size\": 256", "\"vocab_size\": 128")]);
     let (_other_files, other) = synthetic(&path, 5);
     let error = batcher(&target, 640, &GUESSING).with_draft(engine(&other, 640, None)).err().unwrap();
     assert!(error.exit_code() == 2 && error.message().contains("256 tokens, found 128"), "{error}");

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! A row's token is chosen as ever, with its own random number; guesses go on as long as they are what was chosen. So answers
-//! are the same with guesses and without, as long as rows are the same in steps of several tokens: [`exact`] finds up to how
-//! many they are. (Speculative decoding; Leviathan et al., 2023. That a draft which draws with the same random numbers leaves
+//! are the same with guesses and without, as long as rows are the same in steps of several tokens that fall into one cache
+//! block: [`exact`] finds up to how many they are. (Speculative decoding; Leviathan et al., 2023. That a draft which draws with the same random numbers leaves
 //! the very tokens as they are: Daliri, Musco and Suresh, 2024.)
 //!
 //! How many are guessed follows from how often guesses were right and what steps take (`pace.rs`): none where none pay.
@@ -99,10 +99,9 @@ pub(super) fn exact(engine: &mut Engine, most: usize) -> Result<(usize, Pace)> {
     let (limits, vocab) = (*engine.limits(), engine.artifact().manifest().model.vocab);
     let room = engine.caches.free().1.saturating_mul(CACHE_BLOCK).min(limits.context);
     let most = most.min(limits.rows).min(limits.tokens);
-    // As many positions as attention reads at once, and more.
-    // And no more than are in sight.
-    let room = room.min(engine.caches.steady(&engine.caches.empty()));
-    let before = 300.min(room.saturating_sub(2 * most));
+    // As many positions as attention reads at once, so that what follows falls into one cache block; and none dropped.
+    let room = room.min(engine.caches.until_dropped());
+    let before = 256.min(room.saturating_sub(2 * most) / CACHE_BLOCK * CACHE_BLOCK);
     let tokens: Vec<u32> = (0..before + 2 * most).map(|i| ((i * i + 7 * i) % vocab) as u32).collect();
     let mut pace = Pace::default();
     let single = rows(engine, &tokens, before, 1, &mut pace)?;
