@@ -11,7 +11,7 @@ test: setup
 	-.ci/fetch-models smollm2 gemma3 minilm
 	-.ci/fetch-ptxas
 	-.ci/fetch-clients
-	cargo test --workspace
+	MANSARD_SOAK_SECONDS=$${MANSARD_SOAK_SECONDS:-60} cargo test --workspace
 
 setup:
 	@.ci/setup

@@ -2,8 +2,9 @@
 
 use crate::report::EngineArguments;
 use crate::run::{Sampling, Writer, speeds};
+use crate::stream::{Stream, StreamArguments};
 use mansard_ir::{Error, Result, bail};
-use mansard_runtime::{Engine, GenerateOptions, Message, SequenceId, Tokens, generate};
+use mansard_runtime::{GenerateOptions, Message, Tokens};
 use std::io::{BufRead, IsTerminal};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,15 +20,15 @@ pub struct Arguments {
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
+    stream: StreamArguments,
+    #[command(flatten)]
     engine: EngineArguments,
 }
 
-/// A conversation and what of it is in the cache.
+/// A conversation.
 struct Conversation<'a> {
     tokens: &'a Arc<Tokens>,
     messages: Vec<Message>,
-    sequence: SequenceId,
-    cached: Vec<u32>,
 }
 
 /// Runs the command.
@@ -35,15 +36,14 @@ struct Conversation<'a> {
 /// # Errors
 /// Where the artifact does not open or has no chat template, or the conversation outgrows the context.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let options = arguments.sampling.options()?;
+    let options = arguments.sampling.options(&arguments.stream)?;
     let model = arguments.engine.open(&arguments.artifact)?;
     if !model.tokens()?.has_chat_template() {
         bail!(Usage, "the model has no chat template; `mansard run --raw` continues plain text");
     }
-    let mut engine = model.engine(&arguments.engine.options())?;
+    let mut stream = Stream::open(&model, &arguments.engine, &arguments.stream)?;
     let system: Vec<Message> = arguments.system.iter().map(|text| Message::new("system", text)).collect();
-    let sequence = engine.new_sequence();
-    let mut conversation = Conversation { tokens: model.tokens()?, messages: system.clone(), sequence, cached: vec![] };
+    let mut conversation = Conversation { tokens: model.tokens()?, messages: system.clone() };
     let stdin = std::io::stdin();
     loop {
         if stdin.is_terminal() {
@@ -57,33 +57,20 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             "" => {}
             "/exit" => return Ok(()),
             "/clear" => conversation.messages = system.clone(),
-            text => conversation.turn(&mut engine, &options, text)?,
+            text => conversation.turn(&mut stream, &options, text)?,
         }
     }
 }
 
 impl Conversation<'_> {
     /// One question and its answer.
-    fn turn(&mut self, engine: &mut Engine, options: &GenerateOptions, text: &str) -> Result<()> {
+    fn turn(&mut self, stream: &mut Stream, options: &GenerateOptions, text: &str) -> Result<()> {
         self.messages.push(Message::new("user", text));
         let prompt = self.tokens.encode(&self.tokens.chat_prompt(&self.messages)?, false)?;
-        // At least one token must run, to give the next.
-        let limit = prompt.len().saturating_sub(1);
-        let common = self.cached.iter().zip(&prompt[..limit]).take_while(|(a, b)| a == b).count();
-        // Layers that see a window may have let go of what the common part needs.
-        let common = if common < engine.shortest(self.sequence)? { 0 } else { common };
-        engine.truncate(self.sequence, common)?;
         let mut writer = Writer { decoder: Some(self.tokens.decoder()), text: String::new(), quiet: false };
-        let generated = generate(engine, self.sequence, &prompt[common..], options, |token| {
-            writer.push(token)?;
-            Ok(true)
-        })?;
-        eprintln!("{}", speeds(&generated, prompt.len() - common));
+        let answer = stream.answer(&prompt, options, |token| writer.push(token))?;
+        eprintln!("{}", speeds(&answer));
         self.messages.push(Message::new("assistant", writer.finish()?));
-        // The last token is not in the cache yet.
-        self.cached = prompt;
-        self.cached.extend(&generated.tokens);
-        self.cached.truncate(engine.length(self.sequence)?);
         Ok(())
     }
 }

@@ -24,6 +24,7 @@ mod report;
 mod run;
 mod sass;
 mod serve;
+mod stream;
 mod verify;
 
 use clap::{Parser, Subcommand};

@@ -1,8 +1,9 @@
 //! `mansard run`: a prompt goes in, the answer streams out.
 
 use crate::report::{self, EngineArguments, InputArguments};
+use crate::stream::{Answer, Stream, StreamArguments};
 use mansard_ir::{Result, bail};
-use mansard_runtime::{Finish, GenerateOptions, Generated, Message, Model, SamplerOptions, Tokens, generate};
+use mansard_runtime::{Finish, GenerateOptions, Message, Model, SamplerOptions, Tokens};
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -22,6 +23,8 @@ pub struct Arguments {
     raw: bool,
     #[command(flatten)]
     sampling: Sampling,
+    #[command(flatten)]
+    stream: StreamArguments,
     #[command(flatten)]
     engine: EngineArguments,
     /// Report in JSON, with the whole text
@@ -75,7 +78,7 @@ impl Sampling {
     ///
     /// # Errors
     /// Where no token is asked for.
-    pub fn options(&self) -> Result<GenerateOptions> {
+    pub fn options(&self, stream: &StreamArguments) -> Result<GenerateOptions> {
         if self.max_tokens == 0 {
             bail!(Usage, "-n: expected at least one token to generate, found 0");
         }
@@ -93,7 +96,7 @@ impl Sampling {
             logit_bias: vec![],
         };
         let stop_tokens = self.ignore_end.then(Vec::new);
-        Ok(GenerateOptions { max_tokens: self.max_tokens, sampler, stop_tokens })
+        Ok(GenerateOptions { max_tokens: self.max_tokens, sampler, stop_tokens, shift: stream.context_shift })
     }
 }
 
@@ -102,28 +105,24 @@ impl Sampling {
 /// # Errors
 /// Where the artifact does not open, the prompt does not fit, or output cannot be written.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let options = arguments.sampling.options()?;
+    let options = arguments.sampling.options(&arguments.stream)?;
     let model = arguments.engine.open(&arguments.artifact)?;
     // Copying weights and loading a large tokenizer both take time; they do so side by side.
-    let (prompt, engine) = std::thread::scope(|scope| {
+    let (prompt, stream) = std::thread::scope(|scope| {
         let prompt = scope.spawn(|| prompt(arguments, &model));
-        let engine = model.engine(&arguments.engine.options());
-        (prompt.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), engine)
+        let stream = Stream::open(&model, &arguments.engine, &arguments.stream);
+        (prompt.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), stream)
     });
-    let (prompt, mut engine) = (prompt?, engine?);
-    let sequence = engine.new_sequence();
+    let (prompt, mut stream) = (prompt?, stream?);
     // Token ids need no tokenizer: without one, ids come out too.
     let tokens = if model.info().tokenizer.is_some() { Some(model.tokens()?) } else { None };
     let mut writer = Writer { decoder: tokens.map(Tokens::decoder), text: String::new(), quiet: arguments.json };
-    let generated = generate(&mut engine, sequence, &prompt, &options, |token| {
-        writer.push(token)?;
-        Ok(true)
-    })?;
+    let answer = stream.answer(&prompt, &options, |token| writer.push(token))?;
     let text = writer.finish()?;
     if arguments.json {
-        return report::print(report::json(&summary(&generated, prompt.len(), &text))?);
+        return report::print(report::json(&summary(&answer, prompt.len(), &text))?);
     }
-    eprintln!("{}", speeds(&generated, prompt.len()));
+    eprintln!("{}", speeds(&answer));
     Ok(())
 }
 
@@ -187,15 +186,21 @@ fn rate(tokens: usize, time: Duration) -> f64 {
 }
 
 /// `prompt 9 tokens, 310.2 tokens/s; answer 63 tokens, 95.1 tokens/s`.
-pub fn speeds(generated: &Generated, prompt: usize) -> String {
+pub fn speeds(answer: &Answer) -> String {
+    let Answer { generated, computed: prompt, guessed } = answer;
     // The first token comes with the prompt.
     let decoded = generated.tokens.len().saturating_sub(1);
-    let (prefill, decode) = (rate(prompt, generated.prefill), rate(decoded, generated.decode));
+    let (prefill, decode) = (rate(*prompt, generated.prefill), rate(decoded, generated.decode));
     let answer = generated.tokens.len();
-    format!("prompt {prompt} tokens, {prefill:.1} tokens/s; answer {answer} tokens, {decode:.1} tokens/s")
+    let speeds = format!("prompt {prompt} tokens, {prefill:.1} tokens/s; answer {answer} tokens, {decode:.1} tokens/s");
+    match guessed {
+        (0, _) => speeds,
+        (guessed, right) => format!("{speeds}; {right} of {guessed} guesses right"),
+    }
 }
 
-fn summary(generated: &Generated, prompt: usize, text: &str) -> serde_json::Value {
+fn summary(answer: &Answer, prompt: usize, text: &str) -> serde_json::Value {
+    let Answer { generated, guessed, .. } = answer;
     let finish = match generated.finish {
         Finish::StopToken(_) => "stop_token",
         Finish::MaxTokens => "max_tokens",
@@ -208,6 +213,8 @@ fn summary(generated: &Generated, prompt: usize, text: &str) -> serde_json::Valu
         "tokens": generated.tokens,
         "finish": finish,
         "prompt_tokens": prompt,
+        "guessed_tokens": guessed.0,
+        "accepted_tokens": guessed.1,
         "prefill_seconds": generated.prefill.as_secs_f64(),
         "decode_seconds": generated.decode.as_secs_f64(),
     })

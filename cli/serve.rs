@@ -20,6 +20,7 @@ mod page;
 mod routes;
 
 use crate::report::EngineArguments;
+use crate::stream::StreamArguments;
 use app::App;
 use mansard_ir::{Error, Result};
 use std::net::IpAddr;
@@ -67,6 +68,9 @@ pub struct Arguments {
     /// Seconds a client has to send its request
     #[arg(long, value_name = "N", default_value_t = 20)]
     read_seconds: u64,
+    /// Seconds of silence after which a stream gets a comment, for proxies that would close it
+    #[arg(long, value_name = "N", default_value_t = 15)]
+    keep_alive_seconds: u64,
     /// Seconds that answers on their way have to end after SIGTERM
     #[arg(long, value_name = "N", default_value_t = 30)]
     drain_seconds: u64,
@@ -79,9 +83,8 @@ pub struct Arguments {
     /// Keep nothing of a prompt for others that begin like it
     #[arg(long)]
     no_prefix_sharing: bool,
-    /// Most tokens to guess by what came before and check in one step; 0 for none. Answers stay the same
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    guesses: usize,
+    #[command(flatten)]
+    stream: StreamArguments,
     /// What is logged to standard error: error, warn, info, debug
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log: tracing::Level,

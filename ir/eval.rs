@@ -83,8 +83,9 @@ pub struct Interpreter<'a> {
     weights: HashMap<String, Value>,
     /// Call prefix and input name -> sequence -> `[positions, heads, dim]`.
     caches: BTreeMap<String, BTreeMap<SequenceKey, Arc<Vec<f32>>>>,
-    /// Positions each sequence has.
+    /// Positions each sequence has in its caches, and those before its last that were forgotten.
     lengths: BTreeMap<SequenceKey, usize>,
+    forgotten: BTreeMap<SequenceKey, usize>,
 }
 
 /// A cache to be kept once the whole step has succeeded.
@@ -93,7 +94,13 @@ type NewCache = (String, Cache);
 impl<'a> Interpreter<'a> {
     /// An interpreter with no sequences. The model should be verified.
     pub fn new(model: &'a Model) -> Interpreter<'a> {
-        Interpreter { model, weights: HashMap::new(), caches: BTreeMap::new(), lengths: BTreeMap::new() }
+        Interpreter {
+            model,
+            weights: HashMap::new(),
+            caches: BTreeMap::new(),
+            lengths: BTreeMap::new(),
+            forgotten: BTreeMap::new(),
+        }
     }
 
     /// Runs one step: new tokens for each sequence; `rows` says which of the step's tokens (counted over all sequences)
@@ -123,7 +130,7 @@ impl<'a> Interpreter<'a> {
         let rows: Vec<i32> = rows.iter().map(|r| *r as i32).collect();
         let mut values = BTreeMap::from([
             ("tokens".to_owned(), Value::from_ints(tokens)),
-            ("positions".to_owned(), Value::from_ints(step.positions())),
+            ("positions".to_owned(), Value::from_ints(self.positions(&keys, &step))),
             ("rows".to_owned(), Value::from_ints(rows)),
             ("step".to_owned(), Value::Step(step.clone())),
         ]);
@@ -144,6 +151,27 @@ impl<'a> Interpreter<'a> {
             self.lengths.insert(*key, sequence.past + sequence.len);
         }
         Ok(outputs)
+    }
+
+    /// Takes positions out of a sequence's caches: what follows neither sees them nor is numbered anew.
+    pub fn forget(&mut self, key: SequenceKey, positions: std::ops::Range<usize>) {
+        let Some(length) = self.lengths.get_mut(&key).filter(|_| !positions.is_empty()) else { return };
+        for cache in self.caches.values_mut().filter_map(|sequences| sequences.get_mut(&key)) {
+            let width = cache.len() / (*length).max(1);
+            Arc::make_mut(cache).drain(positions.start * width..positions.end * width);
+        }
+        *length -= positions.len();
+        *self.forgotten.entry(key).or_default() += positions.len();
+    }
+
+    /// Of every token of a step, in its sequence's text.
+    fn positions(&self, keys: &[SequenceKey], step: &Step) -> Vec<i32> {
+        let forgotten = |key: &SequenceKey| self.forgotten.get(key).copied().unwrap_or(0);
+        let of = |(key, sequence): (&SequenceKey, &Sequence)| {
+            let first = sequence.past + forgotten(key);
+            (first..first + sequence.len).map(|p| p as i32)
+        };
+        keys.iter().zip(&step.sequences).flat_map(of).collect()
     }
 
     fn call(

@@ -28,10 +28,9 @@ pub use stats::{Histogram, Stats};
 use crate::engine::Engine;
 use crate::generate::Generation;
 use crate::prefix::{Prefixes, ROOT};
-use crate::step::Rows;
 use crate::stop::Text;
 use crate::tokens::Tokens;
-use draft::{Drafter, Pace};
+use draft::{DraftModel, Drafter, Pace};
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::{Result, bail};
 use run::{Live, Run};
@@ -49,13 +48,15 @@ pub struct BatchOptions {
     pub piece: usize,
     /// Keep what prompts compute for others with the same beginning.
     pub share: bool,
-    /// Most tokens that are guessed by what came before and checked in one step; 0 for none.
+    /// Most tokens that are guessed, by what came before or a draft model, and checked in one step; 0 for none.
     pub guesses: usize,
+    /// Guess wherever there is something to guess, whether it pays or not.
+    pub always_guess: bool,
 }
 
 impl Default for BatchOptions {
     fn default() -> BatchOptions {
-        BatchOptions { running: None, piece: 128, share: true, guesses: 0 }
+        BatchOptions { running: None, piece: 128, share: true, guesses: 0, always_guess: false }
     }
 }
 
@@ -67,13 +68,16 @@ pub struct Batcher {
     engine: Engine,
     tokens: Option<Arc<Tokens>>,
     bounds: Bounds,
-    /// Tokens of a prompt's longest piece.
+    /// Tokens of a prompt's longest piece, and of one whose rows are told.
     piece: usize,
+    told_piece: usize,
     most_running: usize,
     share: bool,
     /// Most tokens guessed at once: as many as asked for, and no more than leave an answer as it is.
     guesses: usize,
+    always_guess: bool,
     pace: Pace,
+    draft: Option<DraftModel>,
     /// Positions that a sequence can have.
     capacity: usize,
     waiting: Vec<Run>,
@@ -104,19 +108,25 @@ impl Batcher {
         let many = schedule::many(engine.program());
         let most = limits.sequences.min(limits.rows).min(limits.tokens);
         let capacity = engine.caches.free().1.saturating_mul(CACHE_BLOCK).min(limits.context);
-        let guesses = match options.guesses {
-            0 => 0,
-            most => draft::exact(&mut engine, most.saturating_add(1).min(MOST_CHECKED))? - 1,
+        let (guesses, pace) = match options.guesses {
+            0 => (0, Pace::default()),
+            most => {
+                let (exact, pace) = draft::exact(&mut engine, most.saturating_add(1).min(MOST_CHECKED))?;
+                (exact - 1, pace)
+            }
         };
         let mut stats = Stats::new();
         stats.blocks_total = engine.caches.free().1;
         Ok(Batcher {
             bounds: Bounds { limits, beside: piece, many },
             piece,
+            told_piece: pieces::longest(piece.min(limits.rows)),
             most_running: options.running.unwrap_or(most).min(most),
             share: options.share,
             guesses,
-            pace: Pace::default(),
+            always_guess: options.always_guess,
+            pace,
+            draft: None,
             capacity,
             waiting: vec![],
             running: vec![],
@@ -128,6 +138,22 @@ impl Batcher {
             engine,
             tokens,
         })
+    }
+
+    /// The same, with a draft model: its answers are guesses that one step of this batch's model checks, and answers stay as
+    /// they are. Its engine has caches of its own, best of as many positions.
+    ///
+    /// # Errors
+    /// Where its vocabulary is not this model's, or nothing may be guessed: by the options, or because rows of this model
+    /// are not the same in steps of several tokens.
+    pub fn with_draft(mut self, draft: Engine) -> Result<Batcher> {
+        draft::check_pair(self.engine.artifact(), draft.artifact())?;
+        if self.guesses == 0 {
+            bail!(Usage, "expected at least one guess for a draft model to make, found 0");
+        }
+        self.draft = Some(DraftModel::new(draft, self.piece)?);
+        self.count();
+        Ok(self)
     }
 
     /// Takes a request in. `sink` hears of it from [`Batcher::step`].
@@ -164,7 +190,10 @@ impl Batcher {
     fn run_of(&self, request: Request) -> Result<Run> {
         self.check(&request)?;
         let model = &self.engine.artifact().manifest().model;
-        let generation = Generation::new(&request.prompt, &request.options, model, request.constraint)?;
+        let mut generation = Generation::new(&request.prompt, &request.options, model, request.constraint)?;
+        if request.prompt.len() > self.capacity {
+            generation.shift(self.capacity);
+        }
         Ok(Run {
             request: RequestId(self.next),
             choice: 0,
@@ -175,10 +204,13 @@ impl Batcher {
             node: None,
             text: Text::new(self.tokens.as_ref(), request.stop.into())?,
             logprobs: request.logprobs,
+            prompt_logprobs: request.prompt_logprobs,
+            told: 0,
             more_choices: request.choices - 1,
             last_token: Instant::now(),
-            drafter: (self.guesses > 0).then(|| Drafter::new(self.guesses)),
+            drafter: (self.guesses > 0).then(Drafter::default),
             preempted: false,
+            shifted: false,
             ended: false,
             ticket: request.ticket,
         })
@@ -189,11 +221,15 @@ impl Batcher {
         if prompt.is_empty() {
             bail!(Usage, "expected a prompt of at least one token, found none");
         }
-        if prompt.len() > self.capacity {
+        let shifts = request.options.shift.is_some() && request.prompt_logprobs.is_none();
+        if prompt.len() > self.capacity && !shifts {
             bail!(Usage, "expected a prompt of at most {} tokens, found {}", self.capacity, prompt.len());
         }
         if let Some(token) = prompt.iter().find(|token| **token as usize >= vocab) {
             bail!(Usage, "expected tokens below {vocab}, found {token}");
+        }
+        if request.options.max_tokens == 0 && request.prompt_logprobs.is_none() {
+            bail!(Usage, "expected at least one token to generate, found 0");
         }
         let most = self.bounds.limits.sequences;
         if !(1..=most).contains(&request.choices) {
@@ -216,6 +252,7 @@ impl Batcher {
         self.adopt();
         let parts = self.plan();
         let parts = self.make_room(parts);
+        let parts = self.with_guesses(parts);
         if !parts.is_empty() {
             self.advance(parts);
         }
@@ -265,6 +302,10 @@ impl Batcher {
         self.stats.prefixes = self.prefixes.len();
         let (free, total) = self.engine.caches.free();
         self.stats.blocks_taken = total - free;
+        if let Some(draft) = &self.draft {
+            (self.stats.draft_blocks_taken, self.stats.draft_blocks_total) = draft.blocks();
+            self.stats.draft_steps = draft.steps;
+        }
     }
 
     /// Removes what nobody listens to any more.
@@ -295,7 +336,8 @@ impl Batcher {
     fn plan(&mut self) -> Vec<run::Part> {
         let mut wishes: Vec<run::Part> = vec![];
         for run in &self.running {
-            let Some(part) = run.next_part(&self.engine, self.piece) else { continue };
+            let piece = if run.tells_prompt() { self.told_piece } else { self.piece };
+            let Some(part) = run.next_part(&self.engine, piece) else { continue };
             // What another computes now can be had after this step.
             let same =
                 |other: &run::Part| part.node.is_some() && other.node == part.node && other.tokens == part.tokens;
@@ -303,7 +345,6 @@ impl Batcher {
                 wishes.push(part);
             }
         }
-        self.guess(&mut wishes);
         wishes.sort_by_key(|part| part.prompt);
         let sizes: Vec<schedule::Wish> = wishes.iter().map(run::Part::wish).collect();
         let chosen = schedule::choose(&sizes, &self.bounds, self.prompts_first);
@@ -311,26 +352,6 @@ impl Batcher {
         self.prompts_first = mixed && !self.prompts_first;
         let mut wishes: Vec<Option<run::Part>> = wishes.into_iter().map(Some).collect();
         chosen.into_iter().filter_map(|index| wishes[index].take()).collect()
-    }
-}
-
-impl Batcher {
-    /// Adds guesses to what is decoded, where they are worth their time.
-    fn guess(&mut self, wishes: &mut [run::Part]) {
-        let answers = wishes.iter().filter(|part| !part.prompt).count();
-        let mut tokens = answers;
-        for part in wishes.iter_mut().filter(|part| !part.prompt && part.rows == Rows::Last) {
-            let Some(run) = self.running.iter_mut().find(|run| part.is_of(run)) else { continue };
-            let Some(drafter) = &mut run.drafter else { continue };
-            let history = &run.generation.history;
-            let room = (self.capacity - history.len()).min(run.generation.tokens_left().saturating_sub(1));
-            let guess = drafter.guess(history, room.min(self.guesses));
-            if !guess.is_empty() && self.pace.is_worth(answers, tokens, guess.len(), drafter.right) {
-                part.tokens.extend_from_slice(guess);
-                part.rows = Rows::All;
-                tokens += guess.len();
-            }
-        }
     }
 }
 

@@ -5,12 +5,8 @@ use crate::code::{BoundLaunch, BoundVariant};
 use crate::cores::placement;
 use crate::memory::{Arena, Cpus};
 use crate::step::StepArrays;
+use mansard_ir::Result;
 use mansard_ir::plan::{Arg, Program};
-use mansard_ir::{Result, bail};
-
-/// So many bytes at the start of each cache pool are on small pages, what lies beyond on huge ones: a pool is one of many,
-/// and huge pages from its start would commit far more memory than a short prompt fills.
-const SMALL_POOL_BYTES: usize = 16 << 20;
 
 /// Where everything is that a launch may name.
 pub struct Addresses<'a> {
@@ -45,33 +41,6 @@ impl Addresses<'_> {
         });
         variants.collect()
     }
-}
-
-/// One arena for the pools of all caches, and the offset of each.
-///
-/// # Errors
-/// Where the system refuses memory.
-pub fn make_pools(program: &Program, blocks: usize) -> Result<(Arena, Vec<usize>)> {
-    let mut offsets = vec![];
-    let mut bytes = 0usize;
-    for cache in &program.caches {
-        offsets.push(bytes);
-        let pool = cache.block_bytes.checked_mul(blocks).and_then(|pool| bytes.checked_add(pool));
-        let Some(end) = pool else {
-            bail!(
-                Usage,
-                "{blocks} cache blocks of {} bytes in {} caches: no such memory",
-                cache.block_bytes,
-                offsets.len()
-            );
-        };
-        bytes = end;
-    }
-    let arena = Arena::new("caches", bytes)?;
-    for (offset, end) in offsets.iter().zip(offsets.iter().skip(1).chain([&bytes])) {
-        arena.use_huge_pages(offset.saturating_add(SMALL_POOL_BYTES)..*end);
-    }
-    Ok((arena, offsets))
 }
 
 /// A copy of the weights, side by side on huge pages. Thread `i` copies the `i`-th part of each, which is what worker `i`

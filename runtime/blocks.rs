@@ -65,9 +65,14 @@ impl Blocks {
         }
     }
 
-    /// More than one sequence holds it.
+    /// How many hold it.
+    pub fn holders(&self, index: BlockIndex) -> usize {
+        self.holders[index as usize] as usize
+    }
+
+    /// More than one holds it.
     pub fn is_shared(&self, index: BlockIndex) -> bool {
-        self.holders[index as usize] > 1
+        self.holders(index) > 1
     }
 }
 

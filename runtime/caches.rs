@@ -8,16 +8,24 @@
 //! Before each step cache blocks that no token from there on sees are put back; another sequence, or the same one a little
 //! later, takes them next. So a group with a window holds a sequence's last positions and no more memory than those took.
 //! The last step can always be taken back, and with it the 64 positions before.
+//!
+//! An engine that is to attend to the first positions and the last ones only (attention sinks; Xiao et al., 2023) drops what
+//! lies between, cache block by cache block: entries leave the middle of every table, and positions in the cache move up.
+//! What keys were turned by does not: that is a token's position in the text.
 
-use crate::bind::make_pools;
 use crate::blocks::{BlockIndex, Blocks, blocks_for};
 use crate::memory::Arena;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{CacheGroup, CacheSpec, Program};
 use mansard_ir::{Error, Kind, Result, bail};
+use std::collections::BTreeMap;
 
 /// The most cache blocks: a slot, `cache block * 64 + position % 64`, is an i32.
 const MAX_BLOCKS: usize = i32::MAX as usize / CACHE_BLOCK;
+
+/// So many bytes at the start of each cache pool are on small pages, what lies beyond on huge ones: a pool is one of many,
+/// and huge pages from its start would commit far more memory than a short prompt fills.
+const SMALL_POOL_BYTES: usize = 16 << 20;
 
 /// Pools of all caches, and who holds which cache block of them.
 pub struct Caches {
@@ -26,6 +34,8 @@ pub struct Caches {
     pools: Arena,
     /// Of each cache's pool.
     offsets: Vec<usize>,
+    /// Last positions that a token sees beside the first cache block; `None` for all.
+    recent: Option<usize>,
 }
 
 struct Group {
@@ -58,11 +68,16 @@ pub struct Table {
 /// What a sequence has: its length, and a table for each cache group.
 #[derive(Clone, Debug, Default)]
 pub struct Sequence {
-    /// Positions.
+    /// Positions in the caches.
     pub length: usize,
+    /// Positions between the first cache block and the others that are in no cache any more.
+    pub dropped: usize,
     /// By group.
     pub tables: Vec<Table>,
 }
+
+/// Shared cache blocks, by group, and how many of their holders go on in copies of their own.
+pub type Copied = BTreeMap<(usize, BlockIndex), usize>;
 
 /// The cache blocks of 64 positions, one of each group, that somebody holds.
 #[derive(Debug)]
@@ -79,8 +94,8 @@ impl Caches {
     /// positions are filled.
     ///
     /// # Errors
-    /// Where that is no number of positions, or the system refuses memory.
-    pub fn new(program: &Program, positions: usize) -> Result<Caches> {
+    /// Where that is no number of positions, layers see more than the `recent` ones, or the system refuses memory.
+    pub fn new(program: &Program, positions: usize, recent: Option<usize>) -> Result<Caches> {
         // Without caches there is nothing to hold, and no limit to it.
         let groups = if program.caches.is_empty() { &[][..] } else { &program.groups };
         let blocks = blocks_for(positions);
@@ -88,9 +103,11 @@ impl Caches {
             let found = blocks * CACHE_BLOCK;
             bail!(Usage, "expected 1 to {} positions of cache, found {found}", MAX_BLOCKS * CACHE_BLOCK);
         }
+        check_recent(groups, recent)?;
         let (pools, offsets) = make_pools(program, blocks)?;
         let group = |plan: &CacheGroup| Group { plan: *plan, blocks: Blocks::new(blocks as u32) };
-        Ok(Caches { groups: groups.iter().map(group).collect(), specs: program.caches.clone(), pools, offsets })
+        let groups = groups.iter().map(group).collect();
+        Ok(Caches { groups, specs: program.caches.clone(), pools, offsets, recent })
     }
 
     /// Address of every cache's pool.
@@ -129,7 +146,7 @@ impl Caches {
 
     /// A sequence without positions.
     pub fn empty(&self) -> Sequence {
-        Sequence { length: 0, tables: vec![Table::default(); self.groups.len()] }
+        Sequence { length: 0, dropped: 0, tables: vec![Table::default(); self.groups.len()] }
     }
 
     /// The same positions, in the same cache blocks.
@@ -155,8 +172,40 @@ impl Caches {
         Ok(copy)
     }
 
+    /// Cache blocks after the first that a token at this position of a text, and up to 64 before it, does not see.
+    fn middle(&self, position: usize) -> usize {
+        let unseen = |recent: usize| (position + 1).saturating_sub(recent + CACHE_BLOCK) / CACHE_BLOCK;
+        self.recent.map_or(0, unseen).saturating_sub(1)
+    }
+
+    /// The first position of a text whose step drops so many cache blocks.
+    fn onset(&self, middle: usize) -> usize {
+        self.recent.map_or(usize::MAX, |recent| recent + (middle + 2) * CACHE_BLOCK - 1)
+    }
+
+    /// So many positions a sequence may have before any is dropped.
+    pub fn until_dropped(&self) -> usize {
+        self.onset(1)
+    }
+
+    /// So many tokens see the same cache blocks in one step as in a step each, which attention sums up by halves.
+    pub fn steady(&self, sequence: &Sequence) -> usize {
+        let position = sequence.length + sequence.dropped;
+        let next = sequence.length + 1;
+        let until = |window: usize| match next.checked_sub(window) {
+            Some(start) => CACHE_BLOCK - start % CACHE_BLOCK,
+            None => window - next + CACHE_BLOCK,
+        };
+        let windows = self.groups.iter().map(|group| group.plan.window).filter(|window| *window > 0).map(until);
+        let own = CACHE_BLOCK - sequence.length % CACHE_BLOCK;
+        windows.chain([own, self.onset(self.middle(position) + 1) - position]).min().unwrap_or(own)
+    }
+
     /// The fewest positions, beside none, to which a sequence can be cut: what the next token would see must be held.
     pub fn shortest(&self, sequence: &Sequence) -> usize {
+        if sequence.dropped > 0 {
+            return self.onset(sequence.dropped / CACHE_BLOCK) - sequence.dropped;
+        }
         let least = |(group, table): (&Group, &Table)| match table.released {
             0 => 1,
             released => released * CACHE_BLOCK + group.plan.window - 1,
@@ -174,16 +223,33 @@ impl Caches {
                 *table = Table::default();
             }
         }
+        if length == 0 {
+            sequence.dropped = 0;
+        }
     }
 
     /// Cache blocks of each group that must be free for `tokens` more positions, in steps of at most `step`: for new
-    /// positions, and for a copy of a shared one, less what leaves sight on the way.
-    pub fn needed(&self, sequence: &Sequence, tokens: usize, step: usize) -> Vec<usize> {
-        let of = |(group, table): (&Group, &Table)| {
+    /// positions, and for a copy of a shared one, less what leaves sight on the way. The last holder of a shared one needs no
+    /// copy: `copied` remembers those that grow before it.
+    pub fn needed(&self, sequence: &Sequence, tokens: usize, step: usize, copied: &mut Copied) -> Vec<usize> {
+        let mut of = |(index, (group, table)): (usize, (&Group, &Table))| {
             let held = table.entries.len();
             let shared = |block: &BlockIndex| group.blocks.is_shared(*block);
-            let copies = usize::from(tail(sequence, table).is_some_and(|tail| shared(&table.entries[tail])));
+            let copies = tail(sequence, table).map_or(0, |tail| {
+                let block = table.entries[tail];
+                let before = copied.entry((index, block)).or_default();
+                let copies = usize::from(group.blocks.holders(block) > *before + 1);
+                *before += copies;
+                copies
+            });
             let before = |first: usize| {
+                if group.plan.window == 0 {
+                    let dropped =
+                        self.middle(sequence.length + sequence.dropped + first) - sequence.dropped / CACHE_BLOCK;
+                    let (start, end) = (held.min(1), (1 + dropped).min(held));
+                    let old = table.entries[start..end.max(start)].iter();
+                    return old.filter(|block| !shared(block)).count() + (1 + dropped).saturating_sub(held.max(1));
+                }
                 let end = group.plan.out_of_sight(sequence.length + first).max(table.released);
                 let old = &table.entries[table.released..end.min(held)];
                 old.iter().filter(|block| !shared(block)).count() + end.saturating_sub(held)
@@ -194,7 +260,7 @@ impl Caches {
             });
             steps.max().unwrap_or(0)
         };
-        self.groups.iter().zip(&sequence.tables).map(of).collect()
+        self.groups.iter().zip(&sequence.tables).enumerate().map(&mut of).collect()
     }
 
     /// Refuses to take more cache blocks of a group than are free.
@@ -260,6 +326,7 @@ impl Caches {
     /// # Errors
     /// Where too few are free, which [`Caches::needed`] tells before.
     pub fn grow(&mut self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        self.drop_middle(sequence);
         let tails: Vec<Option<usize>> = sequence.tables.iter().map(|table| tail(sequence, table)).collect();
         let length = sequence.length;
         for (index, (table, tail)) in sequence.tables.iter_mut().zip(tails).enumerate() {
@@ -281,6 +348,22 @@ impl Caches {
         Ok(())
     }
 
+    /// Puts back the cache blocks between the first one and the last positions.
+    fn drop_middle(&mut self, sequence: &mut Sequence) {
+        let more = self.middle(sequence.length + sequence.dropped) - sequence.dropped / CACHE_BLOCK;
+        if more == 0 {
+            return;
+        }
+        for (group, table) in self.groups.iter_mut().zip(&mut sequence.tables) {
+            let released = table.released;
+            let gone = table.entries.drain(1..1 + more).zip(1..).filter(|(_, entry)| *entry >= released);
+            gone.for_each(|(block, _)| group.blocks.put_back(block));
+            table.released = released.min(1).max(released.saturating_sub(more));
+        }
+        sequence.length -= more * CACHE_BLOCK;
+        sequence.dropped += more * CACHE_BLOCK;
+    }
+
     /// Takes a cache block with what another holds, in every cache of the group.
     fn copy_block(&mut self, group: usize, from: BlockIndex) -> Result<BlockIndex> {
         let to = self.groups[group].blocks.take()?;
@@ -292,6 +375,44 @@ impl Caches {
     }
 }
 
+/// Refuses to see fewer of the last positions than some layers do by themselves.
+fn check_recent(groups: &[CacheGroup], recent: Option<usize>) -> Result<()> {
+    let Some(recent) = recent else { return Ok(()) };
+    let least = groups.iter().map(|group| group.window).max().unwrap_or(0).max(CACHE_BLOCK);
+    if groups.is_empty() || recent < least || recent > MAX_BLOCKS * CACHE_BLOCK {
+        let found = if groups.is_empty() { "a model without caches".into() } else { recent.to_string() };
+        bail!(Usage, "expected a window of at least {least} positions, which its layers see themselves, found {found}");
+    }
+    Ok(())
+}
+
+/// One arena for the pools of all caches, and the offset of each.
+///
+/// # Errors
+/// Where the system refuses memory.
+fn make_pools(program: &Program, blocks: usize) -> Result<(Arena, Vec<usize>)> {
+    let mut offsets = vec![];
+    let mut bytes = 0usize;
+    for cache in &program.caches {
+        offsets.push(bytes);
+        let pool = cache.block_bytes.checked_mul(blocks).and_then(|pool| bytes.checked_add(pool));
+        let Some(end) = pool else {
+            bail!(
+                Usage,
+                "{blocks} cache blocks of {} bytes in {} caches: no such memory",
+                cache.block_bytes,
+                offsets.len()
+            );
+        };
+        bytes = end;
+    }
+    let arena = Arena::new("caches", bytes)?;
+    for (offset, end) in offsets.iter().zip(offsets.iter().skip(1).chain([&bytes])) {
+        arena.use_huge_pages(offset.saturating_add(SMALL_POOL_BYTES)..*end);
+    }
+    Ok((arena, offsets))
+}
+
 /// The entry that the next position falls into, where it is filled in part.
 fn tail(sequence: &Sequence, table: &Table) -> Option<usize> {
     let entry = sequence.length / CACHE_BLOCK;
@@ -299,114 +420,5 @@ fn tail(sequence: &Sequence, table: &Table) -> Option<usize> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const WINDOW: usize = 100;
-
-    /// Two groups, the second with a window, of one cache each.
-    fn caches(positions: usize) -> Caches {
-        let spec = |group| CacheSpec { name: "keys".into(), ty: String::new(), block_bytes: 64, group };
-        let groups = [0, WINDOW].map(|window| CacheGroup { window }).to_vec();
-        let program = Program { caches: vec![spec(0), spec(1)], groups, ..Program::default() };
-        Caches::new(&program, positions).unwrap()
-    }
-
-    fn taken(caches: &Caches) -> [usize; 2] {
-        [0, 1].map(|group| caches.usage()[group].taken)
-    }
-
-    /// A step, which must need what was said.
-    fn step(caches: &mut Caches, sequence: &mut Sequence, tokens: usize) {
-        let (needed, before) = (caches.needed(sequence, tokens, tokens), taken(caches));
-        caches.check_free(&needed).unwrap();
-        caches.grow(sequence, tokens).unwrap();
-        for (group, after) in taken(caches).into_iter().enumerate() {
-            assert!(after <= before[group] + needed[group], "{after} of group {group}, {needed:?} after {before:?}");
-            let table = &sequence.tables[group];
-            assert_eq!(table.entries.len(), blocks_for(sequence.length + tokens));
-            // What the step's first token sees.
-            let window = caches.groups[group].plan.window;
-            if window > 0 {
-                assert!(table.released * CACHE_BLOCK <= (sequence.length + 1).saturating_sub(window));
-            }
-        }
-        sequence.length += tokens;
-    }
-
-    #[test]
-    fn a_window_holds_as_many_cache_blocks_at_any_depth() {
-        let mut caches = caches(8192);
-        let mut sequence = caches.empty();
-        for _ in 0..16 {
-            step(&mut caches, &mut sequence, 500);
-            assert!(taken(&caches)[1] <= (WINDOW + 64 + 500).div_ceil(CACHE_BLOCK) + 1);
-        }
-        for _ in 0..192 {
-            step(&mut caches, &mut sequence, 1);
-        }
-        assert_eq!((sequence.length, taken(&caches)), (8192, [128, 3]));
-        assert_eq!(CacheGroup { window: WINDOW }.blocks(8192), 3);
-        let table = &sequence.tables[1];
-        assert!(table.entries.iter().max() < Some(&12), "cache blocks that were put back are taken first");
-        caches.cut(&mut sequence, 0);
-        assert_eq!(taken(&caches), [0, 0]);
-    }
-
-    #[test]
-    fn the_last_step_and_64_positions_can_be_taken_back() {
-        let mut caches = caches(2048);
-        let mut sequence = caches.empty();
-        for tokens in [1, 300, 64, 1, 1, 130, 63, 200, 1] {
-            let before = sequence.length;
-            step(&mut caches, &mut sequence, tokens);
-            assert!(caches.shortest(&sequence) <= before.saturating_sub(CACHE_BLOCK).max(1), "after {before}");
-        }
-        let (shortest, length) = (caches.shortest(&sequence), sequence.length);
-        assert!(shortest > 1 && shortest < length);
-        caches.cut(&mut sequence, shortest);
-        assert_eq!(caches.shortest(&sequence), shortest);
-        step(&mut caches, &mut sequence, length - shortest);
-        caches.cut(&mut sequence, 0);
-        assert_eq!((caches.shortest(&sequence), taken(&caches)), (1, [0, 0]));
-    }
-
-    #[test]
-    fn forks_keep_what_the_other_lets_go() {
-        let mut caches = caches(2048);
-        let mut one = caches.empty();
-        step(&mut caches, &mut one, 330);
-        let mut other = caches.share(&one);
-        let held = other.tables[1].entries.clone();
-        for _ in 0..8 {
-            step(&mut caches, &mut one, 50);
-        }
-        assert!(one.tables[1].released >= 5 && other.tables[1].released == 0);
-        assert_eq!(taken(&caches)[1], 6 + one.tables[1].held().len());
-        let copy = caches.copy(&one).unwrap();
-        assert!(copy.tables[1].held().iter().all(|block| !one.tables[1].held().contains(block)));
-        step(&mut caches, &mut other, 1);
-        assert_eq!(other.tables[1].held()[..2], held[other.tables[1].released..][..2]);
-        for mut sequence in [one, other, copy] {
-            caches.cut(&mut sequence, 0);
-        }
-        assert_eq!(taken(&caches), [0, 0]);
-    }
-
-    #[test]
-    fn a_long_prompt_needs_no_more_than_its_steps_hold() {
-        let mut caches = caches(640);
-        let mut sequence = caches.empty();
-        assert_eq!(caches.needed(&sequence, 640, 640), [10, 10]);
-        let needed = caches.needed(&sequence, 640, 64);
-        assert_eq!(needed[0], 10);
-        let mut most = 0;
-        for _ in 0..10 {
-            step(&mut caches, &mut sequence, 64);
-            most = most.max(taken(&caches)[1]);
-        }
-        assert_eq!(needed[1], most);
-        let error = caches.check_free(&caches.needed(&sequence, 1, 1)).unwrap_err();
-        assert!(error.message().contains("expected 1 free cache blocks of 64 positions, found 0 of 10"), "{error}");
-    }
-}
+#[path = "caches_tests.rs"]
+mod tests;

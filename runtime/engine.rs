@@ -10,7 +10,7 @@
 
 use crate::artifact::Artifact;
 use crate::bind::{Addresses, copy_weights, weight_addresses};
-use crate::caches::{CacheUse, Caches, Sequence};
+use crate::caches::{CacheUse, Caches, Copied, Sequence};
 use crate::code::{Executable, Image, Job, Running, choose};
 use crate::cores::physical_cores;
 use crate::memory::Arena;
@@ -31,6 +31,10 @@ pub struct EngineOptions {
     /// Positions the caches hold over all sequences; one sequence of the longest context where `None`. Memory is taken as
     /// positions are filled.
     pub positions: Option<usize>,
+    /// See the first 64 positions of a sequence and at least so many of its last ones, instead of all: caches then keep no
+    /// more (attention sinks; Xiao et al., 2023). A step's tokens see what its first one does, and those between. Positions
+    /// stay those of the text, up to the context; what was seen of it when a token ran is not forgotten by later ones.
+    pub window: Option<usize>,
     /// Where kernels read weights from.
     pub weights: WeightPages,
     /// Each worker keeps to a core of its own.
@@ -107,7 +111,7 @@ impl Engine {
         let threads = options.threads.unwrap_or_else(physical_cores);
         let arena = Arena::huge("activations", program.arena_bytes)?;
         let scratch = Arena::new("scratch of workers", program.scratch_bytes.saturating_mul(threads))?;
-        let caches = Caches::new(program, options.positions.unwrap_or(program.limits.context))?;
+        let caches = Caches::new(program, options.positions.unwrap_or(program.limits.context), options.window)?;
         let weights = match options.weights {
             WeightPages::Mapped => None,
             WeightPages::Huge => Some(copy_weights(&artifact, threads, options.pin)?),
@@ -180,7 +184,8 @@ impl Engine {
     /// # Errors
     /// Where the sequence has been released.
     pub fn length(&self, sequence: SequenceId) -> Result<usize> {
-        Ok(self.sequence(sequence)?.length)
+        let sequence = self.sequence(sequence)?;
+        Ok(sequence.length + sequence.dropped)
     }
 
     /// The fewest tokens, beside none, to which [`Engine::truncate`] can cut the sequence: 1 where caches keep all. Caches of
@@ -189,7 +194,8 @@ impl Engine {
     /// # Errors
     /// Where the sequence has been released.
     pub fn shortest(&self, sequence: SequenceId) -> Result<usize> {
-        Ok(self.caches.shortest(self.sequence(sequence)?))
+        let sequence = self.sequence(sequence)?;
+        Ok(self.caches.shortest(sequence) + sequence.dropped)
     }
 
     /// Forgets all tokens but the first `length`.
@@ -207,7 +213,9 @@ impl Engine {
             let error = Error::new(Kind::Usage, message);
             return Err(error.help("layers that see a window keep no more than that: cut to 0 and begin again"));
         }
-        self.caches.cut(find_mut(&mut self.slots, sequence)?, length);
+        let sequence = find_mut(&mut self.slots, sequence)?;
+        let length = length.saturating_sub(sequence.dropped);
+        self.caches.cut(sequence, length);
         Ok(())
     }
 
@@ -274,8 +282,8 @@ impl Engine {
             self.caches.grow(find_mut(&mut self.slots, w.sequence)?, w.tokens.len())?;
         }
         let segment = |w: &Work<'a>| {
-            let Sequence { length, tables } = find(&self.slots, w.sequence)?;
-            Ok(Segment { tokens: w.tokens, position: *length, tables, rows: w.rows })
+            let Sequence { length, dropped, tables } = find(&self.slots, w.sequence)?;
+            Ok(Segment { tokens: w.tokens, position: *length, dropped: *dropped, tables, rows: w.rows })
         };
         let segments: Vec<Segment<'_>> = work.iter().map(segment).collect::<Result<_>>()?;
         self.arrays.fill(&segments, self.artifact.manifest().program.limits.tile);
@@ -358,7 +366,8 @@ impl Engine {
             );
         }
         self.check_work(&Work { sequence, tokens, rows: Rows::None })?;
-        self.caches.check_free(&self.caches.needed(self.sequence(sequence)?, tokens.len(), most))
+        let needed = self.caches.needed(self.sequence(sequence)?, tokens.len(), most, &mut Copied::new());
+        self.caches.check_free(&needed)
     }
 
     fn check(&self, work: &[Work<'_>]) -> Result<()> {
@@ -389,9 +398,9 @@ impl Engine {
 
     /// Cache blocks of each group that a step takes.
     fn needed(&self, work: impl Iterator<Item = (SequenceId, usize)>) -> Result<Vec<usize>> {
-        let mut needed = vec![];
+        let (mut needed, mut copied) = (vec![], Copied::new());
         for (sequence, tokens) in work {
-            let more = self.caches.needed(self.sequence(sequence)?, tokens, tokens);
+            let more = self.caches.needed(self.sequence(sequence)?, tokens, tokens, &mut copied);
             needed.resize(more.len(), 0);
             needed.iter_mut().zip(more).for_each(|(needed, more)| *needed += more);
         }
@@ -399,7 +408,7 @@ impl Engine {
     }
 
     fn check_work(&self, work: &Work<'_>) -> Result<()> {
-        let length = self.sequence(work.sequence)?.length;
+        let length = self.length(work.sequence)?;
         let (count, context) = (work.tokens.len(), self.limits().context);
         let model = &self.artifact.manifest().model;
         if count == 0 {
@@ -426,6 +435,11 @@ impl Engine {
     /// The caches, and what the sequence has of them.
     pub(crate) fn caches_of(&mut self, sequence: SequenceId) -> Result<(&mut Caches, &mut Sequence)> {
         Ok((&mut self.caches, find_mut(&mut self.slots, sequence)?))
+    }
+
+    /// So many tokens of a sequence see the same in one step as in a step each.
+    pub(crate) fn steady(&self, sequence: SequenceId) -> Result<usize> {
+        Ok(self.caches.steady(self.sequence(sequence)?))
     }
 
     /// Cache blocks that must become free before sequences can have so many tokens more, in the group that lacks most.

@@ -16,11 +16,14 @@ pub struct GenerateOptions {
     pub sampler: SamplerOptions,
     /// Ids that end the text; the model's own where `None`.
     pub stop_tokens: Option<Vec<u32>>,
+    /// Where the context is full, go on with so many tokens of its beginning and the last half of the others, computed anew at
+    /// their new positions: what was between is forgotten. `None` ends there.
+    pub shift: Option<usize>,
 }
 
 impl Default for GenerateOptions {
     fn default() -> GenerateOptions {
-        GenerateOptions { max_tokens: 256, sampler: SamplerOptions::default(), stop_tokens: None }
+        GenerateOptions { max_tokens: 256, sampler: SamplerOptions::default(), stop_tokens: None, shift: None }
     }
 }
 
@@ -65,9 +68,18 @@ pub fn generate(
     mut on_token: impl FnMut(u32) -> Result<bool>,
 ) -> Result<Generated> {
     let mut generation = Generation::new(prompt, options, &engine.artifact().manifest().model, None)?;
+    if options.max_tokens == 0 {
+        bail!(Usage, "expected at least one token to generate, found 0");
+    }
+    if options.shift.is_some() && engine.length(sequence)? > 0 {
+        bail!(Usage, "a context that is to be shifted must begin with the prompt: expected an empty sequence");
+    }
     let start = Instant::now();
     let logits = generation.logits();
-    let mut chosen = generation.choose(engine.prefill_for(sequence, prompt, logits)?.logits(0)?)?;
+    if prompt.len() > engine.limits().context {
+        generation.shift(engine.limits().context);
+    }
+    let mut chosen = generation.choose(engine.prefill_for(sequence, &generation.context, logits)?.logits(0)?)?;
     let prefill = start.elapsed();
 
     let finish = loop {
@@ -78,8 +90,16 @@ pub fn generate(
         if !on_token(next)? {
             break Finish::Caller;
         }
-        if let Some(finish) = generation.limit(engine.limits().context - engine.length(sequence)?) {
-            break finish;
+        let context = engine.limits().context;
+        match generation.limit(context - engine.length(sequence)?) {
+            Some(Finish::Context) if generation.shift(context) => {
+                engine.truncate(sequence, 0)?;
+                let output = engine.prefill_for(sequence, &generation.context, logits)?;
+                chosen = generation.choose(output.logits(0)?)?;
+                continue;
+            }
+            Some(finish) => break finish,
+            None => {}
         }
         let output = engine.step_for(&[Work { sequence, tokens: &[next], rows: Rows::Last }], logits)?;
         chosen = generation.choose(output.logits(0)?)?;
@@ -94,6 +114,11 @@ pub(crate) struct Generation {
     pub history: Vec<u32>,
     /// Tokens of the prompt.
     pub prompt: usize,
+    /// What the model sees of it: all, until the context is shifted.
+    pub context: Vec<u32>,
+    /// Tokens at its beginning that are computed as prompts are.
+    pub begun: usize,
+    shift: Option<usize>,
     sampler: Sampler,
     stop_tokens: Vec<u32>,
     max_tokens: usize,
@@ -121,15 +146,13 @@ impl Generation {
         constraint: Option<Box<dyn Constraint>>,
     ) -> Result<Generation> {
         let sampler = Sampler::new(options.sampler.clone())?;
-        if options.max_tokens == 0 {
-            bail!(Usage, "expected at least one token to generate, found 0");
-        }
         if model.encoder {
             bail!(Usage, "a {} model is an encoder: it embeds text and generates none", model.architecture);
         }
         let stop_tokens = options.stop_tokens.clone().unwrap_or_else(|| model.end_tokens.clone());
-        let (history, max_tokens) = (prompt.to_vec(), options.max_tokens);
-        Ok(Generation { history, prompt: prompt.len(), sampler, stop_tokens, max_tokens, constraint })
+        let (history, context, prompt) = (prompt.to_vec(), prompt.to_vec(), prompt.len());
+        let GenerateOptions { max_tokens, shift, .. } = *options;
+        Ok(Generation { history, prompt, context, begun: prompt, shift, sampler, stop_tokens, max_tokens, constraint })
     }
 
     /// The same, with random numbers of another seed.
@@ -138,9 +161,9 @@ impl Generation {
     /// None but those of [`Generation::new`].
     pub fn fork(&self, seed: u64) -> Result<Generation> {
         let sampler = Sampler::new(SamplerOptions { seed, ..self.sampler.options().clone() })?;
-        let (history, stop_tokens) = (self.history.clone(), self.stop_tokens.clone());
+        let (history, context, stop_tokens) = (self.history.clone(), self.context.clone(), self.stop_tokens.clone());
         let constraint = self.constraint.as_ref().map(|c| c.fork());
-        Ok(Generation { history, stop_tokens, sampler, constraint, ..*self })
+        Ok(Generation { history, context, stop_tokens, sampler, constraint, ..*self })
     }
 
     /// The logits that are looked at.
@@ -176,7 +199,29 @@ impl Generation {
         }
         self.constraint.as_mut().map_or(Ok(()), |c| c.accept(token))?;
         self.history.push(token);
+        self.context.push(token);
         Ok(Chosen::Token(token))
+    }
+
+    /// What another model's logits make of the same random numbers.
+    pub fn preview(&self) -> Preview<'_> {
+        let history = if self.sampler.options().adjusts() { self.history.clone() } else { vec![] };
+        Preview { sampler: self.sampler.ahead(), history, generation: self }
+    }
+
+    /// Whether [`Generation::preview`] knows all that decides: a constraint it does not.
+    pub fn can_be_previewed(&self) -> bool {
+        self.constraint.is_none()
+    }
+
+    /// Where a context of `capacity` tokens is full and may be: leaves the tokens at its beginning that are to be kept (half of
+    /// it at most), and the last half of the others.
+    pub fn shift(&mut self, capacity: usize) -> bool {
+        let Some(keep) = self.shift.map(|keep| keep.min(capacity / 2)) else { return false };
+        let last = (capacity - keep).div_ceil(2);
+        self.context.drain(keep..self.context.len().saturating_sub(last).max(keep));
+        self.begun = self.context.len();
+        true
     }
 
     /// Why nothing can follow the last token, where it fills the last of as many tokens as asked for or there is no position
@@ -186,5 +231,26 @@ impl Generation {
             return Some(Finish::MaxTokens);
         }
         (positions == 0).then_some(Finish::Context)
+    }
+}
+
+/// Tokens that another model would choose.
+pub(crate) struct Preview<'a> {
+    generation: &'a Generation,
+    sampler: Sampler,
+    /// Where it matters.
+    history: Vec<u32>,
+}
+
+impl Preview<'_> {
+    /// The next one; `None` for the end.
+    ///
+    /// # Errors
+    /// As [`Sampler::sample`].
+    pub fn choose(&mut self, logits: &[f32]) -> Result<Option<u32>> {
+        let before = Before { history: &self.history, prompt: self.generation.prompt };
+        let token = self.sampler.sample(logits, before, None)?;
+        self.history.push(token);
+        Ok(Some(token).filter(|token| !self.generation.stop_tokens.contains(token)))
     }
 }

@@ -27,6 +27,9 @@ impl Logprobs {
         let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|x| f64::from(x - most).exp()).filter(|x| x.is_finite()).sum();
         let logprob = |x: f32| (f64::from(x - most) - sum.ln()) as f32;
+        if count == 0 {
+            return Ok(Logprobs { token, logprob: logprob(*chosen), top: vec![] });
+        }
         let mut order: Vec<u32> = (0..logits.len() as u32).filter(|i| !logits[*i as usize].is_nan()).collect();
         let by = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
         if count < order.len() {

@@ -76,8 +76,13 @@ impl SamplerOptions {
         }
     }
 
+    /// Every token may be drawn.
+    fn keeps_all(&self) -> bool {
+        self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0 && self.typical >= 1.0
+    }
+
     /// Logits are changed before anything is chosen.
-    fn adjusts(&self) -> bool {
+    pub(crate) fn adjusts(&self) -> bool {
         self.repetition_penalty != 1.0
             || self.frequency_penalty != 0.0
             || self.presence_penalty != 0.0
@@ -173,6 +178,11 @@ impl Sampler {
         &self.options
     }
 
+    /// Another one, whose next random numbers are this one's next.
+    pub(crate) fn ahead(&self) -> Sampler {
+        Sampler { options: self.options.clone(), state: self.state, adjusted: vec![], candidates: vec![] }
+    }
+
     /// Chooses the token after `before`, whose logits are `logits[vocab]`, among those that `allowed` has a bit for.
     ///
     /// # Errors
@@ -199,6 +209,9 @@ impl Sampler {
         };
         if self.options.temperature == 0.0 {
             return Ok(best);
+        }
+        if self.options.keeps_all() {
+            return Ok(self.draw_of_all(scores, best, uniform));
         }
         self.candidates = CANDIDATES.take();
         self.gather(scores);
@@ -313,6 +326,35 @@ impl Sampler {
             count += 1;
         }
         self.candidates.truncate(count);
+    }
+
+    /// Draws from a whole vocabulary, of which only sums over 64 tokens each are kept.
+    fn draw_of_all(&self, scores: &[f32], best: u32, uniform: f64) -> u32 {
+        let (most, temperature) = (scores[best as usize], self.options.temperature);
+        let mass = |x: f32| exp(if x.is_nan() { f32::NEG_INFINITY } else { (x - most) / temperature });
+        // Sixteen sums, so that additions need not wait for one another.
+        let sum = |chunk: &[f32]| {
+            let mut sums = [0f32; 16];
+            for part in chunk.chunks(16) {
+                sums.iter_mut().zip(part).for_each(|(sum, x)| *sum += mass(*x));
+            }
+            f64::from(sums.iter().sum::<f32>())
+        };
+        let sums: Vec<f64> = scores.chunks(64).map(sum).collect();
+        let mut at = uniform * sums.iter().sum::<f64>();
+        let chunk = sums.iter().position(|sum| {
+            let here = at < *sum;
+            at -= if here { 0.0 } else { *sum };
+            here
+        });
+        let first = chunk.map_or(scores.len(), |chunk| 64 * chunk);
+        let mut tokens = scores.iter().zip(0u32..).skip(first).take(64);
+        let drawn = tokens.find(|(x, _)| {
+            at -= f64::from(mass(**x));
+            at < 0.0
+        });
+        // Rounding may leave a trace of mass after the last; the likeliest is always there.
+        drawn.map_or(best, |(_, token)| token)
     }
 
     fn draw(&self, uniform: f64) -> u32 {

@@ -193,3 +193,19 @@ fn mass_is_kept_of_many() {
         assert!(sampler.candidates.len().abs_diff(count.count()) <= 1, "{top_p}");
     }
 }
+
+#[test]
+fn whole_vocabularies_are_drawn_from() {
+    let logits: Vec<f32> = (0..1000).map(|i| if i == 77 { f32::NAN } else { (i * 37 % 11) as f32 / 5.0 }).collect();
+    let mass = |x: f32| if x.is_nan() { 0.0 } else { f64::from(x).exp() };
+    let total: f64 = logits.iter().map(|x| mass(*x)).sum();
+    let mut sampler = Sampler::new(SamplerOptions { seed: 3, ..SamplerOptions::plain() }).unwrap();
+    let mut found = [0f64; 20];
+    for _ in 0..20_000 {
+        found[sample(&mut sampler, &logits, &[]) as usize / 50] += 1.0;
+    }
+    for (found, tokens) in found.iter().zip(logits.chunks(50)) {
+        let expected = 20_000.0 * tokens.iter().map(|x| mass(*x)).sum::<f64>() / total;
+        assert!((found - expected).abs() < 4.0 * expected.sqrt(), "{found}, not {expected}");
+    }
+}

@@ -1,9 +1,10 @@
 //! Work -> the arrays of one ragged step.
 //!
 //! ```text
-//!  work        seq 7: 3 tokens from position 64      seq 2: 1 token at position 9
+//!  work        seq 7: 3 tokens from place 64         seq 2: 1 token at place 9
 //!  tokens      a  b  c                               d
-//!  positions   64 65 66                              9
+//!  places      64 65 66                              9            in the caches
+//!  positions   192 193 194                           9            in the text, of which 128 were dropped
 //!  sequences   [0, 3]                                [3, 1]       first token, number of tokens
 //!  tiles       [0, 2, 0, 67] [2, 1, 0, 67]           [3, 1, 1, 10]     with tiles of at most 2 tokens
 //!  rows        2                                     3            with `Rows::Last`
@@ -80,8 +81,10 @@ impl Logits {
 pub struct Segment<'a> {
     /// New tokens.
     pub tokens: &'a [u32],
-    /// Position of the first.
+    /// Position of the first in the caches.
     pub position: usize,
+    /// Positions of the text that are in no cache any more.
+    pub dropped: usize,
     /// Its cache blocks in each cache group, those for this step's positions included.
     pub tables: &'a [Table],
     /// Rows that leave the step.
@@ -95,8 +98,10 @@ pub struct Segment<'a> {
 pub struct StepArrays {
     /// `i32[t]`
     pub tokens: Vec<i32>,
-    /// `i32[t]`
+    /// `i32[t]`: positions in the text.
     pub positions: Vec<i32>,
+    /// `i32[t]`: positions in the caches.
+    pub places: Vec<i32>,
     /// `i32[r]`
     pub rows: Vec<i32>,
     /// `i32[groups][t]`
@@ -117,6 +122,7 @@ impl StepArrays {
         StepArrays {
             tokens: Vec::with_capacity(tokens.max(1)),
             positions: Vec::with_capacity(tokens.max(1)),
+            places: vec![],
             rows: Vec::with_capacity(rows.max(1)),
             slots: vec![],
             tiles: vec![],
@@ -129,9 +135,8 @@ impl StepArrays {
     /// Describes a step of `segments`, in tiles of at most `tile` tokens. The caller has checked the step against the
     /// limits the arrays were made for, and every table against its segment's length; all segments have as many tables.
     pub fn fill(&mut self, segments: &[Segment<'_>], tile: usize) {
-        for array in [&mut self.tokens, &mut self.positions, &mut self.rows, &mut self.slots, &mut self.tables] {
-            array.clear();
-        }
+        let StepArrays { tokens, positions, places, rows, slots, tables, .. } = self;
+        [tokens, positions, places, rows, slots, tables].into_iter().for_each(Vec::clear);
         self.tiles.clear();
         self.sequences.clear();
         let tables = segments.iter().flat_map(|s| s.tables);
@@ -140,7 +145,8 @@ impl StepArrays {
             let (first, count) = (self.tokens.len(), segment.tokens.len());
             let length = segment.position + count;
             self.tokens.extend(segment.tokens.iter().map(|t| *t as i32));
-            self.positions.extend((segment.position..length).map(|p| p as i32));
+            self.places.extend((segment.position..length).map(|p| p as i32));
+            self.positions.extend((segment.position..length).map(|p| (p + segment.dropped) as i32));
             self.rows.extend((first + count - segment.rows.of(count)..first + count).map(|r| r as i32));
             self.sequences.push([first as i32, count as i32]);
             for start in (0..count).step_by(tile) {
@@ -168,7 +174,7 @@ impl StepArrays {
             tiles: self.tiles.len() as i64,
             table_stride: self.table_stride as i64,
             tokens: self.tokens.as_ptr(),
-            positions: self.positions.as_ptr(),
+            positions: self.places.as_ptr(),
             rows: self.rows.as_ptr(),
             slots: self.slots.as_ptr(),
             tile: self.tiles.as_ptr().cast(),
@@ -199,12 +205,12 @@ mod tests {
         let mut arrays = StepArrays::new(16, 16);
         let (a, b) = ([table(&[4, 9]), table(&[0, 3])], [table(&[2]), table(&[1])]);
         let segments = [
-            Segment { tokens: &[10, 11, 12], position: 64, tables: &a, rows: Rows::Last },
-            Segment { tokens: &[13], position: 9, tables: &b, rows: Rows::Last },
+            Segment { tokens: &[10, 11, 12], position: 64, dropped: 128, tables: &a, rows: Rows::Last },
+            Segment { tokens: &[13], position: 9, dropped: 0, tables: &b, rows: Rows::Last },
         ];
         arrays.fill(&segments, 2);
         assert_eq!(arrays.tokens, [10, 11, 12, 13]);
-        assert_eq!(arrays.positions, [64, 65, 66, 9]);
+        assert_eq!((&arrays.places[..], &arrays.positions[..]), (&[64, 65, 66, 9][..], &[192, 193, 194, 9][..]));
         let slots = |blocks: [i32; 2]| [0, 1, 2].map(|i| blocks[0] * 64 + i).into_iter().chain([blocks[1] * 64 + 9]);
         assert_eq!(arrays.slots, slots([9, 2]).chain(slots([3, 1])).collect::<Vec<_>>());
         assert_eq!(arrays.sequences, [[0, 3], [3, 1]]);
@@ -217,7 +223,7 @@ mod tests {
     fn rows_of_some_sequences_only() {
         let mut arrays = StepArrays::new(16, 16);
         let tables = [table(&[0])];
-        let segment = |tokens, rows| Segment { tokens, position: 0, tables: &tables, rows };
+        let segment = |tokens, rows| Segment { tokens, position: 0, dropped: 0, tables: &tables, rows };
         arrays.fill(&[segment(&[1, 2], Rows::None), segment(&[3, 4], Rows::All), segment(&[5], Rows::Last)], 8);
         assert_eq!(arrays.rows, [2, 3, 4]);
         let args = arrays.args(std::ptr::null_mut(), 0, Logits::Largest(2));
@@ -238,7 +244,7 @@ mod tests {
         for tile in [1, 7, 16, 64, 100, 1000] {
             let mut arrays = StepArrays::new(200, 1);
             let tables = [table(&[0, 1])];
-            let segment = Segment { tokens: &tokens, position: 5, tables: &tables, rows: Rows::None };
+            let segment = Segment { tokens: &tokens, position: 5, dropped: 0, tables: &tables, rows: Rows::None };
             arrays.fill(&[segment, segment], tile);
             let covered: Vec<i32> = arrays.tiles.iter().flat_map(|t| t[0]..t[0] + t[1]).collect();
             assert_eq!(covered, (0..200).collect::<Vec<i32>>());

@@ -7,6 +7,7 @@ use crate::template::{Message, Template};
 use mansard_ir::model::TokenizerInfo;
 use mansard_ir::{Error, Kind, Result};
 use serde::Deserialize;
+use std::collections::HashMap;
 use std::sync::Arc;
 use tokenizers::models::bpe::BPE;
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer};
@@ -97,6 +98,11 @@ impl Tokens {
             if levels { from_levels(&name) } else { from_pieces(&name) }
         };
         Ok((0..vocab as u32).map(of).collect())
+    }
+
+    /// Every token's text and id.
+    pub fn vocabulary(&self) -> HashMap<String, u32> {
+        self.tokenizer.get_vocab(true).into_iter().collect()
     }
 
     /// Text of one token as the vocabulary has it.

@@ -59,6 +59,11 @@ pieces = client.completions.create(model=model, prompt="Hello", max_tokens=12, t
 assert "".join(p.choices[0].text for p in pieces) == plain.choices[0].text
 assert client.completions.create(model=model, prompt="a", max_tokens=3, logprobs=1).choices[0].logprobs.tokens
 
+both = client.completions.create(model=model, prompt=["Hello", "Goodbye"], max_tokens=12, temperature=0, echo=True)
+assert [c.index for c in both.choices] == [0, 1] and both.choices[0].text == "Hello" + plain.choices[0].text
+read = client.completions.create(model=model, prompt="Hello", max_tokens=0, echo=True, logprobs=2).choices[0]
+assert read.text == "Hello" and read.logprobs.token_logprobs[0] is None and len(read.logprobs.token_logprobs) == 5
+
 schema = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"],
           "additionalProperties": False}
 answer = client.chat.completions.create(

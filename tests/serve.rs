@@ -5,6 +5,8 @@
 mod client;
 #[path = "serve/crowd.rs"]
 mod crowd;
+#[path = "serve/long.rs"]
+mod long;
 
 use client::*;
 use serde_json::{Value, json};
@@ -115,7 +117,10 @@ fn requests_that_make_no_sense_are_refused() {
     completion(json!({"model": "other"})).refused(404, &["`tiny`", "`other`"]);
     completion(json!({"prompt": ""})).refused(400, &["at least one token"]);
     completion(json!({"prompt": "x".repeat(300)})).refused(400, &["context of 256 tokens, found 300"]);
-    completion(json!({"prompt": ["a", "b"]})).refused(400, &["one prompt"]);
+    completion(json!({"prompt": vec!["a"; 129]})).refused(400, &["1 to 128 prompts, found 129"]);
+    completion(json!({"prompt": []})).refused(400, &["at least one token"]);
+    completion(json!({"prompt": ["a", ""]})).refused(400, &["at least one token"]);
+    completion(json!({"echo": true, "logprobs": 1, "stream": true})).refused(400, &["`echo` with `logprobs`"]);
     completion(json!({"prompt": [1, 999]})).refused(400, &["tokens below 256, found 999"]);
     completion(json!({"max_tokens": 0})).refused(400, &["1 to 100 tokens, found 0"]);
     completion(json!({"max_tokens": 101})).refused(400, &["found 101"]);
@@ -134,6 +139,7 @@ fn requests_that_make_no_sense_are_refused() {
     chat(json!({"messages": [{"role": "cat", "content": "x"}]})).refused(400, &["`cat`"]);
     chat(json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})).refused(400, &["type `text`"]);
     chat(json!({"tools": [{"type": "function"}]})).refused(400, &["`tools` is not supported"]);
+    chat(json!({"echo": true})).refused(400, &["`echo` is of completions"]);
     chat(json!({"top_logprobs": 3})).refused(400, &["logprobs"]);
     chat(json!({"tools": [], "user": "me", "store": false})).text();
 
@@ -250,21 +256,29 @@ fn signals_end_it_in_order() {
     assert!(rest.contains("data: [DONE]"), "{rest}");
     assert_eq!(server.child.wait().unwrap().code(), Some(0));
     assert!(TcpStream::connect(("127.0.0.1", server.port)).is_err());
-    // Killed under load: a connection that ends, and an artifact as it was.
+    // Killed under load: connections that end, no answer that looks whole, and an artifact as it was.
     let before = fs::read(&server.artifact).unwrap();
     let cut_off = (0..5).any(|_| {
         let (child, port) = spawn(&server.artifact, &[]);
         (server.child, server.port) = (child, port);
         let mut stream = long(&server);
+        let body = with(greedy("Hello", 200), json!({"n": 8})).to_string();
+        let whole: Vec<TcpStream> =
+            (0..8).map(|_| server.send(&post("/v1/completions", body.as_bytes(), JSON))).collect();
         server.child.kill().unwrap();
         server.child.wait().unwrap();
         let mut rest = String::new();
+        for mut stream in whole {
+            let mut text = String::new();
+            let ended = stream.read_to_string(&mut text);
+            assert!(ended.is_err() || text.is_empty() || text.ends_with('}'), "{text}");
+        }
         // On a busy machine the answer may have been done before.
         stream.read_to_string(&mut rest).is_err() || !rest.contains("[DONE]")
     });
     assert!(cut_off && fs::read(&server.artifact).unwrap() == before);
-    let (child, port) = spawn(&server.artifact, &[]);
-    (server.child, server.port) = (child, port);
+    // The same port can be had at once.
+    (server.child, server.port) = spawn_at(&server.artifact, &server.port.to_string(), &[]);
     let text = server.ask("/v1/completions", greedy("Hi", 4)).text();
     // Another artifact in its place: the one that was opened is served on.
     let other = format!("{}.new", server.artifact);

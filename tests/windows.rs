@@ -7,6 +7,7 @@ use mansard_ir::{DType, Model, sample, text};
 use mansard_passes::LimitsRequest;
 use mansard_runtime::{Artifact, Engine, EngineOptions, OpenOptions, Rows, SequenceId, Work};
 use mansard_tests::oracle;
+use std::path::Path;
 use std::sync::Arc;
 
 const WINDOW: usize = 100;
@@ -57,19 +58,23 @@ fn ring() -> Model {
 }
 
 fn engine(model: Model, positions: usize) -> (Model, Engine) {
-    engine_with(model, positions, None)
+    engine_with(model, positions, None, None)
 }
 
-fn engine_with(model: Model, positions: usize, kv: Option<DType>) -> (Model, Engine) {
+fn engine_with(model: Model, positions: usize, kv: Option<DType>, window: Option<usize>) -> (Model, Engine) {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("model.mansard");
+    let (model, artifact) = artifact(model, folder.path(), kv);
+    let options = EngineOptions { threads: Some(2), positions: Some(positions), window, ..EngineOptions::default() };
+    (model, Engine::new(artifact, &options).unwrap())
+}
+
+fn artifact(model: Model, folder: &Path, kv: Option<DType>) -> (Model, Arc<Artifact>) {
+    let path = folder.join("model.mansard");
     let limits = LimitsRequest { tokens: 256, rows: 64, ..LimitsRequest::default() };
     let options = CompileOptions { limits, kv, ..CompileOptions::default() };
     let target = mansard_backends::target("native").unwrap();
     let model = oracle::assemble(model, target, &options, &path).unwrap();
-    let artifact = Arc::new(Artifact::open(&path, &OpenOptions::default()).unwrap());
-    let options = EngineOptions { threads: Some(2), positions: Some(positions), ..EngineOptions::default() };
-    (model, Engine::new(artifact, &options).unwrap())
+    (model, Arc::new(Artifact::open(&path, &OpenOptions::default()).unwrap()))
 }
 
 fn tokens(from: usize, count: usize) -> Vec<u32> {
@@ -93,7 +98,8 @@ fn taken(engine: &Engine) -> [usize; 2] {
 #[test]
 fn beyond_the_window_as_the_interpreter_says() {
     let (optimized, mut engine) = engine(ring(), 1024);
-    let lengths = as_the_interpreter_says(&optimized, &mut engine, 5e-3);
+    let lengths = as_the_interpreter_says(&optimized, &mut engine, 5e-3, &STEPS, None);
+    assert_eq!(lengths, [334, 204]);
     let blocks = |length: usize| length.div_ceil(64) - (length - 1 + 1 - WINDOW - 64) / 64;
     assert_eq!(taken(&engine), [6 + 4, blocks(lengths[0]) + blocks(lengths[1])]);
 }
@@ -101,9 +107,9 @@ fn beyond_the_window_as_the_interpreter_says() {
 /// Layers of int4 caches, each with one of f16 for its last positions.
 #[test]
 fn int4_caches_as_the_interpreter_says() {
-    let (optimized, mut engine) = engine_with(ring(), 1024, Some(DType::I4));
+    let (optimized, mut engine) = engine_with(ring(), 1024, Some(DType::I4), None);
     // Where attention multiplies in bf16, some code of a later layer's cache comes out as its neighbour.
-    as_the_interpreter_says(&optimized, &mut engine, 5e-2);
+    as_the_interpreter_says(&optimized, &mut engine, 5e-2, &STEPS, None);
     let groups: Vec<(usize, usize)> = engine.cache_use().iter().map(|group| (group.window, group.taken)).collect();
     // Of 334 and 204 positions.
     assert_eq!(groups, [(0, 6 + 4), (64, 3 + 3), (WINDOW, 4 + 4)]);
@@ -111,12 +117,64 @@ fn int4_caches_as_the_interpreter_says() {
     assert_eq!(bytes, [2 * 64 * 18, 6 * 64 * 64, 4 * 64 * 18]);
 }
 
+/// Tokens of two sequences in each step.
+const STEPS: [[usize; 2]; 8] = [[70, 1], [130, 60], [1, 9], [40, 1], [1, 1], [1, 130], [90, 1], [1, 1]];
+
+/// The first 64 positions and the last ones, as an interpreter that is told what to forget: in caches of f16 and int4, of layers
+/// that see all and of layers that see a window by themselves.
+#[test]
+fn sinks_as_the_interpreter_says() {
+    let more = [[100, 1], [1, 200], [64, 1], [1, 63], [130, 70], [1, 1], [3, 250], [1, 1], [1, 1]];
+    let steps = [&STEPS[..], &more].concat();
+    for (kv, tolerance) in [(None, 5e-3), (Some(DType::I4), 5e-2)] {
+        let (optimized, mut engine) = engine_with(ring(), 1024, kv, Some(128));
+        let lengths = as_the_interpreter_says(&optimized, &mut engine, tolerance, &steps, Some(128));
+        assert_eq!(lengths, [636, 792]);
+        let all = engine.cache_use()[0];
+        assert!(all.window == 0 && all.taken <= 2 * (1 + 128 / 64 + 3), "{all:?}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = artifact(ring(), folder.path(), None).1;
+    let options = EngineOptions { window: Some(WINDOW - 1), ..EngineOptions::default() };
+    let error = Engine::new(artifact, &options).err().unwrap();
+    assert!(error.exit_code() == 2 && error.message().contains("at least 100 positions"), "{error}");
+}
+
+/// Cutting back to where the same is seen gives the same; further back there is nothing.
+#[test]
+fn what_was_dropped_cannot_be_cut_back_to() {
+    let (_, mut engine) = engine_with(model(""), 2048, None, Some(200));
+    let sequence = engine.new_sequence();
+    tokens(0, 700).chunks(50).for_each(|chunk| _ = go_on(&mut engine, sequence, chunk));
+    let (fork, shortest) = (engine.fork(sequence).unwrap(), engine.shortest(sequence).unwrap());
+    assert!((600..=650).contains(&shortest), "{shortest}");
+    let error = engine.truncate(sequence, shortest - 1).unwrap_err();
+    assert!(error.message().contains(&format!("at least {shortest} of 700")), "{error}");
+    engine.truncate(sequence, 650).unwrap();
+    go_on(&mut engine, sequence, &tokens(650, 50));
+    assert!(go_on(&mut engine, sequence, &tokens(900, 1)) == go_on(&mut engine, fork, &tokens(900, 1)));
+    engine.release(fork).unwrap();
+    engine.release(sequence).unwrap();
+    assert_eq!(engine.cache_use()[0].taken, 0);
+}
+
 /// Several steps of two sequences, whose logits are off by that share of the largest at most; gives their lengths.
-fn as_the_interpreter_says(optimized: &Model, engine: &mut Engine, tolerance: f32) -> [usize; 2] {
+fn as_the_interpreter_says(
+    optimized: &Model,
+    engine: &mut Engine,
+    tolerance: f32,
+    steps: &[[usize; 2]],
+    recent: Option<usize>,
+) -> [usize; 2] {
     let mut interpreter = Interpreter::new(optimized);
     let sequences = [engine.new_sequence(), engine.new_sequence()];
-    let mut lengths = [0, 0];
-    for step in [[70, 1], [130, 60], [1, 9], [40, 1], [1, 1], [1, 130], [90, 1], [1, 1]] {
+    let (mut lengths, mut dropped) = ([0, 0], [0, 0]);
+    for step in steps {
+        for (s, dropped) in dropped.iter_mut().enumerate() {
+            let unseen = (lengths[s] + 1usize).saturating_sub(recent.unwrap_or(usize::MAX - 64) + 64) / 64;
+            let before = std::mem::replace(dropped, unseen.saturating_sub(1) * 64);
+            interpreter.forget(s, 64..64 + *dropped - before);
+        }
         let new = [0, 1].map(|s| tokens(1000 * s + lengths[s], step[s]));
         let work = [0, 1].map(|s| Work { sequence: sequences[s], tokens: &new[s], rows: Rows::Last });
         let output = engine.step(&work).unwrap();
@@ -130,7 +188,6 @@ fn as_the_interpreter_says(optimized: &Model, engine: &mut Engine, tolerance: f3
         }
         lengths = [0, 1].map(|s| lengths[s] + step[s]);
     }
-    assert_eq!(lengths, [334, 204]);
     lengths
 }
 

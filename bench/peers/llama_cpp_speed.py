@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """llama.cpp on one GGUF, as llama-bench measures: one JSON object of tokens per second, medians.
 
-usage: llama_cpp_speed.py MODEL.gguf [--threads 2] [--reps 3] [--pp 512] [--tg 128] [--depth 0 2048] [--batch 8 32]
+usage: llama_cpp_speed.py MODEL.gguf [--threads 2] [--reps 3] [--pp 512] [--tg 128] [--depth 0 2048] [--batch 8 32] [--steps 64]
        llama_cpp_speed.py MODEL.gguf --requantize OUT.gguf Q4_0|Q8_0|F16|BF16|F32      every matrix in that one type
 """
 import argparse, ctypes, json, statistics, sys, time
@@ -16,6 +16,7 @@ ap.add_argument("--pp", type=int, default=512)
 ap.add_argument("--tg", type=int, default=128)
 ap.add_argument("--depth", type=int, nargs="*", default=[0])
 ap.add_argument("--batch", type=int, nargs="*", default=[])
+ap.add_argument("--steps", type=int, default=64, help="tokens of each of a batch")
 ap.add_argument("--requantize", nargs=2, metavar=("OUT", "TYPE"))
 a = ap.parse_args()
 
@@ -87,8 +88,9 @@ def decode(depth):
     return timed(a.tg, lambda: [context.step([(token(i), depth + i, 0)]) for i in range(a.tg)])
 
 
-def batched(width, tokens=64):
+def batched(width):
     context.clear()
+    tokens = a.steps
     step = lambda i: context.step([(token(i + s), i, s) for s in range(width)], True)
     return timed(width * tokens, lambda: [step(i) for i in range(tokens)])
 
@@ -101,6 +103,6 @@ for depth in a.depth if a.tg else []:
     context = Context(depth + a.tg + 8)
     out[f"tg{a.tg}" + (f" @ d{depth}" if depth else "")] = median(lambda: decode(depth))
 for width in a.batch:
-    context = Context(width * 128, width)
-    out[f"tg64 b{width}"] = median(lambda: batched(width))
+    context = Context(width * max(128, a.steps + 8), width)
+    out[f"tg{a.steps} b{width}"] = median(lambda: batched(width))
 print(json.dumps(out))

@@ -11,6 +11,7 @@ use super::errors::{ApiError, ApiResult};
 use axum::http::StatusCode;
 use mansard_runtime::{Event, Finish, Handle, Logprobs, Usage};
 use serde_json::{Value, json};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -19,13 +20,18 @@ use tokio::time::Instant;
 
 /// A request that has been taken in. It ends when this is dropped.
 pub struct Answer {
-    events: UnboundedReceiver<Event>,
-    _handle: Handle,
+    /// With the index of the prompt.
+    events: UnboundedReceiver<(usize, Event)>,
+    _handles: Vec<Handle>,
     deadline: Instant,
     /// What is asked.
     pub endpoint: Endpoint,
-    /// Choices that are not done.
+    /// Choices that are not done, and those of each prompt.
     pub left: usize,
+    choices: usize,
+    /// Prompts, where they are to be told; and whether their tokens are counted.
+    echoed: Vec<Vec<u32>>,
+    counted: Vec<bool>,
     /// Token counts of all choices so far.
     pub usage: Usage,
     app: Arc<App>,
@@ -35,8 +41,10 @@ pub struct Answer {
 
 /// What comes next.
 pub enum Next {
-    /// An event.
+    /// An event of a choice, counted over all prompts.
     Event(Event),
+    /// Log probabilities of a prompt.
+    Prompt(usize, Vec<Logprobs>),
     /// Nothing for that long.
     Silence,
 }
@@ -52,20 +60,35 @@ impl Answer {
             return Err(ApiError::bad(message).code("unsupported"));
         };
         let (sender, events) = unbounded_channel();
-        let left = ask.request.choices;
-        let sink = Box::new(move |event| sender.send(event).is_ok());
-        let handle = service.lock().unwrap_or_else(PoisonError::into_inner).submit(ask.request, sink)?;
+        let choices = ask.requests.first().map_or(0, |request| request.choices);
+        let (left, counted) = (choices * ask.requests.len(), vec![false; ask.requests.len()]);
+        let told = ask.requests.iter().filter(|_| ask.echo);
+        let echoed = told.map(|request| request.prompt.clone()).collect();
+        let mut handles = vec![];
+        for (index, request) in ask.requests.into_iter().enumerate() {
+            let sender = sender.clone();
+            let sink = Box::new(move |event| sender.send((index, event)).is_ok());
+            handles.push(service.lock().unwrap_or_else(PoisonError::into_inner).submit(request, sink)?);
+        }
         Ok(Answer {
             events,
-            _handle: handle,
+            _handles: handles,
             deadline: Instant::now() + app.max_time,
             endpoint: ask.endpoint,
             left,
+            choices,
+            echoed,
+            counted,
             usage: Usage::default(),
             app: app.clone(),
             id: id(ask.endpoint),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
         })
+    }
+
+    /// Most silence in a stream of it.
+    pub fn silence(&self) -> Duration {
+        self.app.silence
     }
 
     /// Waits for the next event, or for some time.
@@ -75,12 +98,19 @@ impl Answer {
     pub async fn next(&mut self, patience: Duration) -> ApiResult<Next> {
         let until = self.deadline.min(Instant::now() + patience);
         match tokio::time::timeout_at(until, self.events.recv()).await {
-            Ok(Some(Event::Failed(error))) => Err(error.into()),
-            Ok(Some(event)) => {
+            Ok(Some((_, Event::Failed(error)))) => Err(error.into()),
+            Ok(Some((prompt, Event::Prompt(told)))) => Ok(Next::Prompt(prompt, told)),
+            Ok(Some((prompt, mut event))) => {
+                if let Event::Token { choice, .. } | Event::Done { choice, .. } = &mut event {
+                    *choice += prompt * self.choices;
+                }
                 if let Event::Done { usage, .. } = &event {
                     self.left -= 1;
-                    let generated = self.usage.generated + usage.generated;
-                    self.usage = Usage { generated, ..*usage };
+                    self.usage.generated += usage.generated;
+                    if !std::mem::replace(&mut self.counted[prompt], true) {
+                        self.usage.prompt += usage.prompt;
+                        self.usage.cached += usage.cached;
+                    }
                 }
                 Ok(Next::Event(event))
             }
@@ -99,19 +129,24 @@ impl Answer {
     /// # Errors
     /// As [`Answer::next`].
     pub async fn whole(mut self) -> ApiResult<Value> {
-        let mut choices = vec![Choice::default(); self.left];
+        let mut choices: Vec<Choice> = (0..self.left).map(|choice| self.beginning(choice)).collect::<ApiResult<_>>()?;
         while self.left > 0 {
             match self.next(self.app.max_time).await? {
                 Next::Event(Event::Token { choice, token, text, logprobs }) => {
                     let choice = &mut choices[choice];
                     let offset = choice.text.len();
                     choice.text += &text;
-                    choice.logprobs.extend(logprobs.map(|logprobs| (logprobs, offset)));
+                    choice.logprobs.extend(logprobs.map(|logprobs| Told::Row(logprobs, offset)));
                     debug_assert!(choice.finish.is_none(), "token {token} after the end");
                 }
                 Next::Event(Event::Done { choice, finish, text, .. }) => {
                     choices[choice].text += &text;
                     choices[choice].finish = Some(reason(finish));
+                }
+                Next::Prompt(prompt, told) => {
+                    for choice in &mut choices[prompt * self.choices..][..self.choices] {
+                        choice.tell_prompt(&told);
+                    }
                 }
                 _ => {}
             }
@@ -121,6 +156,30 @@ impl Answer {
         let mut body = self.envelope(false, choices);
         body["usage"] = usage(&self.usage);
         Ok(body)
+    }
+
+    /// A choice before its first token: empty, or with its prompt.
+    fn beginning(&self, choice: usize) -> ApiResult<Choice> {
+        let Some(prompt) = self.echoed.get(choice / self.choices) else { return Ok(Choice::default()) };
+        let mut decoder = self.app.tokens()?.decoder();
+        let mut begun = Choice::default();
+        for token in prompt {
+            begun.untold.push_back((*token, begun.text.len()));
+            begun.text += &decoder.push(*token)?;
+        }
+        begun.text += &decoder.finish()?;
+        begun.logprobs.extend(begun.untold.pop_front().map(|(token, offset)| Told::First(token, offset)));
+        Ok(begun)
+    }
+
+    /// The text of a prompt, where it is to be told in a stream.
+    pub fn echo(&self, choice: usize) -> ApiResult<Option<Value>> {
+        if self.echoed.is_empty() {
+            return Ok(None);
+        }
+        let text = self.beginning(choice)?.text;
+        let choice = json!({"index": choice, "text": text, "logprobs": null, "finish_reason": null});
+        Ok(Some(self.envelope(true, vec![choice])))
     }
 
     fn choice(&self, index: usize, choice: &Choice) -> Value {
@@ -142,9 +201,9 @@ impl Answer {
         let (index, text, logprobs, finish) = match event {
             Event::Token { choice, text, logprobs, .. } => (choice, text, logprobs, None),
             Event::Done { choice, finish, text, .. } => (choice, text, None, Some(reason(finish))),
-            Event::Failed(_) => (0, String::new(), None, None),
+            Event::Failed(_) | Event::Prompt(_) => (0, String::new(), None, None),
         };
-        let logprobs = self.logprobs(&logprobs.into_iter().map(|logprobs| (logprobs, 0)).collect::<Vec<_>>());
+        let logprobs = self.logprobs(&logprobs.into_iter().map(|logprobs| Told::Row(logprobs, 0)).collect::<Vec<_>>());
         let choice = match self.endpoint {
             Endpoint::Chat => {
                 json!({"index": index, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": finish})
@@ -186,8 +245,8 @@ impl Answer {
     }
 
     /// In the form of the endpoint; null where none were asked for.
-    fn logprobs(&self, tokens: &[(Logprobs, usize)]) -> Value {
-        if tokens.is_empty() {
+    fn logprobs(&self, tokens: &[Told]) -> Value {
+        if tokens.iter().all(|told| matches!(told, Told::First(..))) {
             return Value::Null;
         }
         let text = |token: u32| {
@@ -199,22 +258,46 @@ impl Answer {
             let text = text(token);
             json!({"token": text, "bytes": text.as_bytes(), "logprob": logprob})
         };
-        let entry = |(logprobs, _): &(Logprobs, usize)| {
+        let entry = |logprobs: &Logprobs| {
             let mut entry = told((logprobs.token, logprobs.logprob));
             entry["top_logprobs"] = logprobs.top.iter().map(|top| told(*top)).collect();
             entry
         };
-        let likeliest = |(logprobs, _): &(Logprobs, usize)| -> Value {
+        let likeliest = |logprobs: &Logprobs| -> Value {
             logprobs.top.iter().map(|(token, logprob)| (text(*token), json!(logprob))).collect()
         };
         match self.endpoint {
-            Endpoint::Chat => json!({"content": tokens.iter().map(entry).collect::<Vec<_>>(), "refusal": null}),
+            Endpoint::Chat => {
+                let content: Vec<Value> = tokens.iter().filter_map(Told::row).map(entry).collect();
+                json!({"content": content, "refusal": null})
+            }
             Endpoint::Completion => json!({
-                "tokens": tokens.iter().map(|(l, _)| text(l.token)).collect::<Vec<_>>(),
-                "token_logprobs": tokens.iter().map(|(l, _)| l.logprob).collect::<Vec<_>>(),
-                "top_logprobs": tokens.iter().map(likeliest).collect::<Vec<_>>(),
-                "text_offset": tokens.iter().map(|(_, offset)| *offset).collect::<Vec<_>>(),
+                "tokens": tokens.iter().map(|told| text(told.place().0)).collect::<Vec<_>>(),
+                "token_logprobs": tokens.iter().map(|told| told.row().map(|l| l.logprob)).collect::<Vec<_>>(),
+                "top_logprobs": tokens.iter().map(|told| told.row().map(likeliest)).collect::<Vec<_>>(),
+                "text_offset": tokens.iter().map(|told| told.place().1).collect::<Vec<_>>(),
             }),
+        }
+    }
+}
+
+/// A token whose log probability is told, with the bytes of text before it.
+#[derive(Clone)]
+enum Told {
+    /// A prompt's first, which has none.
+    First(u32, usize),
+    Row(Logprobs, usize),
+}
+
+impl Told {
+    fn row(&self) -> Option<&Logprobs> {
+        if let Told::Row(logprobs, _) = self { Some(logprobs) } else { None }
+    }
+
+    fn place(&self) -> (u32, usize) {
+        match self {
+            Told::First(token, offset) => (*token, *offset),
+            Told::Row(logprobs, offset) => (logprobs.token, *offset),
         }
     }
 }
@@ -223,9 +306,19 @@ impl Answer {
 #[derive(Clone, Default)]
 struct Choice {
     text: String,
-    /// With the bytes of text before each.
-    logprobs: Vec<(Logprobs, usize)>,
+    /// Tokens of the prompt that is told, whose log probabilities have not come yet.
+    untold: VecDeque<(u32, usize)>,
+    logprobs: Vec<Told>,
     finish: Option<&'static str>,
+}
+
+impl Choice {
+    fn tell_prompt(&mut self, told: &[Logprobs]) {
+        for logprobs in told {
+            let offset = self.untold.pop_front().map_or(0, |(_, offset)| offset);
+            self.logprobs.push(Told::Row(logprobs.clone(), offset));
+        }
+    }
 }
 
 fn reason(finish: Finish) -> &'static str {

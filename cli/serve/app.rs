@@ -32,8 +32,10 @@ pub struct App {
     pub model: Model,
     /// What answers.
     pub work: Work,
-    /// Tokens that a prompt and its answer can have.
+    /// Tokens that a prompt and its answer can have; without its answer, where the context moves on.
     pub context: usize,
+    /// Tokens of a full context's beginning to keep; `None` where answers end there.
+    pub shift: Option<usize>,
     /// Who may ask; everybody where there are none.
     pub keys: Option<Keys>,
     /// Made when first asked for.
@@ -50,6 +52,8 @@ pub struct App {
     pub max_time: Duration,
     /// Most time of a request's arrival.
     pub read_time: Duration,
+    /// Most silence in a stream.
+    pub silence: Duration,
     /// No key is needed and only this machine is listened to.
     pub only_own_host: bool,
     path: PathBuf,
@@ -74,6 +78,7 @@ impl App {
             created: written.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             work,
             context,
+            shift: arguments.stream.context_shift,
             only_own_host: keys.is_none() && arguments.host.is_loopback(),
             keys,
             grammars: OnceLock::new(),
@@ -82,6 +87,7 @@ impl App {
             max_tokens: arguments.max_tokens,
             max_choices: arguments.max_choices,
             max_time: Duration::from_secs(arguments.max_seconds),
+            silence: Duration::from_secs(arguments.keep_alive_seconds.max(1)),
             read_time: Duration::from_secs(arguments.read_seconds),
             path: path.clone(),
             model,
@@ -112,9 +118,10 @@ fn start(model: &Model, arguments: &Arguments) -> Result<(Work, usize)> {
     if arguments.max_tokens == 0 || arguments.max_choices == 0 {
         bail!(Usage, "expected --max-tokens and --max-choices of at least 1, found 0");
     }
-    let positions = arguments.positions.unwrap_or_else(|| positions(model));
+    let draft = arguments.stream.draft(&arguments.engine)?;
+    let positions = arguments.positions.unwrap_or_else(|| positions(model, draft.as_ref()));
     let options = EngineOptions { positions: Some(positions), ..arguments.engine.options() };
-    let engine = model.engine(&options)?;
+    let engine = model.engine(&arguments.stream.engine(options))?;
     let limits = *engine.limits();
     if model.info().encoder {
         return Ok((Work::Embed(Arc::new(Mutex::new(engine))), limits.context.min(limits.tokens)));
@@ -123,21 +130,27 @@ fn start(model: &Model, arguments: &Arguments) -> Result<(Work, usize)> {
         running: arguments.max_running,
         piece: arguments.piece,
         share: !arguments.no_prefix_sharing,
-        guesses: arguments.guesses,
+        guesses: arguments.stream.guesses(),
+        ..BatchOptions::default()
     };
-    let batcher = Batcher::new(engine, Some(model.tokens()?.clone()), &batch)?;
+    let mut batcher = Batcher::new(engine, Some(model.tokens()?.clone()), &batch)?;
+    if let Some(draft) = draft {
+        batcher = batcher.with_draft(draft.engine(&options)?)?;
+    }
     let context = batcher.capacity();
     let service = Service::start(batcher, &ServiceOptions { queue: arguments.max_queue, batch })?;
     Ok((Work::Generate(Mutex::new(service)), context))
 }
 
-/// Positions of 32 contexts, or of a quarter of the free memory; of one context at least. An encoder keeps none beyond a step.
-fn positions(model: &Model) -> usize {
+/// Positions of 32 contexts, or of a quarter of the free memory, a draft model's beside them; of one context at least. An encoder keeps none beyond a step.
+fn positions(model: &Model, draft: Option<&Model>) -> usize {
     let program = &model.artifact().manifest().program;
     if model.info().encoder {
         return embedded_positions(&program.limits);
     }
-    let bytes: usize = program.caches.iter().map(|cache| cache.block_bytes).sum();
+    let caches = |model: &Model| model.artifact().manifest().program.caches.clone();
+    let caches = caches(model).into_iter().chain(draft.map(caches).unwrap_or_default());
+    let bytes: usize = caches.map(|cache| cache.block_bytes).sum();
     let room = mansard_runtime::available_memory().map_or(usize::MAX, |bytes| bytes / 4);
     let fits = (room / bytes.max(1)).saturating_mul(CACHE_BLOCK);
     let context = program.limits.context;

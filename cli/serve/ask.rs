@@ -67,7 +67,8 @@ pub struct Body {
     reasoning_effort: Option<Value>,
     web_search_options: Option<Value>,
     prediction: Option<Value>,
-    echo: Option<Value>,
+    /// Of a completion: the prompt before its answer.
+    echo: Option<bool>,
     suffix: Option<Value>,
     best_of: Option<Value>,
 }
@@ -97,7 +98,8 @@ struct ContentPart {
 enum Prompt {
     Text(String),
     Tokens(Vec<u32>),
-    Several(Vec<Value>),
+    Texts(Vec<String>),
+    TokenLists(Vec<Vec<u32>>),
 }
 
 #[derive(Deserialize)]
@@ -123,8 +125,10 @@ pub enum Endpoint {
 
 /// What is asked.
 pub struct Ask {
-    /// As the runtime takes it.
-    pub request: Request,
+    /// As the runtime takes them: one for each prompt.
+    pub requests: Vec<Request>,
+    /// Tell the prompts, too.
+    pub echo: bool,
     /// Which of the two.
     pub endpoint: Endpoint,
     /// Answer in events.
@@ -135,6 +139,8 @@ pub struct Ask {
 
 /// Most stop strings, and bytes of one.
 const MOST_STOPS: (usize, usize) = (16, 256);
+/// Most prompts of a request.
+const MOST_PROMPTS: usize = 128;
 /// Most likeliest tokens told.
 const MOST_LOGPROBS: usize = 20;
 
@@ -146,23 +152,29 @@ impl Body {
     pub fn check(self, app: &App, endpoint: Endpoint, client: u64) -> ApiResult<Ask> {
         known_model(app, &self.model)?;
         self.refuse_others()?;
-        let prompt = self.prompt(app, endpoint)?;
+        let prompts = self.prompts(app, endpoint)?;
         let choices = self.n.unwrap_or(1);
         if !(1..=app.max_choices).contains(&choices) {
             return Err(ApiError::field("n", format!("expected 1 to {} choices, found {choices}", app.max_choices)));
         }
-        let constraint = self.response_format.as_ref().map(|format| format.constraint(app)).transpose()?;
-        let request = Request {
-            options: self.options(app, endpoint, prompt.len())?,
-            choices,
-            stop: self.stops()?,
-            logprobs: self.logprobs(endpoint)?,
-            constraint: constraint.flatten(),
-            client,
-            ..Request::new(prompt, GenerateOptions::default())
+        let constraint = self.response_format.as_ref().map(|format| format.constraint(app)).transpose()?.flatten();
+        let (logprobs, echo) = (self.logprobs(endpoint)?, self.echo(endpoint)?);
+        let request = |prompt: Vec<u32>| {
+            let options = self.options(app, endpoint, prompt.len())?;
+            let told = logprobs.or((options.max_tokens == 0).then_some(0));
+            Ok(Request {
+                choices,
+                stop: self.stops()?,
+                logprobs,
+                prompt_logprobs: told.filter(|_| echo),
+                constraint: constraint.as_ref().map(|constraint| constraint.fork()),
+                client,
+                ..Request::new(prompt, options)
+            })
         };
-        let include_usage = self.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
-        Ok(Ask { request, endpoint, stream: self.stream.unwrap_or(false), include_usage })
+        let requests = prompts.into_iter().map(request).collect::<ApiResult<_>>()?;
+        let include_usage = self.stream_options.as_ref().and_then(|options| options.include_usage).unwrap_or(false);
+        Ok(Ask { requests, echo, endpoint, stream: self.stream.unwrap_or(false), include_usage })
     }
 
     fn refuse_others(&self) -> ApiResult<()> {
@@ -181,7 +193,6 @@ impl Body {
             ("reasoning_effort", &self.reasoning_effort),
             ("web_search_options", &self.web_search_options),
             ("prediction", &self.prediction),
-            ("echo", &self.echo),
             ("suffix", &self.suffix),
             ("best_of", &self.best_of),
         ];
@@ -195,24 +206,38 @@ impl Body {
         Ok(())
     }
 
-    fn prompt(&self, app: &App, endpoint: Endpoint) -> ApiResult<Vec<u32>> {
-        let (tokens, wanted, other) = match endpoint {
-            Endpoint::Chat => (self.chat_prompt(app)?, "messages", self.prompt.is_some().then_some("prompt")),
-            Endpoint::Completion => (self.plain_prompt(app)?, "prompt", self.messages.is_some().then_some("messages")),
+    /// Whether the prompt is part of the answer.
+    fn echo(&self, endpoint: Endpoint) -> ApiResult<bool> {
+        let echo = self.echo.unwrap_or(false);
+        let streamed = self.stream.unwrap_or(false) && self.logprobs.as_ref().is_some_and(|value| !value.is_null());
+        let wrong = match endpoint {
+            Endpoint::Chat => "`echo` is of completions",
+            Endpoint::Completion if streamed => "`echo` with `logprobs` is not supported in a stream",
+            Endpoint::Completion => return Ok(echo),
+        };
+        if echo { Err(ApiError::field("echo", wrong).code("unsupported")) } else { Ok(false) }
+    }
+
+    fn prompts(&self, app: &App, endpoint: Endpoint) -> ApiResult<Vec<Vec<u32>>> {
+        let (prompts, wanted, other) = match endpoint {
+            Endpoint::Chat => (vec![self.chat_prompt(app)?], "messages", self.prompt.is_some().then_some("prompt")),
+            Endpoint::Completion => (self.plain_prompts(app)?, "prompt", self.messages.is_some().then_some("messages")),
         };
         if let Some(other) = other {
             return Err(ApiError::field(other, format!("expected `{wanted}` alone, found `{other}` too")));
         }
-        if tokens.is_empty() {
-            return Err(ApiError::field(wanted, "expected a prompt of at least one token, found none"));
+        for tokens in &prompts {
+            if tokens.is_empty() {
+                return Err(ApiError::field(wanted, "expected a prompt of at least one token, found none"));
+            }
+            if tokens.len() >= app.context {
+                let (found, most) = (tokens.len(), app.context);
+                let message =
+                    format!("expected a prompt that leaves room in a context of {most} tokens, found {found} tokens");
+                return Err(ApiError::field(wanted, message).code("context_length_exceeded"));
+            }
         }
-        if tokens.len() >= app.context {
-            let (found, most) = (tokens.len(), app.context);
-            let message =
-                format!("expected a prompt that leaves room in a context of {most} tokens, found {found} tokens");
-            return Err(ApiError::field(wanted, message).code("context_length_exceeded"));
-        }
-        Ok(tokens)
+        Ok(prompts)
     }
 
     fn chat_prompt(&self, app: &App) -> ApiResult<Vec<u32>> {
@@ -226,24 +251,27 @@ impl Body {
         Ok(tokens.encode(&text?, false).at(|| "messages".into())?)
     }
 
-    fn plain_prompt(&self, app: &App) -> ApiResult<Vec<u32>> {
-        let several = "expected one prompt, as a text or a list of token ids, found several";
-        match &self.prompt {
-            None => Err(ApiError::field("prompt", "expected a prompt, found none")),
-            Some(Prompt::Text(text)) => Ok(app.tokens()?.encode(text, true)?),
-            Some(Prompt::Tokens(ids)) => Ok(ids.clone()),
-            Some(Prompt::Several(prompts)) => match &prompts[..] {
-                [Value::String(text)] => Ok(app.tokens()?.encode(text, true)?),
-                _ => Err(ApiError::field("prompt", several)),
-            },
+    fn plain_prompts(&self, app: &App) -> ApiResult<Vec<Vec<u32>>> {
+        let encode = |text: &String| Ok(app.tokens()?.encode(text, true)?);
+        let prompts: Vec<Vec<u32>> = match &self.prompt {
+            None => return Err(ApiError::field("prompt", "expected a prompt, found none")),
+            Some(Prompt::Text(text)) => vec![encode(text)?],
+            Some(Prompt::Tokens(ids)) => vec![ids.clone()],
+            Some(Prompt::Texts(texts)) => texts.iter().map(encode).collect::<ApiResult<_>>()?,
+            Some(Prompt::TokenLists(lists)) => lists.clone(),
+        };
+        match prompts.len() {
+            1..=MOST_PROMPTS => Ok(prompts),
+            found => Err(ApiError::field("prompt", format!("expected 1 to {MOST_PROMPTS} prompts, found {found}"))),
         }
     }
 
     fn options(&self, app: &App, endpoint: Endpoint, prompt: usize) -> ApiResult<GenerateOptions> {
         let asked = self.max_completion_tokens.or(self.max_tokens);
         let most = if endpoint == Endpoint::Chat { app.max_tokens } else { 16 };
-        let max_tokens = asked.unwrap_or(most).min(app.context - prompt);
-        if max_tokens == 0 || max_tokens > app.max_tokens && asked.is_some() {
+        let room = if app.shift.is_some() { usize::MAX } else { app.context - prompt };
+        let max_tokens = asked.unwrap_or(most).min(room);
+        if max_tokens == 0 && !self.echo.unwrap_or(false) || max_tokens > app.max_tokens && asked.is_some() {
             let message = format!("expected 1 to {} tokens, found {}", app.max_tokens, asked.unwrap_or(0));
             return Err(ApiError::field("max_tokens", message));
         }
@@ -262,7 +290,7 @@ impl Body {
             ..plain
         };
         let stop_tokens = self.ignore_eos.unwrap_or(false).then(Vec::new);
-        Ok(GenerateOptions { max_tokens, sampler, stop_tokens })
+        Ok(GenerateOptions { max_tokens, sampler, stop_tokens, shift: app.shift })
     }
 
     fn biases(&self, app: &App) -> ApiResult<Vec<(u32, f32)>> {

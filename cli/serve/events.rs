@@ -1,4 +1,4 @@
-//! An answer -> server-sent events, as it comes; a comment every 15 seconds of silence keeps proxies patient.
+//! An answer -> server-sent events, as it comes; a comment after some silence keeps proxies patient.
 
 use super::answer::{Answer, Next};
 use super::ask::Endpoint;
@@ -8,15 +8,18 @@ use axum::response::Response;
 use futures_util::stream;
 use serde_json::Value;
 use std::convert::Infallible;
-use std::time::Duration;
-
-const SILENCE: Duration = Duration::from_secs(15);
 
 /// The response. When the client leaves, the stream is dropped, and the answer with it.
 pub fn respond(answer: Answer, include_usage: bool) -> Response {
     let mut opening = String::new();
     if answer.endpoint == Endpoint::Chat {
         (0..answer.left).for_each(|choice| opening += &event(&answer.opening(choice)));
+    }
+    for choice in 0..answer.left {
+        match answer.echo(choice) {
+            Ok(text) => text.iter().for_each(|text| opening += &event(text)),
+            Err(error) => opening += &failure(&error),
+        }
     }
     let first = stream::iter([Ok::<_, Infallible>(opening)]);
     let rest = stream::unfold(Some(answer), move |answer| async move {
@@ -32,8 +35,9 @@ pub fn respond(answer: Answer, include_usage: bool) -> Response {
 
 /// The next events, and the answer where more will follow.
 async fn next(mut answer: Answer, include_usage: bool) -> (String, Option<Answer>) {
-    match answer.next(SILENCE).await {
+    match answer.next(answer.silence()).await {
         Ok(Next::Silence) => (": on its way\n\n".into(), Some(answer)),
+        Ok(Next::Prompt(..)) => (String::new(), Some(answer)),
         Err(error) => (failure(&error), None),
         Ok(Next::Event(told)) => {
             let mut text = event(&answer.chunk(told));

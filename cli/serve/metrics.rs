@@ -83,10 +83,13 @@ impl Page {
             ),
             ("mansard_cache_blocks_taken", "cache blocks of 64 positions in use", s.blocks_taken as f64),
             ("mansard_cache_blocks", "cache blocks of 64 positions", s.blocks_total as f64),
+            ("mansard_draft_cache_blocks_taken", "cache blocks of the draft model in use", s.draft_blocks_taken as f64),
+            ("mansard_draft_cache_blocks", "cache blocks of the draft model", s.draft_blocks_total as f64),
             ("mansard_prefixes", "pieces of prompts kept for later prompts", s.prefixes as f64),
         ];
         let counters = [
             ("mansard_steps_total", "steps", s.steps),
+            ("mansard_draft_steps_total", "steps of the draft model", s.draft_steps),
             ("mansard_requests_total", "requests taken in", s.requests),
             ("mansard_requests_cancelled_total", "requests whose clients left", s.cancelled),
             ("mansard_requests_failed_total", "requests that failed", s.failed),

@@ -122,7 +122,7 @@ async fn generate(State(app): Shared, request: Request, endpoint: Endpoint) -> A
     let failed = |_| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "reading the request failed; please report it");
     let ask = checked.await.map_err(failed)??;
     let (stream, include_usage) = (ask.stream, ask.include_usage);
-    tracing::debug!(prompt = ask.request.prompt.len(), choices = ask.request.choices, stream, "asked");
+    tracing::debug!(prompts = ask.requests.len(), stream, "asked");
     let answer = Answer::begin(&app, ask)?;
     match stream {
         true => Ok(events::respond(answer, include_usage)),

@@ -1,10 +1,9 @@
 //! A step is run -> every row's token, told to its request; ends, forks and shared prefixes.
 
-use super::draft::Drafter;
 use super::request::Event;
 use super::run::{Live, Part, Run};
 use super::stats::Stats;
-use super::{Batcher, RequestId};
+use super::{Batcher, RequestId, start};
 use crate::engine::{SequenceId, StepOutput, Work};
 use crate::generate::{Chosen, Finish};
 use crate::logprobs::Logprobs;
@@ -61,17 +60,40 @@ impl Batcher {
         for (run, from) in forked {
             self.join(run, from);
         }
+        self.begin_anew();
         parts.iter().filter(|part| !part.guesses().is_empty()).for_each(|part| self.take_back(part));
         parts.iter().for_each(|part| self.publish(part));
         let mut ended = self.running.extract_if(.., |run| run.ended).collect::<Vec<_>>();
         ended.iter_mut().for_each(|run| self.release(run));
+        if let Some(draft) = &mut self.draft {
+            draft.keep(|key| self.running.iter().any(|run| run.order() == key));
+        }
     }
 
     /// What was guessed and not chosen. The last token chosen is in no cache yet.
     fn take_back(&mut self, part: &Part) {
         let Some(run) = self.running.iter().find(|run| part.is_of(run)) else { return };
-        if let Err(error) = self.engine.truncate(part.sequence, run.generation.history.len() - 1) {
+        if run.sequence != Some(part.sequence) {
+            return;
+        }
+        if let Err(error) = self.engine.truncate(part.sequence, run.generation.context.len() - 1) {
             fail(self.live.get_mut(&part.request), &mut self.stats, error);
+        }
+    }
+
+    /// Answers whose context was shifted: what is left of it is computed as a prompt is.
+    fn begin_anew(&mut self) {
+        for run in &mut self.running {
+            if !std::mem::take(&mut run.shifted) {
+                continue;
+            }
+            let Some(sequence) = run.sequence.replace(self.engine.new_sequence()) else { continue };
+            let released = self.engine.release(sequence);
+            debug_assert!(released.is_ok(), "{released:?}");
+            run.node = start(self.share);
+            if let Some(draft) = &mut self.draft {
+                draft.let_go(run.order());
+            }
         }
     }
 
@@ -89,7 +111,7 @@ impl Batcher {
     }
 
     /// The requests of a step that could not be run.
-    fn fail(&mut self, parts: &[Part], error: &Error) {
+    pub(super) fn fail(&mut self, parts: &[Part], error: &Error) {
         for part in parts {
             let copy = Error::new(error.kind(), error.to_string());
             fail(self.live.get_mut(&part.request), &mut self.stats, copy);
@@ -146,22 +168,47 @@ impl Telling<'_> {
         forked: &mut Vec<(Run, SequenceId)>,
     ) -> Result<()> {
         let guesses = part.guesses();
-        let mut right = 0;
-        for index in 0..part.wish().rows {
+        let (mut right, mut row, mut rows) = (0, row, part.wish().rows);
+        if part.prompt && run.tells_prompt() {
+            (row, rows) = self.prompt(run, part, row, output)?;
+        }
+        for index in 0..rows {
             let logits = output.logits(row + index)?;
             forked.extend(self.fork(run, logits)?.into_iter().map(|twin| (twin, part.sequence)));
             self.choose(run, logits)?;
-            if run.ended || run.generation.history.last() != guesses.get(index) {
+            if run.ended || run.shifted || run.generation.history.last() != guesses.get(index) {
                 break;
             }
             right += 1;
         }
         if let (Some(drafter), false) = (&mut run.drafter, guesses.is_empty()) {
-            drafter.learn(guesses.len(), right);
+            if drafter.by_model {
+                drafter.model.learn(guesses.len(), right);
+            }
             self.stats.drafted += guesses.len() as u64;
             self.stats.accepted += right as u64;
         }
         Ok(())
+    }
+
+    /// Tells the log probabilities of a piece of a prompt. What is left is the row after its end, where that is there.
+    fn prompt(&mut self, run: &mut Run, part: &Part, row: usize, output: &StepOutput<'_>) -> Result<(usize, usize)> {
+        let (first, end) = (part.start + 1, part.start + part.tokens.len());
+        let after = &run.generation.context[first..run.generation.prompt.min(end + 1)];
+        let most = run.prompt_logprobs.unwrap_or(0);
+        let tell = |(token, row): (&u32, usize)| Logprobs::new(output.logits(row)?, *token, most);
+        // What is computed a second time has been told.
+        let told = after.iter().zip(row..).skip(run.told.saturating_sub(part.start)).map(tell);
+        let told = told.collect::<Result<Vec<_>>>()?;
+        run.told = run.told.max(part.start + after.len());
+        if let Some(live) = self.live.get_mut(&run.request) {
+            live.send(Event::Prompt(told));
+        }
+        let is_last = end == run.generation.prompt;
+        if is_last {
+            run.prompt_logprobs = None;
+        }
+        Ok((row + after.len(), usize::from(is_last)))
     }
 
     /// Where the prompt ends: the other choices, each with its first token.
@@ -174,7 +221,7 @@ impl Telling<'_> {
                 sequence: None,
                 node: None,
                 text: run.text.anew(self.tokens),
-                drafter: run.drafter.as_ref().map(Drafter::anew),
+                drafter: run.drafter.clone(),
                 ticket: None,
                 ..*run
             };
@@ -186,6 +233,9 @@ impl Telling<'_> {
 
     /// An answer's next token, by its logits.
     fn choose(&mut self, run: &mut Run, logits: &[f32]) -> Result<()> {
+        if run.generation.tokens_left() == 0 {
+            return self.end(run, Finish::MaxTokens);
+        }
         let token = match run.generation.choose(logits)? {
             Chosen::Token(token) => token,
             Chosen::End(finish) => return self.end(run, finish),
@@ -197,9 +247,13 @@ impl Telling<'_> {
             live.send(Event::Token { choice: run.choice, token, text, logprobs });
         }
         // The token itself is in no cache yet.
-        let positions = self.capacity - (run.generation.history.len() - 1);
+        let positions = self.capacity - (run.generation.context.len() - 1);
         match run.generation.limit(positions) {
             _ if stopped => self.end(run, Finish::StopText),
+            Some(Finish::Context) if run.generation.shift(self.capacity) => {
+                run.shifted = true;
+                Ok(())
+            }
             Some(finish) => self.end(run, finish),
             None => Ok(()),
         }

@@ -1,137 +1,122 @@
-//! Tokens that came before -> guesses of what comes next, which one step checks (prompt lookup; Saxena, 2023).
+//! Guesses of what comes next, which one step checks: many tokens for little more than the time of one.
 //!
 //! ```text
-//!  ... the quick brown fox jumps ... the quick brown     guess: fox jumps
-//!  step [brown fox jumps] -> rows: fox, jumps, over      all three are the model's own: two guesses saved two steps
+//!  history       ... the quick brown        guess: fox jumps, by what came before (`lookup.rs`) or a draft model (`model.rs`)
+//!  step          [brown fox jumps] -> rows: fox, jumps, over      all three are the model's own: two guesses saved two steps
 //! ```
 //!
 //! A row's token is chosen as ever, with its own random number; guesses go on as long as they are what was chosen. So answers
-//! are the same with guesses and without (for sampled ones this is rejection sampling of a draft that is certain; Leviathan
-//! et al., 2023), as long as rows are the same in steps of several tokens: [`exact`] finds up to how many they are.
+//! are the same with guesses and without, as long as rows are the same in steps of several tokens that fall into one cache
+//! block: [`exact`] finds up to how many they are. (Speculative decoding; Leviathan et al., 2023. That a draft which draws with the same random numbers leaves
+//! the very tokens as they are: Daliri, Musco and Suresh, 2024.)
+//!
+//! How many are guessed follows from how often guesses were right and what steps take (`pace.rs`): none where none pay.
 
+mod lookup;
+mod model;
+mod pace;
+
+pub(super) use lookup::Lookup;
+pub(super) use model::{DraftModel, Record, check_pair};
+pub(super) use pace::{Pace, Plan};
+
+use super::Batcher;
+use super::run::Part;
 use crate::engine::{Engine, Work};
 use crate::step::Rows;
 use mansard_ir::Result;
-use std::collections::HashMap;
-use std::time::Duration;
+use mansard_ir::layout::CACHE_BLOCK;
+use std::time::Instant;
 
-/// Tokens that a guess goes on from.
-const CONTEXT: usize = 3;
-/// Tokens that an answer goes without guesses after a wrong one.
-const FIRST_PAUSE: usize = 4;
-/// Most tokens that an answer goes without guesses after wrong ones.
-const LONGEST_PAUSE: usize = 64;
-
-/// One answer's guesses.
-#[derive(Debug)]
+/// What an answer's guesses go by.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Drafter {
-    /// Where the last occurrence of these tokens is followed.
-    followed: HashMap<[u32; CONTEXT], usize>,
-    /// Tokens that `followed` knows.
-    known: usize,
-    most: usize,
-    /// Guesses made next.
-    length: usize,
-    /// Tokens until the next guess, and after the next wrong one.
-    pause: usize,
-    next_pause: usize,
-    /// Share of guesses that were right, the last ones counting most.
-    pub right: f64,
+    /// What came before.
+    pub lookup: Lookup,
+    /// How often the draft model was right.
+    pub model: Record,
+    /// The draft model made the last guess.
+    pub by_model: bool,
 }
 
-impl Drafter {
-    /// Guesses of at most `most` tokens.
-    pub fn new(most: usize) -> Drafter {
-        Drafter { followed: HashMap::new(), known: 0, most, length: 1, pause: 0, next_pause: FIRST_PAUSE, right: 0.5 }
-    }
-
-    /// One that has guessed nothing yet.
-    pub fn anew(&self) -> Drafter {
-        Drafter::new(self.most)
-    }
-
-    /// What may follow `history`: as many tokens as followed when its end came before.
-    pub fn guess<'a>(&mut self, history: &'a [u32], most: usize) -> &'a [u32] {
-        let ends = self.known.max(CONTEXT)..history.len();
-        for end in ends {
-            if let Some(tokens) = history[..end].last_chunk() {
-                self.followed.insert(*tokens, end);
+impl Batcher {
+    /// Adds guesses to what is decoded, where they are worth their time.
+    ///
+    /// # Errors
+    /// Where the draft model's step fails.
+    fn guess(&mut self, wishes: &mut [Part]) -> Result<()> {
+        if self.guesses == 0 {
+            return Ok(());
+        }
+        // What a step takes beside a piece of a prompt is not known.
+        if wishes.iter().any(|part| part.prompt) {
+            return Ok(());
+        }
+        let answers = wishes.len();
+        let most = self.bounds.limits.tokens.min(self.bounds.limits.rows).min(self.bounds.many - 1);
+        let mut plan = Plan::new(&self.pace, answers, most);
+        plan.always = self.always_guess;
+        let mut rest = vec![];
+        for (index, part) in wishes.iter_mut().enumerate().filter(|(_, part)| part.is_last_token()) {
+            let Some(run) = self.running.iter_mut().find(|run| part.is_of(run)) else { continue };
+            let (generation, Some(drafter)) = (&run.generation, &mut run.drafter) else { continue };
+            let room = (self.capacity - generation.context.len()).min(generation.tokens_left().saturating_sub(1));
+            let room = room.min(self.guesses).min(self.engine.steady(part.sequence)? - 1);
+            drafter.by_model = false;
+            drafter.lookup.learn(&generation.history);
+            let chances = drafter.lookup.chances(&generation.history, room);
+            match plan.add(&chances) {
+                0 if room > 0 => rest.push((index, room)),
+                count => part.guess(drafter.lookup.guess(&generation.history, count)),
             }
         }
-        self.known = history.len();
-        if self.pause > 0 {
-            self.pause -= 1;
-            return &[];
-        }
-        let at = history.last_chunk().and_then(|end| self.followed.get(end));
-        let guess = at.map_or(&[][..], |at| &history[*at..]);
-        &guess[..guess.len().min(most).min(self.length)]
-    }
-
-    /// How many of the last guess were right.
-    pub fn learn(&mut self, guessed: usize, right: usize) {
-        self.right = 0.8 * self.right + 0.2 * (right as f64 / guessed as f64);
-        match right {
-            0 => {
-                self.pause = self.next_pause;
-                self.next_pause = (2 * self.next_pause).min(LONGEST_PAUSE);
-                self.length = (self.length / 2).max(1);
-            }
-            _ => {
-                self.next_pause = FIRST_PAUSE;
-                self.length = if right == guessed { (2 * self.length).min(self.most) } else { right };
-            }
+        match &mut self.draft {
+            Some(model) => model.guess(&mut self.running, wishes, &rest, &plan),
+            None => Ok(()),
         }
     }
-}
 
-/// Seconds of decoding steps by their number of tokens, in powers of two: what further tokens cost.
-#[derive(Debug, Default)]
-pub(super) struct Pace([f64; 8]);
-
-impl Pace {
-    fn bucket(tokens: usize) -> usize {
-        (tokens.max(1).next_power_of_two().ilog2() as usize).min(7)
-    }
-
-    /// A step took that long.
-    pub fn learn(&mut self, tokens: usize, time: Duration) {
-        let (seconds, time) = (&mut self.0[Pace::bucket(tokens)], time.as_secs_f64());
-        *seconds = if *seconds == 0.0 { time } else { 0.9 * *seconds + 0.1 * time };
-    }
-
-    /// Whether `more` guesses, each right with that probability where those before it are, are worth their time in a step
-    /// that decodes a token of each of `answers` and has `tokens` already. What was never measured is tried.
-    pub fn is_worth(&self, answers: usize, tokens: usize, more: usize, right: f64) -> bool {
-        let [before, after] = [tokens, tokens + more].map(|tokens| self.0[Pace::bucket(tokens)]);
-        let gain: f64 = (1..=more as i32).map(|i| right.powi(i)).sum();
-        before == 0.0 || after == 0.0 || after / before < 1.0 + gain / answers.max(1) as f64
+    /// The same for a step that has its cache blocks; for guesses nobody gives up any.
+    pub(super) fn with_guesses(&mut self, mut parts: Vec<Part>) -> Vec<Part> {
+        if let Err(error) = self.guess(&mut parts) {
+            self.fail(&parts, &error);
+            return vec![];
+        }
+        let work = parts.iter().map(|part| (part.sequence, part.tokens.len()));
+        if self.engine.lacking(work).is_ok_and(|lacking| lacking > 0) {
+            parts.iter_mut().for_each(Part::forget_guesses);
+        }
+        parts
     }
 }
 
-/// The most tokens, up to `most`, whose rows are the same bit for bit in one step as in a step each. It runs some: attention
-/// takes its sums in another order where a step has many rows.
+/// The most tokens, up to `most`, whose rows are the same bit for bit in one step as in a step each, and what steps of so many
+/// take. It runs some: attention takes its sums in another order where a step has many rows.
 ///
 /// # Errors
 /// Where the caches have no room.
-pub(super) fn exact(engine: &mut Engine, most: usize) -> Result<usize> {
+pub(super) fn exact(engine: &mut Engine, most: usize) -> Result<(usize, Pace)> {
     let (limits, vocab) = (*engine.limits(), engine.artifact().manifest().model.vocab);
-    let room = engine.caches.free().1.saturating_mul(mansard_ir::layout::CACHE_BLOCK).min(limits.context);
+    let room = engine.caches.free().1.saturating_mul(CACHE_BLOCK).min(limits.context);
     let most = most.min(limits.rows).min(limits.tokens);
-    // As many positions as attention reads at once, and more.
-    let before = 300.min(room.saturating_sub(2 * most));
+    // As many positions as attention reads at once, so that what follows falls into one cache block; and none dropped.
+    let room = room.min(engine.caches.until_dropped());
+    let before = 256.min(room.saturating_sub(2 * most) / CACHE_BLOCK * CACHE_BLOCK);
     let tokens: Vec<u32> = (0..before + 2 * most).map(|i| ((i * i + 7 * i) % vocab) as u32).collect();
-    let single = rows(engine, &tokens, before, 1)?;
-    for count in (2..=most).rev() {
-        if rows(engine, &tokens, before, count)? == single {
-            return Ok(count);
+    let mut pace = Pace::default();
+    let single = rows(engine, &tokens, before, 1, &mut pace)?;
+    let mut exact = 1;
+    for count in 2..=most {
+        if rows(engine, &tokens, before, count, &mut pace)? != single {
+            break;
         }
+        exact = count;
     }
-    Ok(1)
+    Ok((exact, pace))
 }
 
 /// The bits of the rows of all tokens but the first, `count` in a step.
-fn rows(engine: &mut Engine, tokens: &[u32], first: usize, count: usize) -> Result<Vec<u32>> {
+fn rows(engine: &mut Engine, tokens: &[u32], first: usize, count: usize, pace: &mut Pace) -> Result<Vec<u32>> {
     let sequence = engine.new_sequence();
     let mut bits = vec![];
     let run = (|| {
@@ -139,61 +124,13 @@ fn rows(engine: &mut Engine, tokens: &[u32], first: usize, count: usize) -> Resu
             engine.prefill(sequence, &tokens[..first])?;
         }
         for chunk in tokens[first..].chunks(count) {
+            let start = Instant::now();
             let output = engine.step(&[Work { sequence, tokens: chunk, rows: Rows::All }])?;
+            pace.at_best(chunk.len(), start.elapsed());
             bits.extend(output.rows("logits")?.iter().flatten().map(|x| x.to_bits()));
         }
         Ok(())
     })();
     engine.release(sequence)?;
     run.map(|()| bits)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_came_before_is_guessed() {
-        let history = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3];
-        let mut drafter = sure();
-        assert_eq!(drafter.guess(&history[..10], 4), [0; 0]);
-        assert_eq!(drafter.guess(&history, 4), [4, 5, 6, 7]);
-        assert_eq!(drafter.guess(&history, 2), [4, 5]);
-        assert_eq!(sure().guess(&[1, 2], 4), [0; 0]);
-        // The last occurrence counts, and itself never.
-        assert_eq!(sure().guess(&[1, 1, 1, 1, 1], 4), [1]);
-    }
-
-    /// A drafter whose guesses were right.
-    fn sure() -> Drafter {
-        let mut drafter = Drafter::new(4);
-        [1, 2].into_iter().for_each(|right| drafter.learn(right, right));
-        drafter
-    }
-
-    #[test]
-    fn wrong_guesses_become_rare_and_right_ones_long() {
-        let history = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3];
-        let mut drafter = Drafter::new(4);
-        assert_eq!(drafter.guess(&history, 4), [4]);
-        let empty = |drafter: &mut Drafter| (0..).take_while(|_| drafter.guess(&history, 4).is_empty()).count();
-        drafter.learn(1, 0);
-        assert_eq!(empty(&mut drafter), FIRST_PAUSE);
-        drafter.learn(1, 0);
-        assert_eq!(empty(&mut drafter), 2 * FIRST_PAUSE);
-        [1, 2].into_iter().for_each(|right| drafter.learn(right, right));
-        assert_eq!(drafter.guess(&history, 4), [4, 5, 6, 7]);
-        drafter.learn(4, 2);
-        assert_eq!(drafter.guess(&history, 4), [4, 5]);
-    }
-
-    #[test]
-    fn guesses_must_be_worth_their_time() {
-        let mut pace = Pace::default();
-        assert!(pace.is_worth(1, 1, 4, 0.1), "never measured");
-        pace.learn(1, Duration::from_millis(10));
-        pace.learn(5, Duration::from_millis(15));
-        assert!(pace.is_worth(1, 1, 4, 0.5) && !pace.is_worth(1, 1, 4, 0.3));
-        assert!(!pace.is_worth(8, 1, 4, 0.9), "of eight answers one gains");
-    }
 }

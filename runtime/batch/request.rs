@@ -21,6 +21,9 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Tell each token's log probability, and those of so many of the likeliest.
     pub logprobs: Option<usize>,
+    /// Tell the prompt's own log probabilities, and those of so many of the likeliest in place of each of its tokens. Its
+    /// pieces are then computed for this request alone, and it may ask for no token.
+    pub prompt_logprobs: Option<usize>,
     /// What tokens may come.
     pub constraint: Option<Box<dyn Constraint>>,
     /// Who asks: those who have fewest sequences running come first.
@@ -32,7 +35,17 @@ pub struct Request {
 impl Request {
     /// One answer to a prompt.
     pub fn new(prompt: Vec<u32>, options: GenerateOptions) -> Request {
-        Request { prompt, options, choices: 1, stop: vec![], logprobs: None, constraint: None, client: 0, ticket: None }
+        Request {
+            prompt,
+            options,
+            choices: 1,
+            stop: vec![],
+            logprobs: None,
+            prompt_logprobs: None,
+            constraint: None,
+            client: 0,
+            ticket: None,
+        }
     }
 }
 
@@ -42,6 +55,8 @@ pub type Sink = Box<dyn FnMut(Event) -> bool + Send>;
 /// What becomes of a request. After `Done` for each choice, or `Failed`, comes nothing.
 #[derive(Debug)]
 pub enum Event {
+    /// Log probabilities of the prompt's next tokens, from its second on, before any `Token`.
+    Prompt(Vec<Logprobs>),
     /// A token.
     Token {
         /// Of which answer.

@@ -16,7 +16,7 @@ impl Batcher {
             }
             let mut run = self.waiting.swap_remove(next);
             run.sequence = Some(self.engine.new_sequence());
-            run.node = start(self.share);
+            run.node = start(self.share && !run.tells_prompt());
             run.ticket = None;
             self.running.push(run);
         }
@@ -36,7 +36,7 @@ impl Batcher {
     fn fits(&self, run: &Run) -> bool {
         let promised = |run: &Run| {
             let done = run.sequence.and_then(|sequence| self.engine.length(sequence).ok()).unwrap_or(0);
-            blocks_for(run.generation.history.len() + 1) - blocks_for(done)
+            blocks_for(run.generation.context.len() + 1).saturating_sub(blocks_for(done))
         };
         let (shared, idle) = self.shared(run);
         let needed = promised(run) - shared + self.running.iter().map(promised).sum::<usize>();
@@ -48,6 +48,7 @@ impl Batcher {
     fn shared(&self, run: &Run) -> (usize, usize) {
         let (mut node, mut done, mut idle) = (ROOT, 0, 0);
         while self.share
+            && !run.tells_prompt()
             && let Some((child, tokens)) = self.next_shared(run, node, done)
         {
             (node, done) = (child, done + tokens);
@@ -60,12 +61,12 @@ impl Batcher {
     /// last row is wanted.
     fn next_shared(&self, run: &Run, node: Node, done: usize) -> Option<(Node, usize)> {
         let tokens = run.piece(done, self.piece)?;
-        let history = &run.generation.history;
-        let is_last = done + tokens == history.len();
+        let context = &run.generation.context;
+        let is_last = done + tokens == context.len();
         if is_last || !pieces::is_whole(tokens) {
             return None;
         }
-        Some((self.prefixes.child(node, &history[done..done + tokens])?, tokens))
+        Some((self.prefixes.child(node, &context[done..done + tokens])?, tokens))
     }
 
     /// Goes on, in every prompt, past what others have computed.
@@ -76,7 +77,7 @@ impl Batcher {
                 let Some(Ok((caches, sequence))) = run.sequence.map(|s| self.engine.caches_of(s)) else { break };
                 self.prefixes.take(node).iter().for_each(|held| caches.extend(sequence, held));
                 run.node = Some(node);
-                if !run.preempted {
+                if !run.preempted && run.usage.generated == 0 {
                     run.usage.cached += tokens;
                     self.stats.cached_tokens += tokens as u64;
                 }
@@ -94,6 +95,11 @@ impl Batcher {
         let (Some(node), true) = (part.node, part.prompt && pieces::is_whole(part.tokens.len())) else { return };
         let Some(run) = self.running.iter_mut().find(|run| part.is_of(run)) else { return };
         let Ok((caches, sequence)) = self.engine.caches_of(part.sequence) else { return };
+        if sequence.dropped > 0 {
+            // Not all of the prompt is there any more.
+            run.node = None;
+            return;
+        }
         let end = sequence.length / CACHE_BLOCK;
         let first = end - part.tokens.len() / CACHE_BLOCK;
         let held = (first..end).map(|entry| caches.hold(sequence, entry)).collect();

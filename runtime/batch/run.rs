@@ -40,6 +40,9 @@ pub(super) struct Run {
     pub node: Option<Node>,
     pub text: Text,
     pub logprobs: Option<usize>,
+    pub prompt_logprobs: Option<usize>,
+    /// Tokens of the prompt, from its second on, whose log probabilities have been told.
+    pub told: usize,
     /// Answers that fork off where the prompt ends.
     pub more_choices: usize,
     pub usage: Usage,
@@ -48,6 +51,8 @@ pub(super) struct Run {
     pub drafter: Option<Drafter>,
     /// It has lost its cache blocks, and comes first when there are some.
     pub preempted: bool,
+    /// Its context has been shifted: what it has is to be computed anew.
+    pub shifted: bool,
     /// Its last token has come.
     pub ended: bool,
     /// Dropped when it is taken in.
@@ -60,9 +65,13 @@ pub(super) struct Part {
     pub choice: usize,
     pub sequence: SequenceId,
     pub tokens: Vec<u32>,
+    /// Tokens before them.
+    pub start: usize,
     pub rows: Rows,
     pub prompt: bool,
     pub logits: Logits,
+    /// Tokens at the end that were guessed.
+    pub guessed: usize,
     /// Where the run stands among shared prefixes.
     pub node: Option<Node>,
 }
@@ -73,9 +82,31 @@ impl Part {
         Wish { tokens, rows: self.rows.of(tokens), prompt: self.prompt }
     }
 
-    /// Tokens that were guessed: all but the first of those whose rows all leave.
+    /// Tokens that were guessed.
     pub fn guesses(&self) -> &[u32] {
-        if self.rows == Rows::All { &self.tokens[1..] } else { &[] }
+        &self.tokens[self.tokens.len() - self.guessed..]
+    }
+
+    /// The last token of an answer, whose row tells what follows.
+    pub fn is_last_token(&self) -> bool {
+        !self.prompt && self.rows == Rows::Last
+    }
+
+    /// What may follow.
+    pub fn guess(&mut self, tokens: &[u32]) {
+        if !tokens.is_empty() {
+            self.tokens.extend_from_slice(tokens);
+            self.guessed += tokens.len();
+            self.rows = Rows::All;
+        }
+    }
+
+    /// No guesses.
+    pub fn forget_guesses(&mut self) {
+        if self.guessed > 0 {
+            self.tokens.truncate(self.tokens.len() - self.guessed);
+            (self.guessed, self.rows) = (0, Rows::Last);
+        }
     }
 
     pub fn is_of(&self, run: &Run) -> bool {
@@ -89,10 +120,15 @@ impl Run {
         (self.request, self.choice)
     }
 
+    /// Rows of its prompt are still to be told.
+    pub fn tells_prompt(&self) -> bool {
+        self.prompt_logprobs.is_some()
+    }
+
     /// Tokens of the piece of the prompt that follows the first `done` tokens; `None` after the prompt.
     pub fn piece(&self, done: usize, longest: usize) -> Option<usize> {
-        let prompt = self.generation.prompt;
-        (done < prompt).then(|| pieces::next(done, prompt, longest))
+        let begun = self.generation.begun;
+        (done < begun).then(|| pieces::next(done, begun, longest))
     }
 
     /// A piece of the prompt, or the next token: the last one, whose row tells what follows, or one that is computed again.
@@ -100,16 +136,25 @@ impl Run {
         let sequence = self.sequence?;
         let done = engine.length(sequence).ok()?;
         let piece = self.piece(done, longest);
-        let history = &self.generation.history;
-        let tokens = history.get(done..done + piece.unwrap_or(1))?.to_vec();
-        let last = done + tokens.len() == history.len();
+        let context = &self.generation.context;
+        let tokens = context.get(done..done + piece.unwrap_or(1))?.to_vec();
+        let last = done + tokens.len() == context.len();
+        let told = piece.is_some() && self.tells_prompt();
         Some(Part {
             request: self.request,
             choice: self.choice,
             sequence,
-            rows: if last { Rows::Last } else { Rows::None },
+            rows: if told {
+                Rows::All
+            } else if last {
+                Rows::Last
+            } else {
+                Rows::None
+            },
             prompt: piece.is_some(),
-            logits: if self.logprobs.is_some() { Logits::All } else { self.generation.logits() },
+            logits: if told || self.logprobs.is_some() { Logits::All } else { self.generation.logits() },
+            start: done,
+            guessed: 0,
             node: self.node,
             tokens,
         })

@@ -43,7 +43,7 @@ const SECONDS: &[f64] =
     &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
 const SIZES: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0];
 
-/// Figures of a batch, from its start; the first five are of now.
+/// Figures of a batch, from its start; the first seven are of now.
 #[derive(Clone, Debug)]
 pub struct Stats {
     /// Requests, and preempted answers, that wait.
@@ -54,10 +54,16 @@ pub struct Stats {
     pub blocks_taken: usize,
     /// Cache blocks of a group.
     pub blocks_total: usize,
+    /// Cache blocks of a draft model in use.
+    pub draft_blocks_taken: usize,
+    /// Cache blocks of a draft model.
+    pub draft_blocks_total: usize,
     /// Pieces of prompts kept for later.
     pub prefixes: usize,
     /// Steps.
     pub steps: u64,
+    /// Steps of a draft model.
+    pub draft_steps: u64,
     /// Requests taken in.
     pub requests: u64,
     /// Requests that nobody listened to any more.
@@ -100,8 +106,11 @@ impl Stats {
             running: 0,
             blocks_taken: 0,
             blocks_total: 0,
+            draft_blocks_taken: 0,
+            draft_blocks_total: 0,
             prefixes: 0,
             steps: 0,
+            draft_steps: 0,
             requests: 0,
             cancelled: 0,
             failed: 0,

@@ -20,7 +20,8 @@ fn batcher(options: &BatchOptions) -> Batcher {
 
 fn counting(prompt: &[u32], max_tokens: usize) -> Request {
     let stop_tokens = Some(vec![]);
-    Request::new(prompt.to_vec(), GenerateOptions { max_tokens, sampler: SamplerOptions::greedy(), stop_tokens })
+    let sampler = SamplerOptions::greedy();
+    Request::new(prompt.to_vec(), GenerateOptions { max_tokens, sampler, stop_tokens, shift: None })
 }
 
 fn channel_sink() -> (Sink, Receiver<Event>) {
@@ -47,6 +48,7 @@ fn outcome(events: &Receiver<Event>) -> (String, Vec<u32>, Vec<Finish>) {
                 ends.push(finish);
             }
             Event::Failed(error) => panic!("{error}"),
+            Event::Prompt(_) => {}
         }
     }
     (all, tokens, ends)

@@ -77,8 +77,12 @@ impl Drop for Server {
 }
 
 pub fn spawn(artifact: &str, arguments: &[&str]) -> (Child, u16) {
+    spawn_at(artifact, "0", arguments)
+}
+
+pub fn spawn_at(artifact: &str, port: &str, arguments: &[&str]) -> (Child, u16) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mansard"));
-    command.args(["serve", artifact, "--port", "0", "-t", "2", "--log", "warn"]).args(arguments);
+    command.args(["serve", artifact, "--port", port, "-t", "2", "--log", "warn"]).args(arguments);
     let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let mut said = String::new();

@@ -5,16 +5,18 @@
 //!  --------- worker 0 ---------|------------ worker 1 ------------|--...    equal parts
 //! ```
 //!
-//! Every worker takes an equal run of the work, wherever that begins and ends: a cache block belongs to the worker in whose
-//! run its start lies. So one long sequence keeps all workers busy, and so do many short ones. An item that falls to
-//! several workers is merged, in the order of its positions, by the worker that finishes last: a counter tells.
+//! Every worker takes an equal run of the work, wherever that begins and ends. Items of more than four cache blocks have two
+//! parts, which are always summed up by themselves and then added: a part belongs to the worker in whose run its start lies. So
+//! one long sequence keeps workers busy, and so do many short ones, and what an item comes to depends neither on how many
+//! workers there are nor on what else is in the step. An item that falls to two workers is merged by the one that finishes
+//! last: a counter tells.
 
 use super::softmax::State;
 use super::{Attention, Item};
 use crate::cpu::rows::walk::load_index;
 use crate::cpu::{StepField, step_field};
 use crate::emit::{Cmp, Emitter, KernelArgs, Val};
-use mansard_ir::layout::{ALIGN, CACHE_BLOCK};
+use mansard_ir::layout::{ALIGN, AttentionItem, CACHE_BLOCK};
 
 /// Rows whose products take as long as reading a cache block does.
 const READING: i64 = 8;
@@ -133,18 +135,28 @@ impl Work {
 }
 
 impl Placed<'_> {
-    /// Which of its cache blocks start in a run of work.
+    /// Its cache blocks of the parts that start in a run of work.
     fn part(&self, e: &mut Emitter, low: Val, high: Val) -> (Val, Val) {
+        let middle = self.middle(e);
+        let second = e.mul(middle, self.weight);
+        let second = e.add(self.before, second);
         let mut first_from = |place: Val| {
-            let (zero, one) = (e.i64(0), e.i64(1));
-            let ahead = e.sub(place, self.before);
-            let ahead = e.max(ahead, zero);
-            let up = e.sub(self.weight, one);
-            let ahead = e.add(ahead, up);
-            let blocks = e.div(ahead, self.weight);
-            e.min(blocks, self.item.blocks)
+            let (zero, blocks) = (e.i64(0), self.item.blocks);
+            let is_second = e.cmp(Cmp::Le, place, second);
+            let later = e.select(is_second, middle, blocks);
+            let is_first = e.cmp(Cmp::Le, place, self.before);
+            e.select(is_first, zero, later)
         };
         (first_from(low), first_from(high))
+    }
+
+    /// Where its second part begins; its end where it has none.
+    fn middle(&self, e: &mut Emitter) -> Val {
+        let (one, two, few) = (e.i64(1), e.i64(2), e.i64(AttentionItem::SPAN as i64));
+        let up = e.add(self.item.blocks, one);
+        let half = e.div(up, two);
+        let is_whole = e.cmp(Cmp::Le, self.item.blocks, few);
+        e.select(is_whole, self.item.blocks, half)
     }
 }
 
@@ -160,10 +172,21 @@ fn share(attention: &Attention, e: &mut Emitter, work: &Work, placed: &Placed<'_
     let state = attention.state(e, attention.buffers.state);
     let state = State { out: e.select(whole, state.out, partial), ..state };
     let state = attention.state(e, state.out);
-    attention.positions(e, item, &state, (from, to));
+    let middle = placed.middle(e);
+    let first_end = e.select(whole, middle, to);
+    attention.positions(e, item, &state, (from, first_end));
     e.either(
         whole,
-        |e| attention.finish(e, item, &state),
+        |e| {
+            let two = e.cmp(Cmp::Lt, middle, to);
+            e.when(two, |e| {
+                // What this worker begins for others comes last.
+                let second = attention.state(e, begun);
+                attention.positions(e, item, &second, (middle, to));
+                attention.combine(e, item, &state, &second);
+            });
+            attention.finish(e, item, &state);
+        },
         |e| {
             let first = work.worker_at(e, placed.before);
             let counter = attention.scratch_of(e, first);
