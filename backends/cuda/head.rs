@@ -34,7 +34,7 @@ impl Projection {
         let rows: Vec<Val> = (0..tokens).map(|t| e.gep_const(x, t * self.x_bytes)).collect();
         let partials = e.shared(partial_bytes(tokens));
         let strip = self.strip(e, strip);
-        partial_sums(e, &dot, strip, &rows, partials)?;
+        partial_sums(e, &dot, (strip, None), &rows, partials)?;
         e.barrier();
         let (product, sixteen) = (sum_of_parts(e, tokens, partials), e.float(F32, 16.0));
         Ok(e.mul(product, sixteen))

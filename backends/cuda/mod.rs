@@ -33,6 +33,33 @@ pub const SHARED_LIMIT: usize = 163 << 10;
 pub const PREAMBLE: &str =
     "llvm.mlir.global external @shared() {addr_space = 3 : i32, alignment = 128 : i64} : !llvm.array<0 x i8>\n";
 
+/// A chip that kernels are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chip {
+    /// A100 and later.
+    Sm80,
+    /// H100 and H200.
+    Sm90a,
+}
+
+impl Chip {
+    /// Every chip.
+    pub const ALL: [Chip; 2] = [Chip::Sm80, Chip::Sm90a];
+
+    /// As compilers call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Chip::Sm80 => "sm_80",
+            Chip::Sm90a => "sm_90a",
+        }
+    }
+
+    /// A launch may begin before the one before it is done.
+    fn overlaps_launches(self) -> bool {
+        self == Chip::Sm90a
+    }
+}
+
 /// One kernel as MLIR, and what a launch of it needs.
 #[derive(Clone, Debug)]
 pub struct Source {
@@ -42,20 +69,23 @@ pub struct Source {
     pub shared_bytes: usize,
 }
 
-/// Emits a kernel as one MLIR function named after it.
+/// Emits a kernel for a chip, as one MLIR function named after it.
 ///
 /// # Errors
 /// Where the body is of no kind, holds a shape or op that has no code, or needs more shared memory than there is.
-pub fn emit(kernel: &Kernel) -> Result<Source> {
+pub fn emit(kernel: &Kernel, chip: Chip) -> Result<Source> {
     let place = || format!("kernel `{}`", kernel.name);
     let kind = kernel.kind().at(place)?;
     let arguments = crate::cpu::arguments(&kernel.body);
-    let (mut e, k, pointers) = Emitter::device(kernel, arguments.len(), THREADS);
+    let (mut e, k, pointers) = Emitter::device(kernel, arguments.len(), (THREADS, chip.overlaps_launches()));
     let mut memory = vec![None; kernel.body.len()];
     for (value, pointer) in arguments.into_iter().zip(pointers) {
         memory[value.0 as usize] = Some(pointer);
     }
     let d = Device { kernel, k, memory };
+    if kind != KernelKind::Contract {
+        e.await_launches();
+    }
     match kind {
         KernelKind::Contract => contract::emit(&mut e, d),
         KernelKind::Experts => contract::emit_experts(&mut e, d),
