@@ -86,7 +86,12 @@ pub(super) fn emit(e: &mut Emitter, d: Device<'_>) -> Result<()> {
         out: e.shared(heads * dim * 4),
         state: e.shared(heads * STATE),
         told: e.shared(8),
+        staged: None,
     };
+    let sources = std::iter::once(&attention.caches).chain(&attention.recent);
+    let bytes = sources.map(Source::head_bytes).max().unwrap_or(0);
+    let staged = (SLOTS * 2 * bytes <= STAGED_BYTES).then(|| Staged { memory: e.shared(SLOTS * 2 * bytes), bytes });
+    let attention = Attention { staged, ..attention };
     let tokens = step_field(e, d.k, StepField::T);
     let all = e.scaled(tokens, attention.extents.slices, 0);
     let most = e.scaled(d.k.threads, MANY as usize, 0);
@@ -97,6 +102,20 @@ pub(super) fn emit(e: &mut Emitter, d: Device<'_>) -> Result<()> {
 
 /// Bytes of a head's state: largest score, sum of weights, and factors for what was summed before and for what comes.
 const STATE: usize = 16;
+
+/// Cache blocks of which copies are in shared memory: one that is read, and the next.
+const SLOTS: usize = 2;
+
+/// Bytes of these copies, at most.
+const STAGED_BYTES: usize = 128 << 10;
+
+/// Keys and values of a head of some cache blocks, in shared memory.
+#[derive(Clone, Copy)]
+struct Staged {
+    memory: Val,
+    /// Bytes of the keys, or values, of a head of a cache block.
+    bytes: usize,
+}
 
 /// Keys and values of every sequence, stored alike.
 struct Source {
@@ -138,6 +157,8 @@ struct Attention {
     state: Val,
     /// Where the first thread tells what a counter was.
     told: Val,
+    /// Copies of what is read next; `None` where they have no room.
+    staged: Option<Staged>,
 }
 
 impl Attention {
@@ -173,20 +194,33 @@ impl Attention {
 
     /// Sums up cache blocks `from..to` of an item in shared memory.
     fn blocks(&self, e: &mut Emitter, item: &Item, (from, to): (Val, Val)) {
-        self.begin(e, item);
-        e.barrier();
         let (low, high) = (e.add(item.low, from), e.add(item.low, to));
-        e.repeat(low, high, 1, |e, block| match &self.recent {
-            None => self.block(e, &self.caches, item, block),
+        self.fetch(e, item, (low, high));
+        self.begin(e, item);
+        if self.staged.is_none() {
+            e.barrier();
+        }
+        e.repeat(low, high, 1, |e, block| {
+            if self.staged.is_some() {
+                let one = e.i64(1);
+                let next = e.add(block, one);
+                self.fetch(e, item, (next, high));
+                e.await_copies(SLOTS - 1);
+                e.barrier();
+            }
+            self.with_source(e, item, block, &|e, source| self.block(e, source, item, block));
+        });
+    }
+
+    /// Emits `body` for the caches that the item reads this cache block from.
+    fn with_source(&self, e: &mut Emitter, item: &Item, block: Val, body: &dyn Fn(&mut Emitter, &Source)) {
+        match &self.recent {
+            None => body(e, &self.caches),
             Some(recent) => {
                 let recently = e.cmp(Cmp::Eq, block, item.own);
-                e.either(
-                    recently,
-                    |e| self.block(e, recent, item, block),
-                    |e| self.block(e, &self.caches, item, block),
-                );
+                e.either(recently, |e| body(e, recent), |e| body(e, &self.caches));
             }
-        });
+        }
     }
 
     /// The address of the item's first head in row `token` of results.

@@ -12,7 +12,7 @@
 
 mod matrix;
 pub(super) mod product;
-mod ring;
+pub(super) mod ring;
 mod tile;
 
 use super::rows::emit_row;
@@ -45,7 +45,7 @@ pub(super) fn emit(e: &mut Emitter, mut d: Device<'_>) -> Result<()> {
     let rows = count_of(e, d.k, body.ty(first.dots[0].value))?;
     let (most, range) = (e.i64(PANEL as i64), d.kernel.range);
     let is_few = e.cmp(Cmp::Le, rows, most);
-    let ring = if range.min <= PANEL { Ring::new(e, &d, &components)? } else { None };
+    let ring = if range.min <= PANEL { Ring::of(e, &d, &components)? } else { None };
     match &ring {
         Some(ring) if range.max > PANEL => e.when(is_few, |e| ring.start(e)),
         Some(ring) => ring.start(e),

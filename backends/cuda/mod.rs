@@ -29,6 +29,9 @@ pub const THREADS: usize = 256;
 /// Most bytes of shared memory that a block may have on every GPU that code is generated for.
 pub const SHARED_LIMIT: usize = 163 << 10;
 
+/// Bytes of a ring of weights, at most: it is the first to give way where shared memory is scarce.
+const RINGS: [usize; 3] = [64 << 10, 32 << 10, 0];
+
 /// What stands above the kernels of a module: shared memory, whose size is the launch's.
 pub const PREAMBLE: &str =
     "llvm.mlir.global external @shared() {addr_space = 3 : i32, alignment = 128 : i64} : !llvm.array<0 x i8>\n";
@@ -74,6 +77,18 @@ pub struct Source {
 /// # Errors
 /// Where the body is of no kind, holds a shape or op that has no code, or needs more shared memory than there is.
 pub fn emit(kernel: &Kernel, chip: Chip) -> Result<Source> {
+    let mut least = 0;
+    for ring_bytes in RINGS {
+        let source = emit_with(kernel, chip, ring_bytes)?;
+        if source.shared_bytes <= SHARED_LIMIT {
+            return Ok(source);
+        }
+        least = source.shared_bytes;
+    }
+    bail!(Unsupported, "kernel `{}` needs {least} bytes of shared memory, {SHARED_LIMIT} are the limit", kernel.name);
+}
+
+fn emit_with(kernel: &Kernel, chip: Chip, ring_bytes: usize) -> Result<Source> {
     let place = || format!("kernel `{}`", kernel.name);
     let kind = kernel.kind().at(place)?;
     let arguments = crate::cpu::arguments(&kernel.body);
@@ -82,7 +97,7 @@ pub fn emit(kernel: &Kernel, chip: Chip) -> Result<Source> {
     for (value, pointer) in arguments.into_iter().zip(pointers) {
         memory[value.0 as usize] = Some(pointer);
     }
-    let d = Device { kernel, k, memory };
+    let d = Device { kernel, k, memory, ring_bytes };
     if kind != KernelKind::Contract {
         e.await_launches();
     }
@@ -97,13 +112,6 @@ pub fn emit(kernel: &Kernel, chip: Chip) -> Result<Source> {
     }
     .at(place)?;
     let shared_bytes = e.shared_bytes();
-    if shared_bytes > SHARED_LIMIT {
-        bail!(
-            Unsupported,
-            "kernel `{}` needs {shared_bytes} bytes of shared memory, {SHARED_LIMIT} are the limit",
-            kernel.name
-        );
-    }
     Ok(Source { text: e.finish(), shared_bytes })
 }
 
@@ -113,6 +121,8 @@ struct Device<'a> {
     k: KernelArgs,
     /// Where each value's buffer begins.
     memory: Vec<Option<Val>>,
+    /// Room for a ring of weights.
+    ring_bytes: usize,
 }
 
 impl Device<'_> {

@@ -6,7 +6,7 @@
 //! out[head] = out[head] * 2^(old max - max) + scores[head] . values      an element a thread; barrier
 //! ```
 
-use super::{Attention, FAR_BELOW, STATE, Source};
+use super::{Attention, FAR_BELOW, SLOTS, STATE, Source};
 use crate::cpu::attend::items::Item;
 use crate::cpu::cached::{At, Stored};
 use crate::cpu::rows::walk::load_index;
@@ -16,26 +16,51 @@ use crate::emit::{Cmp, Emitter, F32, I64, Val, WARP};
 use crate::math;
 use mansard_ir::layout::CACHE_BLOCK;
 
+/// Bytes that a copy takes.
+const COPIED: usize = 16;
+
 impl Attention {
     /// One cache block of a source.
     pub(super) fn block(&self, e: &mut Emitter, source: &Source, item: &Item, block: Val) {
-        let table = e.row(source.tables, item.table, 4);
-        let id = load_index(e, table, block);
         let first = e.scaled(block, CACHE_BLOCK, 0);
-        let head = |e: &mut Emitter, pool: Val| {
-            let block = e.row(pool, id, source.block_bytes);
-            let scales = e.gep_const(block, source.scales);
-            let bytes = source.dim / source.stored.sharing() * source.stored.bytes() * CACHE_BLOCK;
-            let scale_bytes = CACHE_BLOCK * source.stored.scale_bytes();
-            (e.row(block, item.kv_head, bytes), e.row(scales, item.kv_head, scale_bytes))
-        };
-        let (keys, values) = (head(e, source.keys), head(e, source.values));
+        let [mut keys, mut values] = source.heads(e, item, block);
+        if let Some(copies) = self.copies(e, block) {
+            [keys.0, values.0] = copies;
+        }
         self.score(e, source, item, keys, first);
         e.barrier();
         self.soften(e, source, values.1);
         e.barrier();
-        self.weigh(e, source, values.0);
+        let (left, all) = (e.sub(item.high, first), e.i64(CACHE_BLOCK as i64));
+        let positions = e.min(left, all);
+        self.weigh(e, source, values.0, positions);
         e.barrier();
+    }
+
+    /// Begins to copy a cache block, where it comes before `end`.
+    pub(super) fn fetch(&self, e: &mut Emitter, item: &Item, (block, end): (Val, Val)) {
+        let Some(to) = self.copies(e, block) else { return };
+        let there = e.cmp(Cmp::Lt, block, end);
+        e.when(there, |e| {
+            self.with_source(e, item, block, &|e, source| {
+                for ((from, _), to) in source.heads(e, item, block).into_iter().zip(to) {
+                    e.strided(source.head_bytes() / COPIED, |e, i| {
+                        let (to, from) = (e.row(to, i, COPIED), e.row(from, i, COPIED));
+                        e.copy_async(to, from, COPIED);
+                    });
+                }
+            });
+        });
+        e.commit_copies();
+    }
+
+    /// Where the copies of a cache block's keys and values are.
+    fn copies(&self, e: &mut Emitter, block: Val) -> Option<[Val; 2]> {
+        let staged = self.staged?;
+        let last = e.i64(SLOTS as i64 - 1);
+        let slot = e.and(block, last);
+        let keys = e.row(staged.memory, slot, 2 * staged.bytes);
+        Some([keys, e.gep_const(keys, staged.bytes)])
     }
 
     /// `scores[head][position] = sum over d of q[head][d] * keys[d][position]`.
@@ -122,7 +147,8 @@ impl Attention {
     }
 
     /// `out[head][d] = out[head][d] * factor[head] + sum over positions of weight[head][position] * values[position][d]`.
-    fn weigh(&self, e: &mut Emitter, source: &Source, values: Val) {
+    /// Positions beyond the last one in sight are left out: their memory may never have been written.
+    fn weigh(&self, e: &mut Emitter, source: &Source, values: Val, positions: Val) {
         let sharing = source.stored.sharing();
         e.strided(self.heads * self.dim / sharing, |e, i| {
             let size = e.i64((self.dim / sharing) as i64);
@@ -141,8 +167,8 @@ impl Attention {
                     e.mul(x, factor)
                 })
                 .collect();
-            let (zero, end, one) = (e.i64(0), e.i64(CACHE_BLOCK as i64), e.i64(1));
-            let sums = e.for_loop((zero, end, one), &sums, |e, slot, sums| {
+            let (zero, one) = (e.i64(0), e.i64(1));
+            let sums = e.for_loop((zero, positions, one), &sums, |e, slot, sums| {
                 let weight = real_at(e, weights, slot);
                 let at = e.row(column, slot, source.dim / sharing * source.stored.bytes());
                 let add = |((_, bit), sum): (&(Val, i64), &Val)| {
@@ -159,6 +185,23 @@ impl Attention {
 }
 
 impl Source {
+    /// Bytes of the keys, or values, of a head of a cache block.
+    pub(super) fn head_bytes(&self) -> usize {
+        self.dim / self.stored.sharing() * self.stored.bytes() * CACHE_BLOCK
+    }
+
+    /// The item's head of a cache block: where its keys and their scales are, and its values and their scales.
+    fn heads(&self, e: &mut Emitter, item: &Item, block: Val) -> [(Val, Val); 2] {
+        let table = e.row(self.tables, item.table, 4);
+        let id = load_index(e, table, block);
+        [self.keys, self.values].map(|pool| {
+            let block = e.row(pool, id, self.block_bytes);
+            let scales = e.gep_const(block, self.scales);
+            let scale_bytes = CACHE_BLOCK * self.stored.scale_bytes();
+            (e.row(block, item.kv_head, self.head_bytes()), e.row(scales, item.kv_head, scale_bytes))
+        })
+    }
+
     /// The dims that share place `place` of a head, and each one's first bit there.
     fn dims(&self, e: &mut Emitter, place: Val) -> Vec<(Val, i64)> {
         debug_assert_eq!(place.ty, I64);

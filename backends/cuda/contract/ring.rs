@@ -18,9 +18,6 @@ use crate::emit::{Cmp, Emitter, KernelArgs, Val};
 use mansard_ir::Result;
 use mansard_ir::layout::STRIP;
 
-/// Bytes of the ring, at most.
-const BYTES: usize = 64 << 10;
-
 /// Slots of a ring, at least.
 const SLOTS: usize = 4;
 
@@ -28,6 +25,8 @@ const SLOTS: usize = 4;
 pub(in crate::cuda) struct Ring {
     k: KernelArgs,
     packed: Packed,
+    /// Bytes from strip to strip.
+    strip_bytes: usize,
     /// For each component the first of its strips, and the weights of its contractions.
     components: Vec<(usize, Vec<Val>)>,
     /// Strips of all components.
@@ -52,16 +51,35 @@ pub(in crate::cuda) struct Feed<'a> {
 
 impl Ring {
     /// A ring for all contractions of a kernel; `None` where they are packed differently, or too narrow.
-    pub(super) fn new(e: &mut Emitter, d: &Device<'_>, components: &[Component]) -> Result<Option<Ring>> {
+    pub(super) fn of(e: &mut Emitter, d: &Device<'_>, components: &[Component]) -> Result<Option<Ring>> {
         let dots = || components.iter().flat_map(|c| &c.dots);
         let Some(first) = dots().next() else { return Ok(None) };
         let alike = components.iter().all(|c| c.dots.len() == components[0].dots.len())
             && dots().all(|dot| (dot.dtype, dot.k) == (first.dtype, first.k));
+        if !alike {
+            return Ok(None);
+        }
         let packed = Packed::new(first.dtype, first.k);
+        let (mut strips, mut parts) = (0, vec![]);
+        for component in components {
+            let weights = component.dots.iter().map(|dot| d.pointer(dot.weight)).collect::<Result<_>>()?;
+            parts.push((strips, weights));
+            strips += component.n.div_ceil(STRIP);
+        }
+        Ok(Ring::new(e, d, (packed, packed.layout.bytes), (strips, parts)))
+    }
+
+    /// A ring for so many strips of weights; `None` where these are too narrow.
+    pub(in crate::cuda) fn new(
+        e: &mut Emitter,
+        d: &Device<'_>,
+        (packed, strip_bytes): (Packed, usize),
+        (strips, components): (usize, Vec<(usize, Vec<Val>)>),
+    ) -> Option<Ring> {
         let (rounds, line) = (packed.lines() / PARTS, THREADS * packed.pieces().iter().sum::<usize>());
-        let fits = |lines: &usize| rounds > 0 && rounds.is_multiple_of(*lines) && SLOTS * lines * line <= BYTES;
-        let Some(lines) = [4, 2, 1].into_iter().find(fits).filter(|_| alike) else { return Ok(None) };
-        let slots = 1 << (BYTES / (lines * line)).ilog2();
+        let fits = |lines: &usize| rounds > 0 && rounds.is_multiple_of(*lines) && SLOTS * lines * line <= d.ring_bytes;
+        let lines = [4, 2, 1].into_iter().find(fits)?;
+        let slots = 1 << (d.ring_bytes / (lines * line)).ilog2();
         let thread = e.thread();
         let memory = packed.pieces().map(|bytes| {
             (bytes > 0).then(|| {
@@ -69,17 +87,11 @@ impl Ring {
                 e.row(all, thread, bytes)
             })
         });
-        let (mut strips, mut parts) = (0, vec![]);
-        for component in components {
-            let weights = component.dots.iter().map(|dot| d.pointer(dot.weight)).collect::<Result<_>>()?;
-            parts.push((strips, weights));
-            strips += component.n.div_ceil(STRIP);
-        }
-        Ok(Some(Ring { k: d.k, packed, components: parts, strips, steps: rounds / lines, lines, slots, memory }))
+        Some(Ring { k: d.k, packed, strip_bytes, components, strips, steps: rounds / lines, lines, slots, memory })
     }
 
     /// Asks for the first steps.
-    pub(super) fn start(&self, e: &mut Emitter) {
+    pub(in crate::cuda) fn start(&self, e: &mut Emitter) {
         for step in 0..self.slots - 1 {
             let step = e.i64(step as i64);
             self.fetch(e, step);
@@ -87,7 +99,7 @@ impl Ring {
     }
 
     /// Strip number `round` of this block, for contraction `index` of its component.
-    pub(super) fn feed(&self, e: &mut Emitter, round: Val, index: usize) -> Feed<'_> {
+    pub(in crate::cuda) fn feed(&self, e: &mut Emitter, round: Val, index: usize) -> Feed<'_> {
         Feed { ring: self, first: e.scaled(round, self.components[0].1.len() * self.steps, index * self.steps) }
     }
 
@@ -145,7 +157,7 @@ impl Ring {
             });
         }
         let (base, own) = found.unwrap_or((strip, strip));
-        e.row(base, own, self.packed.layout.bytes)
+        e.row(base, own, self.strip_bytes)
     }
 
     fn slot(&self, e: &mut Emitter, step: Val) -> Val {

@@ -34,7 +34,7 @@ fn kernels() -> Vec<(Kernel, Step)> {
         %y = attend %q, %k, %v, %step {scale = 0.2, causal = true, window = 0, softcap = 0.0} return y = %y }";
     let tile = "graph @tile(%x: bf16[t, 320], %w: bf16[40, 320], %g: f32[40]) stage planned when t = 9..512 {
         %y = matmul %x, %w %z = mul_row %y, %g return z = %z }";
-    let few = [(90, 3), (0, 2)];
+    let few = [(150, 3), (0, 2)];
     [(norm, &few[..]), (product, &[(0, 1)]), (attend, &few), (tile, &[(0, 30), (0, 40)])]
         .map(|(text, step)| (harness::kernel(text), Step::new(step)))
         .into()
@@ -154,6 +154,22 @@ fn a_wrong_wait_for_copies_is_found() {
             assert!(fault.contains("which a copy writes"), "`{what}` became `{mended}`: {fault}");
         }
     }
+}
+
+/// Where activations take much of shared memory, a ring takes less, or there is none.
+#[test]
+fn rings_give_way() {
+    let shared = |k: usize| {
+        let text = format!(
+            "graph @k(%x: f32[t, {k}], %w: q8_0[64, {k}], %g: f32[{k}]) stage planned when t = 1..8 {{
+                %n = rms_normalize %x {{eps = 1e-5}} %m = mul_row %n, %g %q = quantize %m %y = matmul %q, %w return y = %y }}"
+        );
+        let source = cuda::emit(&harness::kernel(&text), Chip::Sm90a).unwrap();
+        (source.shared_bytes, source.text.contains("llvm.nvvm.cp.async"))
+    };
+    let found = [4096, 16384, 24576].map(shared);
+    assert!(found.iter().all(|(bytes, _)| *bytes <= cuda::SHARED_LIMIT), "{found:?}");
+    assert_eq!(found.map(|(_, ring)| ring), [true, true, false]);
 }
 
 /// What a launch may not do before earlier ones are done: anything but copy weights.
