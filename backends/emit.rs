@@ -437,7 +437,18 @@ impl Emitter {
     }
 
     /// Adds to an `i64` that workers share and gives what it was; orders their other accesses before and after.
+    ///
+    /// On a GPU it orders nothing, since such an order would be lost on the way to PTX: [`Emitter::fence`] does.
     pub fn atomic_add(&mut self, pointer: Val, value: Val) -> Val {
+        if self.device.is_some() {
+            return self.op(
+                value.ty,
+                format_args!(
+                    "llvm.atomicrmw add {pointer}, {value} syncscope(\"device\") monotonic : !llvm.ptr, {}",
+                    value.ty
+                ),
+            );
+        }
         self.op(value.ty, format_args!("llvm.atomicrmw add {pointer}, {value} acq_rel : !llvm.ptr, {}", value.ty))
     }
 

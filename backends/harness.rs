@@ -99,7 +99,7 @@ pub fn check_tuned(
         is_tried |= choice.is_none();
     }
     if is_tried {
-        let source = crate::cuda::emit(kernel).unwrap_or_else(|e| panic!("{e}"));
+        let source = crate::cuda::emit(kernel, crate::cuda::Chip::Sm90a).unwrap_or_else(|e| panic!("{e}"));
         let emulated = emulated::run(kernel, &source, inputs, step, &compare);
         emulated.unwrap_or_else(|fault| panic!("`{}`, emulated: {fault}", kernel.name));
     }

@@ -61,9 +61,9 @@ impl Target {
         self.has("avx512bf16") && self.vector_bytes == 64
     }
 
-    /// Matrix units multiply bf16: for many tokens, unpacking integer weights to that pays.
+    /// Matrix units multiply bf16, as those of all GPUs do: for many tokens, unpacking integer weights to that pays.
     pub fn widens_codes(&self) -> bool {
-        self.has("amx-bf16")
+        self.has("amx-bf16") || self.arch.starts_with("sm_")
     }
 
     /// 64-byte vectors that the registers hold together: what register tiles are cut to.

@@ -17,7 +17,7 @@
 //! `attend_mixed` reads a token's own cache block from the recent caches: an item lies in one cache block then, so all of its
 //! rows read a block from the same caches.
 
-mod items;
+pub(crate) mod items;
 mod product;
 mod shape;
 mod softmax;
@@ -30,6 +30,7 @@ use super::{StepField, step_field};
 use crate::cpu::dot::amx::{self, Operands};
 use crate::cpu::rows::walk::{self, LANES, load_index};
 use crate::emit::{BF16, Cmp, Emitter, F32, I32, Val};
+use items::{Attend, Extents, Item, Others, StepPointers};
 use mansard_ir::layout::{AttentionItem, CACHE_BLOCK};
 use mansard_ir::ops::Class;
 use mansard_ir::plan::Kernel;
@@ -61,6 +62,7 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
         let tables = super::tables(e, k, body.ty(keys), stride)?;
         Source::new((at(keys)?, at(values)?), tables, body.ty(keys))
     };
+    let step = StepPointers::new(&mut e, k, stride);
     let attention = Attention {
         q: at(node.operands[0])?,
         caches: source(&mut e, 1)?,
@@ -68,12 +70,7 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
         results: (value.0 as usize..body.len()).filter_map(|v| memory[v]).collect(),
         buffers: Buffers::new(&mut e, &shape),
         shape,
-        step: StepPointers {
-            positions: step_field(&mut e, k, StepField::Positions),
-            stride,
-            scratch: step_field(&mut e, k, StepField::Scratch),
-            scratch_bytes: step_field(&mut e, k, StepField::ScratchBytes),
-        },
+        step,
     };
     if attention.shape.tiled {
         Operands::Pairs.configure(&mut e);
@@ -83,19 +80,6 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
         amx::release(&mut e);
     }
     Ok(e.finish())
-}
-
-/// The first position that the token at `position` of a sequence of `length` sees, and the first beyond.
-pub(crate) fn sight(e: &mut Emitter, (causal, window): (bool, usize), position: Val, length: Val) -> (Val, Val) {
-    let (one, zero) = (e.i64(1), e.i64(0));
-    let own = e.add(position, one);
-    let end = if causal { e.min(own, length) } else { length };
-    if window == 0 {
-        return (zero, end);
-    }
-    let window = e.i64(window as i64);
-    let start = e.sub(own, window);
-    (e.max(start, zero), end)
 }
 
 /// A worker's memory for one item, on its stack.
@@ -153,13 +137,6 @@ enum Units {
     Matrix,
 }
 
-struct StepPointers {
-    positions: Val,
-    stride: Val,
-    scratch: Val,
-    scratch_bytes: Val,
-}
-
 struct Attention {
     shape: Shape,
     q: Val,
@@ -172,42 +149,47 @@ struct Attention {
     step: StepPointers,
 }
 
-/// What is computed at once: neighbouring tokens of a sequence, and the query heads of a slice.
-#[derive(Clone, Copy)]
-struct Item {
-    /// The first token.
-    first: Val,
-    /// Tokens.
-    count: Val,
-    /// Tokens times heads.
-    rows: Val,
-    /// Where the sequence's row of a block table begins.
-    table: Val,
-    /// The cache block of its first token.
-    own: Val,
-    /// Positions of the sequence.
-    length: Val,
-    /// Key-value head.
-    kv_head: Val,
-    /// First query head.
-    head: Val,
-    /// First cache block that any row sees.
-    low: Val,
-    /// Cache blocks from there to the last that any row sees.
-    blocks: Val,
-    /// First position that the last row sees.
-    start: Val,
-    /// First position beyond what the first row sees.
-    end: Val,
-    /// First position beyond what the last row sees.
-    high: Val,
-}
+impl Attend for Attention {
+    fn extents(&self) -> Extents {
+        let Shape { item, slices, parts, mixed, causal, window, .. } = self.shape;
+        Extents { item, slices, parts, halves: true, mixed, causal, window }
+    }
 
-impl Item {
-    /// The item with the heads of a slice.
-    fn of_slice(&self, e: &mut Emitter, shape: &Shape, slice: Val) -> Item {
-        let (heads, parts) = (e.i64(shape.item.heads as i64), e.i64(shape.parts as i64));
-        Item { kv_head: e.div(slice, parts), head: e.mul(slice, heads), ..*self }
+    fn step(&self) -> StepPointers {
+        self.step
+    }
+
+    fn sum_up(&self, e: &mut Emitter, item: &Item, (from, to): (Val, Val), whole: Val, partial: Val) {
+        let out = e.select(whole, self.buffers.state, partial);
+        let state = self.state(e, out);
+        let middle = items::middle(e, item.blocks);
+        let end = e.select(whole, middle, to);
+        self.positions(e, item, &state, (from, end));
+        let more = e.cmp(Cmp::Lt, middle, to);
+        let both = e.and(whole, more);
+        e.when(both, |e| {
+            let second = self.state(e, partial);
+            self.positions(e, item, &second, (middle, to));
+            self.combine(e, item, &state, &second);
+        });
+    }
+
+    fn finish(&self, e: &mut Emitter, item: &Item) {
+        let state = self.state(e, self.buffers.state);
+        self.store(e, item, &state);
+    }
+
+    fn count(&self, e: &mut Emitter, counter: Val, done: Val) -> Val {
+        e.atomic_add(counter, done)
+    }
+
+    fn merge(&self, e: &mut Emitter, item: &Item, first: Val, others: &Others<'_>) {
+        let sum = self.state(e, first);
+        others(e, &|e, part| {
+            let part = self.state(e, part);
+            self.combine(e, item, &sum, &part);
+        });
+        self.store(e, item, &sum);
     }
 }
 
@@ -417,7 +399,7 @@ impl Attention {
     }
 
     /// Divides by the sums and stores the result.
-    fn finish(&self, e: &mut Emitter, item: &Item, state: &State) {
+    fn store(&self, e: &mut Emitter, item: &Item, state: &State) {
         let (shape, zero) = (&self.shape, e.i64(0));
         let heads = e.i64(shape.item.heads as i64);
         e.repeat(zero, item.count, 1, |e, token| {

@@ -12,6 +12,8 @@
 
 mod matrix;
 pub(super) mod product;
+pub(super) mod ring;
+mod tile;
 
 use super::rows::emit_row;
 use super::{Device, THREADS};
@@ -22,6 +24,7 @@ use crate::math;
 use mansard_ir::layout::{A8, STRIP, StripLayout, row_bytes};
 use mansard_ir::ops::Class;
 use mansard_ir::{Dim, Error, Graph, Kind, Result, Type, ValueId, bail};
+use ring::Ring;
 use std::collections::BTreeMap;
 
 /// Tokens of a panel.
@@ -34,73 +37,135 @@ fn internal(body: &Graph) -> Error {
     Error::new(Kind::Internal, format!("`{}` is not a contraction over packed weights", body.name))
 }
 
-/// Emits a `contract` kernel.
+/// Emits a `contract` kernel: for few tokens, for many, or for both, between which a launch chooses.
 pub(super) fn emit(e: &mut Emitter, mut d: Device<'_>) -> Result<()> {
     let body = &d.kernel.body;
     let components: Vec<Component> = components(body)?.into_iter().filter(|c| !c.dots.is_empty()).collect();
     let Some(first) = components.first() else { return Err(internal(body)) };
-    let (rows, most) = (count_of(e, d.k, body.ty(first.dots[0].value))?, d.kernel.range.max);
-    if most > PANEL && components.iter().all(matrix::suits) {
-        return matrix::emit(e, &d, &components, rows);
+    let rows = count_of(e, d.k, body.ty(first.dots[0].value))?;
+    let (most, range) = (e.i64(PANEL as i64), d.kernel.range);
+    let is_few = e.cmp(Cmp::Le, rows, most);
+    let ring = if range.min <= PANEL { Ring::of(e, &d, &components)? } else { None };
+    match &ring {
+        Some(ring) if range.max > PANEL => e.when(is_few, |e| ring.start(e)),
+        Some(ring) => ring.start(e),
+        None => {}
     }
+    e.await_launches();
     let prologue = Prologue::new(e, &mut d, &components)?;
-    let strips: usize = components.iter().map(|c| c.n.div_ceil(STRIP)).sum();
-    let (strips, mut result) = (e.i64(strips as i64), Ok(()));
-    let mut item = |e: &mut Emitter, strip: Val, panel: Panel| {
-        let done =
-            each(e, &components, strip, |e, component, strip| Contraction { d: &d, component }.item(e, strip, panel));
-        result = std::mem::replace(&mut result, Ok(())).and(done);
-    };
-    if most > PANEL {
+    let kernel = Contractions { d: &d, components: &components, rows };
+    if range.max <= PANEL {
+        return kernel.few(e, &prologue, ring.as_ref());
+    }
+    if range.min > PANEL {
+        return kernel.many(e);
+    }
+    let (mut few, mut many) = (Ok(()), Ok(()));
+    e.either(is_few, |e| few = kernel.few(e, &prologue, ring.as_ref()), |e| many = kernel.many(e));
+    few.and(many)
+}
+
+/// A `contract` kernel's work.
+struct Contractions<'a> {
+    d: &'a Device<'a>,
+    components: &'a [Component],
+    /// Tokens of the step.
+    rows: Val,
+}
+
+impl Contractions<'_> {
+    /// Strips of all components.
+    fn strips(&self) -> i64 {
+        strips(self.components).iter().sum::<usize>() as i64
+    }
+
+    /// One strip of all, for a panel.
+    fn strip(&self, e: &mut Emitter, strip: Val, panel: Panel, stream: Stream<'_>) -> Result<()> {
+        each(e, self.components, &strips(self.components), strip, |e, component, strip| {
+            Contraction { d: self.d, component }.item(e, strip, panel, stream)
+        })
+    }
+
+    /// At most [`PANEL`] tokens: blocks stream the weights once, or once for as many tokens as their activations have room.
+    fn few(&self, e: &mut Emitter, prologue: &Prologue, ring: Option<&Ring>) -> Result<()> {
+        let (k, strips, mut result) = (self.d.k, e.i64(self.strips()), Ok(()));
+        panels(e, self.rows, self.d.kernel.range.max.min(PANEL), |e, first, tokens| {
+            for from in (0..tokens).step_by(prologue.tokens) {
+                let tokens = prologue.tokens.min(tokens - from);
+                let first = e.scaled(first, 1, from);
+                let mut done = prologue.fill(e, self.d, first, (self.rows, tokens));
+                // The first pass over the weights has begun.
+                if let (Some(ring), 1..) = (ring, from) {
+                    ring.start(e);
+                }
+                let (zero, one) = (e.i64(0), e.i64(1));
+                let own = if prologue.nodes.is_empty() { first } else { zero };
+                e.for_loop((k.thread, strips, k.threads), &[zero], |e, strip, round| {
+                    let stream = ring.map(|ring| (ring, round[0]));
+                    done = std::mem::replace(&mut done, Ok(())).and(self.strip(
+                        e,
+                        strip,
+                        Panel { first, tokens, own },
+                        stream,
+                    ));
+                    vec![e.add(round[0], one)]
+                });
+                result = std::mem::replace(&mut result, Ok(())).and(done);
+            }
+        });
+        result
+    }
+
+    /// Any number of tokens: on tensor cores where they multiply such formats, else panel by panel.
+    fn many(&self, e: &mut Emitter) -> Result<()> {
+        if self.components.iter().all(tile::suits) {
+            return tile::emit(e, self.d, self.components, self.rows);
+        }
+        if self.components.iter().all(matrix::suits) {
+            return matrix::emit(e, self.d, self.components, self.rows);
+        }
+        let (k, strips, mut result) = (self.d.k, e.i64(self.strips()), Ok(()));
         let size = e.i64(PANEL as i64);
-        let padded = e.scaled(rows, 1, PANEL - 1);
+        let padded = e.scaled(self.rows, 1, PANEL - 1);
         let count = e.div(padded, size);
         let items = e.mul(count, strips);
         // Blocks that run together share the strip, which one of them brings into the second-level cache.
-        e.for_loop((d.k.thread, items, d.k.threads), &[], |e, index, _| {
+        e.for_loop((k.thread, items, k.threads), &[], |e, index, _| {
             let (panel, strip) = (e.rem(index, count), e.div(index, count));
-            let panel = Panel { first: e.mul(panel, size), tokens: PANEL, own: e.mul(panel, size) };
-            item(e, strip, panel);
+            let first = e.mul(panel, size);
+            result = self.strip(e, strip, Panel { first, tokens: PANEL, own: first }, None);
             vec![]
         });
-        return result;
+        result
     }
-    let mut filled = Ok(());
-    panels(e, rows, most, |e, first, tokens| {
-        for from in (0..tokens).step_by(prologue.tokens) {
-            let tokens = prologue.tokens.min(tokens - from);
-            let first = e.scaled(first, 1, from);
-            filled = std::mem::replace(&mut filled, Ok(())).and(prologue.fill(e, &d, first, (rows, tokens)));
-            let own = if prologue.nodes.is_empty() { first } else { e.i64(0) };
-            e.for_loop((d.k.thread, strips, d.k.threads), &[], |e, strip, _| {
-                item(e, strip, Panel { first, tokens, own });
-                vec![]
-            });
-        }
-    });
-    filled.and(result)
 }
 
-/// Runs `body` with the component that strip `strip` of all belongs to, and its number there.
+/// Runs `body` with the component that item `index` belongs to, where each has so many one after the other, and its number there.
 fn each(
     e: &mut Emitter,
     components: &[Component],
-    strip: Val,
+    counts: &[usize],
+    index: Val,
     mut body: impl FnMut(&mut Emitter, &Component, Val) -> Result<()>,
 ) -> Result<()> {
     let (mut before, mut result) = (0, Ok(()));
-    for component in components {
-        let (low, after) = (e.i64(before as i64), before + component.n.div_ceil(STRIP));
+    for (component, count) in components.iter().zip(counts) {
+        let (low, after) = (e.i64(before as i64), before + count);
         let high = e.i64(after as i64);
-        let (from, to) = (e.cmp(Cmp::Ge, strip, low), e.cmp(Cmp::Lt, strip, high));
+        let (from, to) = (e.cmp(Cmp::Ge, index, low), e.cmp(Cmp::Lt, index, high));
         let here = e.and(from, to);
         e.when(here, |e| {
-            let own = e.sub(strip, low);
+            let own = e.sub(index, low);
             result = std::mem::replace(&mut result, Ok(())).and(body(e, component, own));
         });
         before = after;
     }
     result
+}
+
+/// Strips of each component.
+fn strips(components: &[Component]) -> Vec<usize> {
+    components.iter().map(|component| component.n.div_ceil(STRIP)).collect()
 }
 
 /// What every block computes for itself.
@@ -154,6 +219,9 @@ struct Panel {
 /// Gives the strip of a contraction's weights, and its rows of activations.
 type Operands<'a> = dyn Fn(&mut Emitter, &Dot) -> Result<(Val, Vec<Val>)> + 'a;
 
+/// A ring, and which of the block's strips comes next.
+type Stream<'a> = Option<(&'a Ring, Val)>;
+
 struct Contraction<'a> {
     d: &'a Device<'a>,
     component: &'a Component,
@@ -176,7 +244,7 @@ impl Contraction<'_> {
     }
 
     /// One strip of a panel.
-    fn item(&self, e: &mut Emitter, strip: Val, panel: Panel) -> Result<()> {
+    fn item(&self, e: &mut Emitter, strip: Val, panel: Panel, stream: Stream<'_>) -> Result<()> {
         let rows = |e: &mut Emitter, dot: &Dot| -> Result<(Val, Vec<Val>)> {
             let stride = row_bytes(self.body().ty(dot.x)).ok_or_else(|| internal(self.body()))?;
             let base = self.d.pointer(dot.x)?;
@@ -186,7 +254,7 @@ impl Contraction<'_> {
             Ok((e.row(weight, strip, StripLayout::new(dot.dtype, dot.k).bytes), rows))
         };
         let first_column = e.scaled(strip, STRIP, 0);
-        self.outputs(e, panel.tokens, &rows, |e, token, row, counts| {
+        self.outputs(e, (panel.tokens, stream), &rows, |e, token, row, counts| {
             let column = e.add(first_column, row);
             Place { token: e.add(panel.first, token), element: column, column, counts }
         })
@@ -197,16 +265,17 @@ impl Contraction<'_> {
     fn outputs(
         &self,
         e: &mut Emitter,
-        tokens: usize,
+        (tokens, stream): (usize, Stream<'_>),
         operands: &Operands<'_>,
         place: impl FnOnce(&mut Emitter, Val, Val, Val) -> Place,
     ) -> Result<()> {
         e.scoped(|e| {
             let partials = e.shared(product::partial_bytes(tokens));
             let mut values = BTreeMap::new();
-            for dot in &self.component.dots {
+            for (index, dot) in self.component.dots.iter().enumerate() {
                 let (strip, rows) = operands(e, dot)?;
-                product::partial_sums(e, dot, strip, &rows, partials)?;
+                let feed = stream.map(|(ring, round)| ring.feed(e, round, index));
+                product::partial_sums(e, dot, (strip, feed), &rows, partials)?;
                 e.barrier();
                 values.insert(dot.value, product::sum_of_parts(e, tokens, partials));
                 e.barrier();
@@ -292,7 +361,7 @@ impl Contraction<'_> {
         };
         let first = e.scaled(strip, STRIP, 0);
         let before = e.scaled(j, self.component.n, 0);
-        self.outputs(e, 1, &operands, |e, _, row, counts| {
+        self.outputs(e, (1, None), &operands, |e, _, row, counts| {
             let column = e.add(first, row);
             Place { token, element: e.add(before, column), column, counts }
         })
@@ -313,11 +382,12 @@ pub(super) fn emit_experts(e: &mut Emitter, d: Device<'_>) -> Result<()> {
     let chosen = d.pointer(routing)?;
     let tokens = count_of(e, d.k, body.ty(routing))?;
     let entries = e.scaled(tokens, *top, 0);
-    let strips = e.i64(components.iter().map(|c| c.n / STRIP).sum::<usize>() as i64);
+    let counts = strips(&components);
+    let strips = e.i64(counts.iter().sum::<usize>() as i64);
     let (items, mut result) = (e.mul(entries, strips), Ok(()));
     e.for_loop((d.k.thread, items, d.k.threads), &[], |e, index, _| {
         let (entry, strip) = (e.div(index, strips), e.rem(index, strips));
-        result = each(e, &components, strip, |e, component, strip| {
+        result = each(e, &components, &counts, strip, |e, component, strip| {
             Contraction { d: &d, component }.entry(e, (chosen, stride, *top), entry, strip)
         });
         vec![]

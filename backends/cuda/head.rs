@@ -12,7 +12,9 @@ mod lower;
 mod threshold;
 
 use super::contract::product::{partial_bytes, partial_sums, sum_of_parts};
+use super::contract::ring::{Feed, Ring};
 use super::rows::real_at;
+use super::weights::{Packed, ROWS};
 use super::{Device, group};
 use crate::cpu::contract::Dot;
 use crate::cpu::head::{PLANES, Projection, broken, panels};
@@ -26,7 +28,13 @@ use mansard_ir::{DType, Result, ValueId};
 
 impl Projection {
     /// The products of a strip of the first plane with rows `first..`, one a thread: 16 times what `q4_0` gives.
-    fn upper(&self, e: &mut Emitter, strip: Val, first: Val, tokens: usize, value: ValueId) -> Result<Val> {
+    fn upper(
+        &self,
+        e: &mut Emitter,
+        (strip, feed): (Val, Option<Feed<'_>>),
+        (first, tokens): (Val, usize),
+        value: ValueId,
+    ) -> Result<Val> {
         let (dtype, activations) = (DType::Q4_0, DType::A16);
         let (x, weight, routing) = (value, value, None);
         let dot = Dot { value, x, weight, routing, dtype, k: self.k, activations, planes: PLANES };
@@ -34,10 +42,16 @@ impl Projection {
         let rows: Vec<Val> = (0..tokens).map(|t| e.gep_const(x, t * self.x_bytes)).collect();
         let partials = e.shared(partial_bytes(tokens));
         let strip = self.strip(e, strip);
-        partial_sums(e, &dot, strip, &rows, partials)?;
+        partial_sums(e, &dot, (strip, feed), &rows, partials)?;
         e.barrier();
         let (product, sixteen) = (sum_of_parts(e, tokens, partials), e.float(F32, 16.0));
         Ok(e.mul(product, sixteen))
+    }
+
+    /// A ring for the first plane.
+    fn ring(&self, e: &mut Emitter, d: &Device<'_>) -> Option<Ring> {
+        let packed = Packed { dtype: DType::Q4_0, k: self.k, layout: self.layout.strip, rows: ROWS };
+        Ring::new(e, d, (packed, self.layout.strip_bytes), (self.strips(), vec![(0, vec![self.w])]))
     }
 }
 
@@ -94,8 +108,10 @@ pub(super) fn estimate(e: &mut Emitter, d: Device<'_>) -> Result<()> {
         let v = body.value_of(index);
         Some((d.memory[v.0 as usize]?, row_bytes(body.ty(v))?))
     };
+    let p = Projection::new(d.kernel, &d.memory, node.operands[0], node.operands[1])?;
     let estimate = Estimate {
-        p: Projection::new(d.kernel, &d.memory, node.operands[0], node.operands[1])?,
+        p,
+        ring: p.ring(e, &d),
         estimates: with(false).and_then(|(index, _)| result(index)),
         bounds: with(true).and_then(|(index, _)| result(index)),
         margin: with(true).map_or(0.0, |(_, n)| n.attrs.float("margin")) as f32,
@@ -118,6 +134,7 @@ const SUMS: usize = 8;
 
 struct Estimate {
     p: Projection,
+    ring: Option<Ring>,
     /// Address and bytes from row to row, where the kernel returns them.
     estimates: Option<(Val, usize)>,
     bounds: Option<(Val, usize)>,
@@ -129,13 +146,17 @@ struct Estimate {
 impl Estimate {
     fn panel(&self, e: &mut Emitter, k: KernelArgs, first: Val, tokens: usize) -> Result<()> {
         let (p, groups) = (self.p, self.p.groups());
+        if let Some(ring) = &self.ring {
+            ring.start(e);
+        }
         let sums = e.shared(tokens * groups * SUMS);
         self.sums(e, first, tokens, sums);
         e.barrier();
-        let (strips, mut result) = (e.i64(p.strips() as i64), Ok(()));
-        e.for_loop((k.thread, strips, k.threads), &[], |e, strip, _| {
+        let (strips, zero, mut result) = (e.i64(p.strips() as i64), e.i64(0), Ok(()));
+        e.for_loop((k.thread, strips, k.threads), &[zero], |e, strip, round| {
             result = e.scoped(|e| {
-                let product = p.upper(e, strip, first, tokens, self.value)?;
+                let feed = self.ring.as_ref().map(|ring| ring.feed(e, round[0], 0));
+                let product = p.upper(e, (strip, feed), (first, tokens), self.value)?;
                 let (token, row, counts) = output(e, tokens);
                 let (middle, square) = self.over_groups(e, strip, row, (sums, token));
                 let centre = e.float(F32, CENTRE);
@@ -159,7 +180,8 @@ impl Estimate {
                 e.barrier();
                 Ok(())
             });
-            vec![]
+            let one = e.i64(1);
+            vec![e.add(round[0], one)]
         });
         result
     }
@@ -295,7 +317,7 @@ impl Rescore {
             result = e.scoped(|e| {
                 let seconds = e.shared(4 * STRIP * tokens);
                 self.seconds(e, strip, (first, tokens), seconds);
-                let upper = p.upper(e, strip, first, tokens, self.value)?;
+                let upper = p.upper(e, (strip, None), (first, tokens), self.value)?;
                 let (token, row, counts) = output(e, tokens);
                 let second = e.row(seconds, token, 4 * STRIP);
                 let second = real_at(e, second, row);

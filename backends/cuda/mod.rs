@@ -29,9 +29,39 @@ pub const THREADS: usize = 256;
 /// Most bytes of shared memory that a block may have on every GPU that code is generated for.
 pub const SHARED_LIMIT: usize = 163 << 10;
 
+/// Bytes of a ring of weights, at most: it is the first to give way where shared memory is scarce.
+const RINGS: [usize; 3] = [64 << 10, 32 << 10, 0];
+
 /// What stands above the kernels of a module: shared memory, whose size is the launch's.
 pub const PREAMBLE: &str =
     "llvm.mlir.global external @shared() {addr_space = 3 : i32, alignment = 128 : i64} : !llvm.array<0 x i8>\n";
+
+/// A chip that kernels are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chip {
+    /// A100 and later.
+    Sm80,
+    /// H100 and H200.
+    Sm90a,
+}
+
+impl Chip {
+    /// Every chip.
+    pub const ALL: [Chip; 2] = [Chip::Sm80, Chip::Sm90a];
+
+    /// As compilers call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Chip::Sm80 => "sm_80",
+            Chip::Sm90a => "sm_90a",
+        }
+    }
+
+    /// A launch may begin before the one before it is done.
+    fn overlaps_launches(self) -> bool {
+        self == Chip::Sm90a
+    }
+}
 
 /// One kernel as MLIR, and what a launch of it needs.
 #[derive(Clone, Debug)]
@@ -42,20 +72,35 @@ pub struct Source {
     pub shared_bytes: usize,
 }
 
-/// Emits a kernel as one MLIR function named after it.
+/// Emits a kernel for a chip, as one MLIR function named after it.
 ///
 /// # Errors
 /// Where the body is of no kind, holds a shape or op that has no code, or needs more shared memory than there is.
-pub fn emit(kernel: &Kernel) -> Result<Source> {
+pub fn emit(kernel: &Kernel, chip: Chip) -> Result<Source> {
+    let mut least = 0;
+    for ring_bytes in RINGS {
+        let source = emit_with(kernel, chip, ring_bytes)?;
+        if source.shared_bytes <= SHARED_LIMIT {
+            return Ok(source);
+        }
+        least = source.shared_bytes;
+    }
+    bail!(Unsupported, "kernel `{}` needs {least} bytes of shared memory, {SHARED_LIMIT} are the limit", kernel.name);
+}
+
+fn emit_with(kernel: &Kernel, chip: Chip, ring_bytes: usize) -> Result<Source> {
     let place = || format!("kernel `{}`", kernel.name);
     let kind = kernel.kind().at(place)?;
     let arguments = crate::cpu::arguments(&kernel.body);
-    let (mut e, k, pointers) = Emitter::device(kernel, arguments.len(), THREADS);
+    let (mut e, k, pointers) = Emitter::device(kernel, arguments.len(), (THREADS, chip.overlaps_launches()));
     let mut memory = vec![None; kernel.body.len()];
     for (value, pointer) in arguments.into_iter().zip(pointers) {
         memory[value.0 as usize] = Some(pointer);
     }
-    let d = Device { kernel, k, memory };
+    let d = Device { kernel, k, memory, ring_bytes };
+    if kind != KernelKind::Contract {
+        e.await_launches();
+    }
     match kind {
         KernelKind::Contract => contract::emit(&mut e, d),
         KernelKind::Experts => contract::emit_experts(&mut e, d),
@@ -67,13 +112,6 @@ pub fn emit(kernel: &Kernel) -> Result<Source> {
     }
     .at(place)?;
     let shared_bytes = e.shared_bytes();
-    if shared_bytes > SHARED_LIMIT {
-        bail!(
-            Unsupported,
-            "kernel `{}` needs {shared_bytes} bytes of shared memory, {SHARED_LIMIT} are the limit",
-            kernel.name
-        );
-    }
     Ok(Source { text: e.finish(), shared_bytes })
 }
 
@@ -83,6 +121,8 @@ struct Device<'a> {
     k: KernelArgs,
     /// Where each value's buffer begins.
     memory: Vec<Option<Val>>,
+    /// Room for a ring of weights.
+    ring_bytes: usize,
 }
 
 impl Device<'_> {

@@ -6,7 +6,7 @@
 //!
 //! Invariant: what LLVM would abort the process for - an intrinsic it has no instruction for, or a call - is an error here.
 
-use super::{PREAMBLE, Source, emit};
+use super::{Chip, PREAMBLE, Source, emit};
 use crate::Layer;
 use crate::machine::MachineTable;
 use crate::mlir::Mlir;
@@ -18,7 +18,7 @@ use mansard_ir::plan::Kernel;
 use mansard_ir::{Error, Kind, Place, Result, bail};
 
 /// Chips that PTX is made for: A100 and later; H100 and H200.
-pub const CHIPS: [&str; 2] = ["sm_80", "sm_90a"];
+pub const CHIPS: [&str; Chip::ALL.len()] = [Chip::ALL[0].name(), Chip::ALL[1].name()];
 
 /// Their stated figures.
 const MACHINES: [&str; CHIPS.len()] =
@@ -31,13 +31,16 @@ pub const VERSION: &str = "9.0";
 const FEATURE: &str = "+ptx90";
 
 /// Intrinsics that the NVPTX backend has instructions for, by prefix.
-const INTRINSICS: [&str; 19] = [
+const INTRINSICS: [&str; 22] = [
     "llvm.nvvm.barrier.cta.sync.aligned.all",
     "llvm.nvvm.bar.warp.sync",
     "llvm.nvvm.read.ptx.sreg.",
     "llvm.nvvm.shfl.sync.bfly.",
     "llvm.nvvm.idp4a.",
     "llvm.nvvm.mma.m16n8k",
+    "llvm.nvvm.cp.async.",
+    "llvm.nvvm.griddepcontrol.",
+    "llvm.nvvm.ff2bf16x2.rn",
     "llvm.ctpop.",
     "llvm.fabs.",
     "llvm.fma.",
@@ -58,12 +61,16 @@ const INTRINSICS: [&str; 19] = [
 /// # Errors
 /// Where it is none of [`CHIPS`].
 pub fn target(chip: &str) -> Result<mansard_ir::Target> {
-    let Some(index) = CHIPS.iter().position(|known| *known == chip) else {
-        bail!(Unsupported, "no PTX is made for `{chip}`, expected one of {}", CHIPS.join(", "));
-    };
-    let machine = MachineTable::parse(MACHINES[index]).at(|| format!("machines/{chip}.toml"))?.whole();
+    let machine = MachineTable::parse(MACHINES[known(chip)? as usize]).at(|| format!("machines/{chip}.toml"))?.whole();
     let [name, arch, cpu] = [chip; 3].map(String::from);
     Ok(mansard_ir::Target { name, arch, cpu, features: vec![], registers: 255, vector_bytes: 4, machine })
+}
+
+fn known(chip: &str) -> Result<Chip> {
+    match Chip::ALL.into_iter().find(|known| known.name() == chip) {
+        Some(known) => Ok(known),
+        None => bail!(Unsupported, "no PTX is made for `{chip}`, expected one of {}", CHIPS.join(", ")),
+    }
 }
 
 /// Kernels of one chip.
@@ -76,11 +83,9 @@ pub struct Ptx {
 }
 
 /// The text of some kernels as one module.
-///
-/// # Errors
-/// As [`emit`].
-pub fn module_text(kernels: &[Kernel]) -> Result<(String, Vec<usize>)> {
-    let sources = kernels.iter().map(emit).collect::<Result<Vec<Source>>>()?;
+fn module_text(kernels: &[Kernel], chip: &str) -> Result<(String, Vec<usize>)> {
+    let chip = known(chip)?;
+    let sources = kernels.iter().map(|kernel| emit(kernel, chip)).collect::<Result<Vec<Source>>>()?;
     let text = std::iter::once(PREAMBLE).chain(sources.iter().map(|s| s.text.as_str())).collect();
     Ok((text, sources.iter().map(|s| s.shared_bytes).collect()))
 }
@@ -90,7 +95,7 @@ pub fn module_text(kernels: &[Kernel]) -> Result<(String, Vec<usize>)> {
 /// # Errors
 /// Where the chip is none of [`CHIPS`], or a kernel has no code.
 pub fn compile(kernels: &[Kernel], chip: &str) -> Result<Ptx> {
-    let (text, shared_bytes) = module_text(kernels)?;
+    let (text, shared_bytes) = module_text(kernels, chip)?;
     let text = String::from_utf8_lossy(&lower(&text, chip, Layer::Asm)?).trim_end_matches('\0').to_owned();
     Ok(Ptx { text, shared_bytes })
 }
@@ -101,8 +106,8 @@ pub fn compile(kernels: &[Kernel], chip: &str) -> Result<Ptx> {
 /// As [`compile`]; there is no object code.
 pub fn show(kernels: &[Kernel], chip: &str, layer: Layer) -> Result<Vec<u8>> {
     match layer {
-        Layer::Mlir => Ok(module_text(kernels)?.0.into_bytes()),
-        Layer::Llvm => lower(&module_text(kernels)?.0, chip, layer),
+        Layer::Mlir => Ok(module_text(kernels, chip)?.0.into_bytes()),
+        Layer::Llvm => lower(&module_text(kernels, chip)?.0, chip, layer),
         Layer::Asm => Ok(compile(kernels, chip)?.text.into_bytes()),
         Layer::Object => bail!(Unsupported, "object code for {chip} is NVIDIA's assembler's to make: emit ptx or sass"),
     }
@@ -125,7 +130,7 @@ fn lower(text: &str, chip: &str, layer: Layer) -> Result<Vec<u8>> {
 /// # Errors
 /// As [`compile`].
 pub fn optimize(module: &Module<'_>, chip: &str) -> Result<TargetMachine> {
-    target(chip)?;
+    known(chip)?;
     Target::initialize_nvptx(&InitializationConfig::default());
     let triple = TargetTriple::create("nvptx64-nvidia-cuda");
     let said = |e: inkwell::support::LLVMString| Error::new(Kind::Internal, format!("LLVM: {e}"));

@@ -29,6 +29,12 @@ pub struct Packed {
     pub rows: usize,
 }
 
+/// Pieces of a line: codes or floats, scales, and minima.
+pub const PIECES: usize = 3;
+
+/// Where a lane's pieces of a line lie, those that there are.
+pub type Places = [Option<Val>; PIECES];
+
 /// A lane's part of a line of codes: four columns of each of its rows.
 pub struct Quad {
     /// The first column.
@@ -68,14 +74,33 @@ impl Packed {
         self.k.div_ceil(self.columns())
     }
 
-    /// The reals of a line of floats: for each column those of the lane's rows `rows * place ..`.
+    /// Bytes of a lane's pieces of a line, 0 where there is none.
+    pub fn pieces(&self) -> [usize; PIECES] {
+        match self.dtype.int() {
+            Some(int) => [4 * self.rows, 2 * self.rows, if int.zero.has_mins() { 2 * self.rows } else { 0 }],
+            None => [self.rows * self.columns() * self.dtype.format().block_bytes, 0, 0],
+        }
+    }
+
+    /// Where the pieces of a line lie in its strip, those of the lane's rows `rows * place ..`.
+    pub fn places(&self, e: &mut Emitter, strip: Val, line: Val, place: Val) -> Places {
+        let Some(int) = self.dtype.int() else {
+            let bytes = self.columns() * self.dtype.format().block_bytes;
+            let at = e.row(strip, line, STRIP * bytes);
+            return [Some(e.row(at, place, self.rows * bytes)), None, None];
+        };
+        let (unit, within) = unit_of(e, int, line);
+        let codes = self.part(e, strip, unit, (self.layout.codes, int.unit(), code_bytes(int)));
+        let at = e.row(codes, within, 64);
+        let [scales, mins] = self.figures_at(e, int, strip, unit, place);
+        [Some(e.row(at, place, 4 * self.rows)), scales, mins]
+    }
+
+    /// The reals of a line of floats: for each column those of the lane's rows.
     ///
     /// # Errors
     /// Where no kernel reads such weights.
-    pub fn reals(&self, e: &mut Emitter, strip: Val, line: Val, place: Val) -> Result<Vec<Vec<Val>>> {
-        let bytes = self.columns() * self.dtype.format().block_bytes;
-        let at = e.row(strip, line, STRIP * bytes);
-        let at = e.row(at, place, self.rows * bytes);
+    pub fn reals(&self, e: &mut Emitter, at: Val) -> Result<Vec<Vec<Val>>> {
         let lanes = |e: &mut Emitter, x: Val| (0..self.rows).map(|r| e.extract(x, r)).collect::<Vec<Val>>();
         Ok(match self.dtype {
             DType::F32 => {
@@ -95,21 +120,16 @@ impl Packed {
         })
     }
 
-    /// The quads of a line of codes, and the unit of columns it belongs to.
-    pub fn quads(&self, e: &mut Emitter, int: IntFormat, strip: Val, line: Val, place: Val) -> (Val, Vec<Quad>) {
-        let lines = code_bytes(int) / 64;
-        let per_unit = e.i64(lines as i64);
-        let (unit, within) = (e.div(line, per_unit), e.rem(line, per_unit));
-        let codes = self.part(e, strip, unit, (self.layout.codes, int.unit(), code_bytes(int)));
-        let at = e.row(codes, within, 64);
-        let at = e.row(at, place, 4 * self.rows);
+    /// The quads of a line of codes that lie at `at`.
+    pub fn quads(&self, e: &mut Emitter, int: IntFormat, (strip, line, place): (Val, Val, Val), at: Val) -> Vec<Quad> {
+        let (lines, (unit, within)) = (code_bytes(int) / 64, unit_of(e, int, line));
         let packed = e.load(at, I32.x(self.rows), 4 * self.rows);
         let rows: Vec<Val> = (0..self.rows).map(|r| e.extract(packed, r)).collect();
         let first = e.scaled(unit, int.unit(), 0);
         let before = e.scaled(within, 4, 0);
         let column = e.add(first, before);
         if int.bits == 8 {
-            return (unit, vec![Quad { column, codes: rows }]);
+            return vec![Quad { column, codes: rows }];
         }
         let mask = e.int(I32, 0x0f0f_0f0f);
         let halves = [0, 1].map(|half| {
@@ -133,23 +153,30 @@ impl Packed {
             }
             Quad { column: e.scaled(column, 1, half * lines * 4), codes }
         });
-        (unit, halves.into())
+        halves.into()
     }
 
-    /// Scales and minima of the lane's rows in the group of a unit.
-    pub fn figures(&self, e: &mut Emitter, int: IntFormat, strip: Val, unit: Val, place: Val) -> Figures {
+    /// Where the scales and minima of the lane's rows lie, those of the group of a unit.
+    pub fn figures_at(&self, e: &mut Emitter, int: IntFormat, strip: Val, unit: Val, place: Val) -> [Option<Val>; 2] {
         let units = e.i64((int.group / int.unit()) as i64);
         let group = e.div(unit, units);
-        let real = |e: &mut Emitter, offset| {
+        let mut at = |offset| {
             let at = self.part(e, strip, group, (offset, int.group, 2 * STRIP));
-            let at = e.row(at, place, 2 * self.rows);
+            Some(e.row(at, place, 2 * self.rows))
+        };
+        [at(self.layout.scales), if int.zero.has_mins() { at(self.layout.mins) } else { None }]
+    }
+
+    /// Scales and minima that lie at `scales` and `mins`.
+    pub fn figures(&self, e: &mut Emitter, int: IntFormat, [scales, mins]: [Option<Val>; 2]) -> Figures {
+        let real = |e: &mut Emitter, at: Val| {
             let x = e.load(at, F16.x(self.rows), 2 * self.rows);
             let x = e.convert("extf", x, F32);
             (0..self.rows).map(|r| e.extract(x, r)).collect::<Vec<Val>>()
         };
-        let scales = real(e, self.layout.scales);
-        let mins = int.zero.has_mins().then(|| {
-            let seconds = real(e, self.layout.mins);
+        let scales = scales.map_or_else(Vec::new, |at| real(e, at));
+        let mins = mins.map(|at| {
+            let seconds = real(e, at);
             let min = |(scale, second): (&Val, &Val)| {
                 if int.zero == Zero::Point { zero_point(e, *scale, *second) } else { *second }
             };
@@ -161,6 +188,12 @@ impl Packed {
     fn part(&self, e: &mut Emitter, strip: Val, index: Val, (offset, columns, bytes): (usize, usize, usize)) -> Val {
         part_at(e, &self.layout, strip, index, (offset, self.layout.chunk / columns, bytes))
     }
+}
+
+/// The unit of columns that a line of codes belongs to, and which line of it that is.
+fn unit_of(e: &mut Emitter, int: IntFormat, line: Val) -> (Val, Val) {
+    let lines = e.i64((code_bytes(int) / 64) as i64);
+    (e.div(line, lines), e.rem(line, lines))
 }
 
 /// Codes of the format as products see them: whether they are signed, and what is to be taken off each.

@@ -25,11 +25,18 @@ pub(super) struct Device {
     base: Val,
     /// `i64`: this thread in its block.
     thread: Val,
+    /// Launches overlap: a block may begin before earlier launches are done.
+    overlaps: bool,
 }
 
 impl Emitter {
     /// Opens the GPU function of `kernel`, for blocks of `threads` threads, with so many arguments. Gives their addresses.
-    pub fn device(kernel: &Kernel, arguments: usize, threads: usize) -> (Emitter, KernelArgs, Vec<Val>) {
+    /// Where launches overlap, the next one may begin at once, and this one must [`Emitter::await_launches`].
+    pub fn device(
+        kernel: &Kernel,
+        arguments: usize,
+        (threads, overlaps): (usize, bool),
+    ) -> (Emitter, KernelArgs, Vec<Val>) {
         let mut e = Emitter { next: arguments as u32 + 1, groups: kernel.groups.clone(), ..Emitter::empty() };
         let parameters: Vec<String> = (0..=arguments).map(|i| format!("%{i}: !llvm.ptr<1>")).collect();
         let (name, parameters) = (&kernel.name, parameters.join(", "));
@@ -46,7 +53,10 @@ impl Emitter {
             let value = e.intrinsic(&format!("llvm.nvvm.read.ptx.sreg.{name}.x"), &[], I32);
             e.convert("extui", value, I64)
         });
-        e.device = Some(Device { threads, shared: (0, 0), base, thread });
+        e.device = Some(Device { threads, shared: (0, 0), base, thread, overlaps });
+        if overlaps {
+            e.act("llvm.nvvm.griddepcontrol.launch.dependents", &[]);
+        }
         let step = pointers.pop().unwrap_or(base);
         (e, KernelArgs { args: step, step, thread: block, threads: blocks }, pointers)
     }
@@ -108,6 +118,45 @@ impl Emitter {
     pub fn warp_barrier(&mut self) {
         let all = self.int(I32, -1);
         self.act("llvm.nvvm.bar.warp.sync", &[all]);
+    }
+
+    /// Waits until all earlier launches are done and what they wrote is seen. Until then a block may read
+    /// nothing but the step and weights, and write nothing.
+    pub fn await_launches(&mut self) {
+        if self.on_device().overlaps {
+            self.act("llvm.nvvm.griddepcontrol.wait", &[]);
+        }
+    }
+
+    /// What this thread wrote before is seen by every thread of the GPU that sees what it writes next, and the other way round.
+    pub fn fence(&mut self) {
+        self.line(format_args!("llvm.fence syncscope(\"device\") acq_rel"));
+    }
+
+    /// Begins to copy 8 or 16 bytes to shared memory; see [`Emitter::await_copies`].
+    pub fn copy_async(&mut self, to: Val, from: Val, bytes: usize) {
+        let [to, from] = [(to, 3), (from, 1)].map(|(pointer, space)| {
+            let id = self.fresh();
+            self.line(format_args!("%{id} = llvm.addrspacecast {pointer} : !llvm.ptr to !llvm.ptr<{space}>"));
+            id
+        });
+        // What is read once has no use for the first-level cache.
+        let how = if bytes == 16 { "cg" } else { "ca" };
+        self.line(format_args!(
+            "llvm.call_intrinsic \"llvm.nvvm.cp.async.{how}.shared.global.{bytes}\"(%{to}, %{from}) : \
+             (!llvm.ptr<3>, !llvm.ptr<1>) -> ()"
+        ));
+    }
+
+    /// Closes a group of this thread's copies.
+    pub fn commit_copies(&mut self) {
+        self.act("llvm.nvvm.cp.async.commit.group", &[]);
+    }
+
+    /// Waits until all but the last `but` groups of this thread's copies are there, for itself alone.
+    pub fn await_copies(&mut self, but: usize) {
+        let but = self.int(I32, but as i64);
+        self.act("llvm.nvvm.cp.async.wait.group", &[but]);
     }
 
     /// The value that the lane has whose number differs in these bits. All lanes of the warp take part.

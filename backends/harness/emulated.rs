@@ -2,7 +2,7 @@
 
 use super::{Given, Memory, StepArrays, run_with};
 use crate::cuda::Source;
-use crate::cuda::emulator::{Code, Order, SCHEDULES};
+use crate::cuda::emulator::{Code, SCHEDULES, Schedule};
 use mansard_ir::eval::{Step, Value};
 use mansard_ir::plan::Kernel;
 use std::cell::RefCell;
@@ -24,7 +24,7 @@ thread_local! {
 ///
 /// # Errors
 /// What threads do wrong.
-pub fn launch(code: &Code, slots: &[u64], blocks: u32, schedule: Order) -> Result<(), String> {
+pub fn launch(code: &Code, slots: &[u64], blocks: u32, schedule: Schedule) -> Result<(), String> {
     // SAFETY: tests lay out the arguments as the calling convention says, and keep them while the launch runs.
     unsafe { code.launch(slots, blocks, schedule) }
 }

@@ -9,6 +9,7 @@
 use super::emulated;
 use super::memory::{Memory, Pool, StepArrays};
 use crate::{cuda, pack, target};
+use cuda::Chip;
 use cuda::emulator::{Code, SCHEDULES};
 use mansard_frontend as frontend;
 use mansard_ir::eval::Step;
@@ -78,7 +79,8 @@ impl Machine {
         let pool = Pool::new(&step, &self.plan.program.groups);
         let mut tokens: Vec<i32> = tokens.iter().map(|token| *token as i32).collect();
         let (mut positions, mut rows) = (step.positions(), (0..t as i32).collect::<Vec<i32>>());
-        let mut arrays = StepArrays::new(&step, rows.clone(), &pool, (0, 0));
+        let mut arrays =
+            StepArrays::new(&step, rows.clone(), &pool, (self.plan.program.scratch_bytes, BLOCKS as usize));
         let args = arrays.args();
         let program = self.plan.program.clone();
         let of_step = |v: &&Variant| (v.tokens.min..=v.tokens.max).contains(&t);
@@ -95,8 +97,8 @@ impl Machine {
             slots.push(std::ptr::from_ref(&args) as u64);
             let id = launch.kernel.0 as usize;
             let kernel = &self.plan.kernels[id];
-            let code =
-                self.code[id].get_or_insert_with(|| Code::new(&cuda::emit(kernel).unwrap_or_else(|e| panic!("{e}"))));
+            let code = self.code[id]
+                .get_or_insert_with(|| Code::new(&cuda::emit(kernel, Chip::Sm90a).unwrap_or_else(|e| panic!("{e}"))));
             let launched = emulated::launch(code, &slots, BLOCKS, SCHEDULES[index % SCHEDULES.len()]);
             launched.unwrap_or_else(|fault| panic!("`{}`: {fault}", kernel.name));
         }

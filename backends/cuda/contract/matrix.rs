@@ -13,8 +13,8 @@
 //! Where there is enough to do for every warp of the grid, each has a strip and panel for itself and waits for nobody. Else
 //! the warps of a block divide the columns of one strip and panel, and their sums meet in shared memory.
 
-use super::super::weights::{self, Figures, Packed};
-use super::{Component, Contraction, Device, Place, each, internal};
+use super::super::weights::{self, Figures, Packed, Quad};
+use super::{Component, Contraction, Device, Place, each, internal, strips};
 use crate::cpu::contract::Dot;
 use crate::emit::{Cmp, Emitter, F32, I32, Val, WARP};
 use mansard_ir::formats::IntFormat;
@@ -51,7 +51,8 @@ pub(super) fn emit(e: &mut Emitter, d: &Device<'_>, components: &[Component], ro
     let (size, zero, one, four) = (e.i64(TOKENS as i64), e.i64(0), e.i64(1), e.i64(4));
     let padded = e.scaled(rows, 1, TOKENS - 1);
     let panels = e.div(padded, size);
-    let strips = e.i64(components.iter().map(|c| c.n.div_ceil(STRIP)).sum::<usize>() as i64);
+    let counts = strips(components);
+    let strips = e.i64(counts.iter().sum::<usize>() as i64);
     let items = e.mul(panels, strips);
     let warps = e.i64((e.block_threads() / WARP) as i64);
     let (before, all) = (e.mul(d.k.thread, warps), e.mul(d.k.threads, warps));
@@ -64,7 +65,7 @@ pub(super) fn emit(e: &mut Emitter, d: &Device<'_>, components: &[Component], ro
     e.for_loop((first, items, step), &[], |e, index, _| {
         let (panel, strip) = (e.rem(index, panels), e.div(index, panels));
         let panel = Panel { first: e.mul(panel, size), last, group, pair };
-        result = each(e, components, strip, |e, component, strip| {
+        result = each(e, components, &counts, strip, |e, component, strip| {
             let mut sums = BTreeMap::new();
             for dot in &component.dots {
                 sums.insert(dot.value, product(e, d, dot, strip, &panel, &parts)?);
@@ -255,18 +256,23 @@ impl Product<'_> {
         let (lines, group) = (if int.bits == 8 { 8 } else { 4 }, self.panel.group);
         let first = e.scaled(unit, lines, 0);
         let line = e.add(first, self.panel.pair);
-        let mut quads = self.packed.quads(e, int, self.strip, line, group).1;
+        let mut lines = vec![line];
         if int.bits == 8 {
-            let line = e.scaled(line, 1, 4);
-            quads.extend(self.packed.quads(e, int, self.strip, line, group).1);
+            lines.push(e.scaled(line, 1, 4));
         }
+        let quads = lines.into_iter().flat_map(|line| {
+            let [codes, ..] = self.packed.places(e, self.strip, line, group);
+            self.packed.quads(e, int, (self.strip, line, group), codes.unwrap_or(line))
+        });
+        let quads: Vec<Quad> = quads.collect();
         quads.into_iter().flat_map(|quad| quad.codes).collect()
     }
 
     /// 32 columns of codes.
     fn codes(&self, e: &mut Emitter, int: IntFormat, unit: Val, acc: &mut [Val]) {
         let a = self.fragment(e, int, unit);
-        let figures = self.packed.figures(e, int, self.strip, unit, self.panel.group);
+        let figures = self.packed.figures_at(e, int, self.strip, unit, self.panel.group);
+        let figures = self.packed.figures(e, int, figures);
         let (signed, zero) = weights::offset(int);
         let name = if signed { "m16n8k32.row.col.s8" } else { "m16n8k32.row.col.u8.s8" };
         for (tile, acc) in self.tiles.iter().zip(acc.as_chunks_mut::<SUMS>().0) {

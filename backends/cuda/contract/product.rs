@@ -5,16 +5,17 @@
 //! partials f32[tokens][64][16], a few words more from token to token      part 8 w + g of every output
 //! ```
 
-use super::super::weights::{self, Figures, Packed, ROWS};
+use super::super::weights::{self, Figures, Packed, Places, ROWS};
+use super::ring::{Feed, part_and_quarter};
 use crate::cpu::contract::Dot;
 use crate::emit::{BF16, Emitter, F32, I32, Val};
 use crate::math;
 use mansard_ir::formats::IntFormat;
 use mansard_ir::layout::{A8, STRIP};
-use mansard_ir::{DType, Result};
+use mansard_ir::{DType, Result, bail};
 
 /// Parts that the sum of an output has.
-const PARTS: usize = super::THREADS / ROWS;
+pub(super) const PARTS: usize = super::THREADS / ROWS;
 
 /// Bytes from token to token: the rows of two tokens lie in different banks.
 const TOKEN_BYTES: usize = (PARTS + 1) * STRIP * 4;
@@ -34,14 +35,19 @@ struct Product<'a> {
     quarter: Val,
 }
 
-/// Leaves each thread's sums at `partials`.
+/// Leaves each thread's sums at `partials`; weights come through a ring where there is one.
 ///
 /// # Errors
 /// Where no kernel reads such weights.
-pub(in crate::cuda) fn partial_sums(e: &mut Emitter, dot: &Dot, strip: Val, rows: &[Val], partials: Val) -> Result<()> {
+pub(in crate::cuda) fn partial_sums(
+    e: &mut Emitter,
+    dot: &Dot,
+    (strip, feed): (Val, Option<Feed<'_>>),
+    rows: &[Val],
+    partials: Val,
+) -> Result<()> {
     let packed = Packed::new(dot.dtype, dot.k);
-    let (thread, quarters) = (e.thread(), e.i64((STRIP / ROWS) as i64));
-    let (part, quarter) = (e.div(thread, quarters), e.rem(thread, quarters));
+    let (part, quarter) = part_and_quarter(e);
     let product = Product { dot, packed, strip, rows, quarter };
     let nothing = e.float(F32, 0.0);
     let mut carried = vec![part];
@@ -50,13 +56,20 @@ pub(in crate::cuda) fn partial_sums(e: &mut Emitter, dot: &Dot, strip: Val, rows
     let together = if rows.len() > 2 { 2 } else { 4 };
     let (lines, mut result) = (packed.lines(), Ok(()));
     let rest = e.i64(PARTS as i64);
-    if lines > PARTS * (together - 1) {
+    let mut add = |e: &mut Emitter, line: Val, places: Option<Places>, acc: &mut [Val]| {
+        result = std::mem::replace(&mut result, Ok(())).and(product.line(e, line, places, acc));
+    };
+    if let Some(feed) = feed {
+        let acc = feed.each(e, &carried[1..], |e, line, places, acc| add(e, line, Some(places), acc));
+        carried = vec![e.scaled(part, 1, feed.rounds() * PARTS)];
+        carried.extend(acc);
+    } else if lines > PARTS * (together - 1) {
         let (end, step) = (e.i64((lines - PARTS * (together - 1)) as i64), e.i64((PARTS * together) as i64));
         carried = e.for_loop((part, end, step), &carried, |e, line, carried| {
             let mut acc = carried[1..].to_vec();
             for i in 0..together {
                 let line = e.scaled(line, 1, i * PARTS);
-                result = std::mem::replace(&mut result, Ok(())).and(product.line(e, line, &mut acc));
+                add(e, line, None, &mut acc);
             }
             let mut next = vec![e.add(line, step)];
             next.extend(acc);
@@ -66,7 +79,7 @@ pub(in crate::cuda) fn partial_sums(e: &mut Emitter, dot: &Dot, strip: Val, rows
     let end = e.i64(lines as i64);
     let acc = e.for_loop((carried[0], end, rest), &carried[1..], |e, line, acc| {
         let mut acc = acc.to_vec();
-        result = std::mem::replace(&mut result, Ok(())).and(product.line(e, line, &mut acc));
+        add(e, line, None, &mut acc);
         acc
     });
     let to = e.row(partials, part, STRIP * 4);
@@ -99,19 +112,23 @@ pub(in crate::cuda) fn sum_of_parts(e: &mut Emitter, tokens: usize, partials: Va
 }
 
 impl Product<'_> {
-    /// Adds the products of one line to the sums `[token][row]`.
-    fn line(&self, e: &mut Emitter, line: Val, acc: &mut [Val]) -> Result<()> {
+    /// Adds the products of one line, which lies in its strip or at `places`, to the sums `[token][row]`.
+    fn line(&self, e: &mut Emitter, line: Val, places: Option<Places>, acc: &mut [Val]) -> Result<()> {
+        let places = places.unwrap_or_else(|| self.packed.places(e, self.strip, line, self.quarter));
+        let [Some(at), scales, mins] = places else { bail!(Internal, "a line of {} is nowhere", self.dot.dtype) };
         match self.dot.dtype.int() {
             Some(int) => {
-                self.codes(e, int, line, acc);
+                let quads = self.packed.quads(e, int, (self.strip, line, self.quarter), at);
+                let figures = self.packed.figures(e, int, [scales, mins]);
+                self.codes(e, int, &quads, &figures, acc);
                 Ok(())
             }
-            None => self.floats(e, line, acc),
+            None => self.floats(e, line, at, acc),
         }
     }
 
-    fn floats(&self, e: &mut Emitter, line: Val, acc: &mut [Val]) -> Result<()> {
-        let reals = self.packed.reals(e, self.strip, line, self.quarter)?;
+    fn floats(&self, e: &mut Emitter, line: Val, at: Val, acc: &mut [Val]) -> Result<()> {
+        let reals = self.packed.reals(e, at)?;
         let first = e.scaled(line, reals.len(), 0);
         for (i, reals) in reals.iter().enumerate() {
             let column = e.scaled(first, 1, i);
@@ -139,17 +156,15 @@ impl Product<'_> {
         weights::widened(e, x)
     }
 
-    fn codes(&self, e: &mut Emitter, int: IntFormat, line: Val, acc: &mut [Val]) {
-        let (unit, quads) = self.packed.quads(e, int, self.strip, line, self.quarter);
-        let figures = self.packed.figures(e, int, self.strip, unit, self.quarter);
-        for quad in &quads {
+    fn codes(&self, e: &mut Emitter, int: IntFormat, quads: &[weights::Quad], figures: &Figures, acc: &mut [Val]) {
+        for quad in quads {
             for (t, row) in self.rows.iter().enumerate() {
                 let acc = &mut acc[t * ROWS..][..ROWS];
                 if self.dot.activations == DType::BF16 {
-                    self.widened(e, int, &figures, quad, *row, acc);
+                    self.widened(e, int, figures, quad, *row, acc);
                 } else {
                     for plane in 0..self.dot.planes {
-                        self.quad(e, int, &figures, quad, (*row, plane), acc);
+                        self.quad(e, int, figures, quad, (*row, plane), acc);
                     }
                 }
             }

@@ -7,6 +7,7 @@ use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use mansard_ir::sample::Random;
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::ptr;
 
 /// In which order warps, and lanes of a warp, get their turn.
@@ -19,6 +20,22 @@ pub enum Order {
     Random(u64),
 }
 
+/// When an asynchronous copy is done: at once, or as late as a wait allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Copies {
+    Early,
+    Late,
+}
+
+/// How a launch goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Schedule {
+    pub order: Order,
+    pub copies: Copies,
+}
+
 /// An intrinsic, or an access that is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
@@ -29,10 +46,21 @@ pub(super) enum Op {
     Barrier,
     WarpBarrier,
     Shuffle,
-    Dot4 { signed: bool },
+    Dot4 {
+        signed: bool,
+    },
     Mma(Matrix),
     Load,
     Store,
+    Copy {
+        bytes: usize,
+    },
+    Commit,
+    AwaitCopies,
+    /// Two floats rounded to bf16, the first in the upper half.
+    RoundPair,
+    /// What concerns launches that overlap: here one ends before the next begins.
+    Nothing,
 }
 
 /// A product of matrix fragments.
@@ -59,6 +87,12 @@ pub(super) fn op(name: &str) -> Option<Op> {
         "llvm.nvvm.mma.m16n8k32.row.col.u8.s8" => Op::Mma(Matrix::Bytes { signed: false }),
         "llvm.nvvm.mma.m16n8k32.row.col.s8" => Op::Mma(Matrix::Bytes { signed: true }),
         "llvm.nvvm.mma.m16n8k16.row.col.bf16" => Op::Mma(Matrix::Bf16),
+        "llvm.nvvm.cp.async.cg.shared.global.16" => Op::Copy { bytes: 16 },
+        "llvm.nvvm.cp.async.ca.shared.global.8" => Op::Copy { bytes: 8 },
+        "llvm.nvvm.cp.async.commit.group" => Op::Commit,
+        "llvm.nvvm.cp.async.wait.group" => Op::AwaitCopies,
+        "llvm.nvvm.ff2bf16x2.rn" => Op::RoundPair,
+        "llvm.nvvm.griddepcontrol.wait" | "llvm.nvvm.griddepcontrol.launch.dependents" => Op::Nothing,
         _ => return None,
     })
 }
@@ -86,6 +120,7 @@ struct Block {
     warps: Vec<Warp>,
     waiting: u32,
     ops: *const [Op],
+    copies: Copies,
     progress: u64,
     fault: Option<String>,
 }
@@ -94,6 +129,17 @@ struct Thread {
     id: u32,
     block: *mut Block,
     yielder: *const Yielder<(), ()>,
+    /// Copies that no group holds yet, and groups that were not waited for.
+    open: Vec<Flight>,
+    groups: VecDeque<Vec<Flight>>,
+}
+
+/// An asynchronous copy under way.
+#[derive(Clone, Copy)]
+struct Flight {
+    to: u64,
+    from: u64,
+    bytes: usize,
 }
 
 thread_local! {
@@ -126,6 +172,22 @@ pub(super) unsafe extern "C" fn call(id: u32, args: *const u64, rets: *mut u64) 
             Op::Dot4 { signed } => *rets = dot4(signed, arg(0) as u32, arg(1) as u32, arg(2) as u32).into(),
             Op::Load => watch(thread, arg(0), arg(1) as usize, false),
             Op::Store => watch(thread, arg(0), arg(1) as usize, true),
+            Op::Copy { bytes } => begin(thread, Flight { to: arg(0), from: arg(1), bytes }),
+            Op::Commit => {
+                let group = std::mem::take(&mut thread.open);
+                thread.groups.push_back(group);
+            }
+            Op::AwaitCopies => {
+                while thread.groups.len() > arg(0) as u32 as usize {
+                    let group = thread.groups.pop_front().unwrap_or_default();
+                    group.into_iter().for_each(|flight| land(thread, flight));
+                }
+            }
+            Op::RoundPair => {
+                let half = |i: usize| u64::from(half::bf16::from_f32(f32::from_bits(arg(i) as u32)).to_bits());
+                *rets = half(0) << 16 | half(1);
+            }
+            Op::Nothing => {}
         }
     }
 }
@@ -166,6 +228,40 @@ unsafe fn watch(thread: &mut Thread, at: u64, size: usize, writes: bool) {
     let offset = at.wrapping_sub(block.shared);
     if offset < SHARED_LIMIT as u64 && block.fault.is_none() {
         block.fault = block.shadow.access(thread.id, offset as usize, size, writes).err();
+    }
+}
+
+/// Begins an asynchronous copy.
+unsafe fn begin(thread: &mut Thread, flight: Flight) {
+    // SAFETY: as in `call`; addresses are those of the kernel's copy.
+    unsafe {
+        watch(thread, flight.to, flight.bytes, true);
+        let block = &mut *thread.block;
+        let offset = flight.to.wrapping_sub(block.shared);
+        if !flight.to.is_multiple_of(flight.bytes as u64) || !flight.from.is_multiple_of(flight.bytes as u64) {
+            block
+                .fault
+                .get_or_insert(format!("thread {} copies {} bytes from or to odd places", thread.id, flight.bytes));
+        }
+        if block.fault.is_none() {
+            block.shadow.begin(offset as usize, flight.bytes);
+            if block.copies == Copies::Early {
+                ptr::copy_nonoverlapping(flight.from as *const u8, flight.to as *mut u8, flight.bytes);
+            }
+            thread.open.push(flight);
+        }
+    }
+}
+
+/// Ends an asynchronous copy.
+unsafe fn land(thread: &Thread, flight: Flight) {
+    // SAFETY: as in `call`; `begin` has checked the place.
+    unsafe {
+        let block = &mut *thread.block;
+        if block.copies == Copies::Late {
+            ptr::copy_nonoverlapping(flight.from as *const u8, flight.to as *mut u8, flight.bytes);
+        }
+        block.shadow.land(flight.to.wrapping_sub(block.shared) as usize, flight.bytes);
     }
 }
 
@@ -265,8 +361,9 @@ pub(super) unsafe fn launch(
     code: &Code,
     args: &[u64],
     (blocks, shared): (u32, usize),
-    turns: Order,
+    schedule: Schedule,
 ) -> Result<(), String> {
+    let turns = schedule.order;
     let mut random = Random::new(match turns {
         Order::Random(seed) => seed,
         _ => 0,
@@ -283,12 +380,13 @@ pub(super) unsafe fn launch(
             warps: (0..THREADS / 32).map(|_| Warp::new()).collect(),
             waiting: 0,
             ops: code.ops(),
+            copies: schedule.copies,
             progress: 0,
             fault: None,
         });
         // SAFETY: the caller's.
         unsafe { run(&mut block, code, args, turns, &mut random) }
-            .map_err(|fault| format!("block {place} of {blocks}, {turns:?}: {fault}"))?;
+            .map_err(|fault| format!("block {place} of {blocks}, {schedule:?}: {fault}"))?;
     }
     Ok(())
 }
@@ -316,7 +414,8 @@ unsafe fn run(block: &mut Block, code: &Code, args: &[u64], turns: Order, random
     let mut stacks = STACKS.take();
     let (at, entry, args) = (ptr::from_mut(block), code.entry(), args.as_ptr() as usize);
     let mut start = |id: u32| -> Option<Running> {
-        let mut thread = Box::new(Thread { id, block: at, yielder: ptr::null() });
+        let (open, groups) = (vec![], VecDeque::new());
+        let mut thread = Box::new(Thread { id, block: at, yielder: ptr::null(), open, groups });
         let own: *mut Thread = &mut *thread;
         let stack = stacks.pop().unwrap_or_else(|| DefaultStack::new(64 << 10).expect("memory for a stack"));
         let coroutine = Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {

@@ -3,7 +3,7 @@
 //! Every intrinsic of NVVM gets a body that packs its arguments into slots of 64 bits; before every load and store its address
 //! and size are reported. Address spaces need nothing: on the host they are all the same.
 
-use super::machine::{self, Op, Order, SLOTS};
+use super::machine::{self, Op, SLOTS, Schedule};
 use crate::cuda::{PREAMBLE, SHARED_LIMIT, Source};
 use crate::mlir::Mlir;
 use inkwell::attributes::{Attribute, AttributeLoc};
@@ -73,7 +73,7 @@ impl Code {
     ///
     /// # Safety
     /// The arguments must be those of the kernel.
-    pub unsafe fn launch(&self, args: &[u64], blocks: u32, turns: Order) -> Result<(), String> {
+    pub unsafe fn launch(&self, args: &[u64], blocks: u32, turns: Schedule) -> Result<(), String> {
         assert!(self.shared_bytes <= SHARED_LIMIT, "emit refuses more");
         // SAFETY: the caller's.
         unsafe { machine::launch(self, args, (blocks, self.shared_bytes), turns) }

@@ -20,6 +20,8 @@ struct Access {
 pub(super) struct Shadow {
     /// For each byte, who wrote it and who read it.
     bytes: Vec<[Access; 2]>,
+    /// Asynchronous copies under way write there.
+    flying: Vec<bool>,
     /// Barriers that the block has passed.
     pub(super) epoch: u32,
     /// Barriers that each warp has passed for itself.
@@ -29,7 +31,7 @@ pub(super) struct Shadow {
 impl Shadow {
     pub(super) fn new(bytes: usize, warps: usize) -> Shadow {
         let nobody = Access { thread: 0, warp: 0, epoch: 0, warp_epoch: 0 };
-        Shadow { bytes: vec![[nobody; 2]; bytes], epoch: 1, warps: vec![0; warps] }
+        Shadow { bytes: vec![[nobody; 2]; bytes], flying: vec![false; bytes], epoch: 1, warps: vec![0; warps] }
     }
 
     /// All threads have met.
@@ -42,6 +44,16 @@ impl Shadow {
         self.warps[warp] += 1;
     }
 
+    /// A copy begins to write.
+    pub(super) fn begin(&mut self, at: usize, size: usize) {
+        self.flying[at..at + size].fill(true);
+    }
+
+    /// It was waited for.
+    pub(super) fn land(&mut self, at: usize, size: usize) {
+        self.flying[at..at + size].fill(false);
+    }
+
     /// Records an access and says what is wrong with it.
     pub(super) fn access(&mut self, thread: u32, at: usize, size: usize, writes: bool) -> Result<(), String> {
         let (thread, warp, end) = (thread as u16, thread as u16 / WARP, self.bytes.len());
@@ -49,6 +61,9 @@ impl Shadow {
         let Some(bytes) = self.bytes.get_mut(at..at + size) else {
             return Err(format!("thread {thread} touches bytes {at}..{} of {end} of shared memory", at + size));
         };
+        if let Some(i) = self.flying[at..at + size].iter().position(|flying| *flying) {
+            return Err(format!("race: thread {thread} touches byte {} of shared memory, which a copy writes", at + i));
+        }
         for (i, [written, read]) in bytes.iter_mut().enumerate() {
             let what = if writes { "writes" } else { "reads" };
             if written.meets(own) {

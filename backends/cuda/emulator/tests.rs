@@ -1,7 +1,7 @@
 //! The emulator finds what is planted: kernels that are wrong only when threads meet in some order, and those that hang.
 
 use super::{SCHEDULES, retarget::Code};
-use crate::cuda::{self, Source};
+use crate::cuda::{self, Chip, Source};
 use crate::harness::{self, emulated};
 use mansard_ir::eval::{self, Step, Value};
 use mansard_ir::plan::Kernel;
@@ -27,13 +27,15 @@ fn kernels() -> Vec<(Kernel, Step)> {
     let norm = "graph @norm(%x: f32[t, 320], %g: f32[320]) stage planned when t = 1..8 {
         %n = rms_normalize %x {eps = 1e-5} %m = mul_row %n, %g
         %l = l2_normalize %m {eps = 1e-5} return l = %l }";
-    let product = "graph @product(%x: a8[t, 1024], %w: q4_0[40, 1024]) stage planned when t = 1..1 {
+    let product = "graph @product(%x: a8[t, 2048], %w: q4_0[40, 2048]) stage planned when t = 1..1 {
         %y = matmul %x, %w return y = %y }";
     let attend = "graph @attend(%q: f32[t, 4, 32], %k: keys<f16>[c, 2, 32], %v: values<f16>[c, 2, 32], %step: step[s])
         stage planned when t = 1..8 {
         %y = attend %q, %k, %v, %step {scale = 0.2, causal = true, window = 0, softcap = 0.0} return y = %y }";
-    let few = [(90, 3), (0, 2)];
-    [(norm, &few[..]), (product, &[(0, 1)]), (attend, &few)]
+    let tile = "graph @tile(%x: bf16[t, 320], %w: bf16[40, 320], %g: f32[40]) stage planned when t = 9..512 {
+        %y = matmul %x, %w %z = mul_row %y, %g return z = %z }";
+    let few = [(150, 3), (0, 2)];
+    [(norm, &few[..]), (product, &[(0, 1)]), (attend, &few), (tile, &[(0, 30), (0, 40)])]
         .map(|(text, step)| (harness::kernel(text), Step::new(step)))
         .into()
 }
@@ -42,7 +44,7 @@ fn kernels() -> Vec<(Kernel, Step)> {
 #[test]
 fn missing_barriers_are_found() {
     for (kernel, step) in kernels() {
-        let source = cuda::emit(&kernel).unwrap();
+        let source = cuda::emit(&kernel, Chip::Sm90a).unwrap();
         assert_eq!(verdict(&kernel, &source, &step), Ok(()), "{}", kernel.name);
         let (mut found, mut all) = (0, 0);
         while let Some(text) = without_barrier(&source.text, all) {
@@ -52,29 +54,29 @@ fn missing_barriers_are_found() {
                 found += 1;
             }
         }
-        assert!(found > 0 && all - found <= 2, "`{}`: {found} of {all} missing barriers were found", kernel.name);
+        assert!(found > 0 && all - found <= 3, "`{}`: {found} of {all} missing barriers were found", kernel.name);
     }
 }
 
 #[test]
 fn a_wrong_step_over_columns_is_found() {
     let (kernel, step) = kernels().swap_remove(1);
-    let source = cuda::emit(&kernel).unwrap();
-    // The loop over lines carries the most values.
+    let source = cuda::emit(&kernel, Chip::Sm90a).unwrap();
+    // The loop over steps of the ring carries the most values.
     let carries = |line: &&str| line.matches(" = ").count() * usize::from(line.contains("scf.for"));
-    let line = source.text.lines().max_by_key(carries).unwrap();
+    let line = source.text.lines().rev().max_by_key(carries).unwrap();
     let step_at = line.find(" step ").unwrap() + 6;
     let end = step_at + line[step_at..].find(' ').unwrap();
     let wrong = format!("%wrong = arith.constant 192 : i64\n{}%wrong{}", &line[..step_at], &line[end..]);
     let text = source.text.replace(line, &wrong);
     let fault = verdict(&kernel, &Source { text, ..source }, &step).unwrap_err();
-    assert!(fault.contains("values are off"), "{fault}");
+    assert!(fault.contains("values are off") || fault.contains("which a copy writes"), "{fault}");
 }
 
 #[test]
 fn memory_that_was_not_asked_for_is_not_there() {
     let (kernel, step) = kernels().swap_remove(1);
-    let source = cuda::emit(&kernel).unwrap();
+    let source = cuda::emit(&kernel, Chip::Sm90a).unwrap();
     let less = Source { shared_bytes: source.shared_bytes / 2, ..source };
     // The text is the same, so the code must be another's.
     let less = Source { text: less.text.replace("@product(", "@less("), ..less };
@@ -92,7 +94,7 @@ fn tensor_cores_multiply_many_tokens() {
                 %y = matmul %x, %w return y = %y }}"
         );
         let kernel = harness::kernel(&text);
-        let source = cuda::emit(&kernel).unwrap();
+        let source = cuda::emit(&kernel, Chip::Sm90a).unwrap();
         (kernel, source)
     };
     let formats =
@@ -111,6 +113,77 @@ fn tensor_cores_multiply_many_tokens() {
     assert_ne!(text, source.text);
     let fault = verdict(&kernel, &Source { text, ..source }, &step).unwrap_err();
     assert!(fault.contains("values are off"), "a word of the wrong columns: {fault}");
+}
+
+/// bf16 activations beside codes of every kind, and beside bf16; contractions that meet, and several that do not.
+#[test]
+fn tensor_cores_multiply_bf16() {
+    let step = Step::new(&[(0, 37), (3, 44)]);
+    let check = |body: &str, weights: &str| {
+        let text = format!("graph @k(%x: bf16[t, 384], {weights}) stage planned when t = 33..512 {{ {body} }}");
+        let kernel = harness::kernel(&text);
+        let source = cuda::emit(&kernel, Chip::Sm90a).unwrap();
+        assert!(source.text.contains("llvm.nvvm.mma.m16n8k16.row.col.bf16"), "{weights}");
+        assert_eq!(verdict(&kernel, &source, &step), Ok(()), "{weights}");
+    };
+    for format in ["bf16", "q8_0", "q4_0", "q4_1", "q5_1", "int4_g128", "mxfp4"] {
+        check("%y = matmul %x, %w return y = %y", &format!("%w: {format}[600, 384]"));
+    }
+    let both =
+        "%a = matmul %x, %w %b = matmul %x, %v %c = silu %a %y = mul %b, %c %z = matmul %x, %u return y = %y, z = %z";
+    check(both, "%w: q4_0[100, 384], %v: bf16[100, 384], %u: q8_0[20, 384]");
+}
+
+/// The copies of a ring, and of a tile's activations: reading too early, or writing where another step is still to be read, is found in every case.
+#[test]
+fn a_wrong_wait_for_copies_is_found() {
+    const WAIT: &str = "llvm.call_intrinsic \"llvm.nvvm.cp.async.wait.group\"";
+    for (kernel, step) in [1, 3].map(|i| kernels().swap_remove(i)) {
+        let source = cuda::emit(&kernel, Chip::Sm90a).unwrap();
+        let wait = source.text.lines().find(|line| line.contains(WAIT)).unwrap().trim();
+        let fault = |text: String| {
+            assert_ne!(text, source.text);
+            verdict(&kernel, &Source { text, ..source.clone() }, &step).unwrap_err()
+        };
+        let more = format!(
+            "scf.execute_region {{\n%more = arith.constant 4 : i32\n{WAIT}(%more) : (i32) -> ()\nscf.yield\n}}"
+        );
+        let commit = "llvm.call_intrinsic \"llvm.nvvm.cp.async.commit.group\"() : () -> ()";
+        for (what, mended) in [(wait, ""), (wait, more.as_str()), (commit, "")] {
+            let fault = fault(source.text.replace(what, mended));
+            assert!(fault.contains("which a copy writes"), "`{what}` became `{mended}`: {fault}");
+        }
+    }
+}
+
+/// Where activations take much of shared memory, a ring takes less, or there is none.
+#[test]
+fn rings_give_way() {
+    let shared = |k: usize| {
+        let text = format!(
+            "graph @k(%x: f32[t, {k}], %w: q8_0[64, {k}], %g: f32[{k}]) stage planned when t = 1..8 {{
+                %n = rms_normalize %x {{eps = 1e-5}} %m = mul_row %n, %g %q = quantize %m %y = matmul %q, %w return y = %y }}"
+        );
+        let source = cuda::emit(&harness::kernel(&text), Chip::Sm90a).unwrap();
+        (source.shared_bytes, source.text.contains("llvm.nvvm.cp.async"))
+    };
+    let found = [4096, 16384, 24576].map(shared);
+    assert!(found.iter().all(|(bytes, _)| *bytes <= cuda::SHARED_LIMIT), "{found:?}");
+    assert_eq!(found.map(|(_, ring)| ring), [true, true, false]);
+}
+
+/// What a launch may not do before earlier ones are done: anything but copy weights.
+#[test]
+fn nothing_is_read_or_written_before_earlier_launches_are_done() {
+    for (kernel, _) in kernels() {
+        let text = cuda::emit(&kernel, Chip::Sm90a).unwrap().text;
+        let (before, after) = text.split_once("llvm.nvvm.griddepcontrol.wait").unwrap();
+        // What is loaded is the number of rows.
+        assert!(before.matches("llvm.load").count() <= 1 && !before.contains("llvm.store"), "{before}");
+        assert!(before.contains("griddepcontrol.launch.dependents") && !after.contains("griddepcontrol"));
+        let older = cuda::emit(&kernel, Chip::Sm80).unwrap().text;
+        assert!(!older.contains("griddepcontrol"));
+    }
 }
 
 /// A function on shared memory alone.
