@@ -168,6 +168,10 @@ impl TryFrom<Event> for Shown {
                 shown.event.generated_tokens = generated;
                 Ok(shown)
             }
+            Event::Prompt(_) => {
+                let message = "log probabilities of a prompt, which nobody asked for";
+                Err(Failure::new(mansard_status::MANSARD_INTERNAL, message))
+            }
             Event::Failed(error) => Err(error.into()),
         }
     }

@@ -162,7 +162,8 @@ impl mansard_options {
             seed: self.seed,
         };
         let stop_tokens = (self.ignore_end != 0).then(Vec::new);
-        let options = GenerateOptions { max_tokens: self.max_tokens as usize, sampler, stop_tokens };
+        let options =
+            GenerateOptions { max_tokens: self.max_tokens as usize, sampler, stop_tokens, ..Default::default() };
         let (choices, client) = (self.choices as usize, self.client);
         Ok(Request { choices, stop, logprobs, client, ..Request::new(prompt.to_vec(), options) })
     }
@@ -190,6 +191,7 @@ impl mansard_service_options {
             piece: given(self.piece).unwrap_or(batch.piece),
             share: self.no_sharing == 0,
             guesses: self.guesses as usize,
+            ..batch
         };
         ServiceOptions { queue: given(self.queue).unwrap_or(queue), batch }
     }

@@ -104,7 +104,7 @@ mod tests {
         let options =
             parsed(&["-p", "Why?", "-n3", "--temp=0", "--seed", "7", "--tokens", "1, 2", "--ignore-end"]).unwrap();
         assert_eq!((options.prompt.as_deref(), options.tokens), (Some("Why?"), Some(vec![1, 2])));
-        let GenerateOptions { max_tokens, sampler, stop_tokens } = options.generate;
+        let GenerateOptions { max_tokens, sampler, stop_tokens, .. } = options.generate;
         assert_eq!((max_tokens, sampler.temperature, sampler.seed, stop_tokens), (3, 0.0, 7, Some(vec![])));
         for words in [&["-x"][..], &["--temp", "hot"], &["-p"], &["word"], &["--tokens", "1,x"], &["-n", "-1"]] {
             assert_eq!(parsed(words).unwrap_err().exit_code(), 2, "{words:?}");
