@@ -42,6 +42,7 @@ fn run() -> mansard_ir::Result<()> {
         match event {
             Event::Token { text, .. } => handles[index].0 += &text,
             Event::Done { text, finish, .. } => println!("{}{text} [{finish:?}]", handles[index].0),
+            Event::Prompt(_) => {}
             Event::Failed(error) => eprintln!("{}: {error}", handles[index].0),
         }
     }
