@@ -12,8 +12,8 @@
 mod blocks;
 mod partials;
 
-use super::Device;
 use super::rows::{put_real, real_at};
+use super::{Device, SHARED_LIMIT};
 use crate::cpu::attend::items::{self, Attend, Extents, Item, StepPointers};
 use crate::cpu::cached::Stored;
 use crate::cpu::rows::walk::load_index;
@@ -91,7 +91,8 @@ pub(super) fn emit(e: &mut Emitter, d: Device<'_>) -> Result<()> {
     };
     let sources = std::iter::once(&attention.caches).chain(&attention.recent);
     let bytes = sources.map(Source::head_bytes).max().unwrap_or(0);
-    let staged = (SLOTS * 2 * bytes <= STAGED_BYTES).then(|| Staged { memory: e.shared(SLOTS * 2 * bytes), bytes });
+    let fits = e.shared_bytes() + SLOTS * 2 * bytes <= SHARED_LIMIT;
+    let staged = fits.then(|| Staged { memory: e.shared(SLOTS * 2 * bytes), bytes });
     let attention = Attention { staged, ..attention };
     let tokens = step_field(e, d.k, StepField::T);
     let all = e.scaled(tokens, attention.extents.slices, 0);
@@ -106,9 +107,6 @@ const STATE: usize = 16;
 
 /// Cache blocks of which copies are in shared memory: one that is read, and the next.
 const SLOTS: usize = 2;
-
-/// Bytes of these copies, at most.
-const STAGED_BYTES: usize = 128 << 10;
 
 /// Keys and values of a head of some cache blocks, in shared memory.
 #[derive(Clone, Copy)]

@@ -172,6 +172,20 @@ fn rings_give_way() {
     assert_eq!(found.map(|(_, ring)| ring), [true, true, false]);
 }
 
+/// Wide heads leave no room for copies of cache blocks.
+#[test]
+fn copies_of_cache_blocks_give_way() {
+    let copies = |heads: usize| {
+        let text = format!(
+            "graph @k(%q: f32[t, {heads}, 256], %k: keys<f16>[c, 1, 256], %v: values<f16>[c, 1, 256], %step: step[s])
+                stage planned when t = 1..8 {{
+                %y = attend %q, %k, %v, %step {{scale = 0.2, causal = true, window = 0, softcap = 0.0}} return y = %y }}"
+        );
+        cuda::emit(&harness::kernel(&text), Chip::Sm90a).unwrap().text.contains("llvm.nvvm.cp.async")
+    };
+    assert_eq!([4, 16].map(copies), [true, false]);
+}
+
 /// What a launch may not do before earlier ones are done: anything but copy weights.
 #[test]
 fn nothing_is_read_or_written_before_earlier_launches_are_done() {
