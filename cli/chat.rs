@@ -40,7 +40,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if !model.tokens()?.has_chat_template() {
         bail!(Usage, "the model has no chat template; `mansard run --raw` continues plain text");
     }
-    let mut engine = model.engine(&arguments.engine.options())?;
+    let mut engine = arguments.engine.engine(&model, &arguments.engine.options())?;
     let system: Vec<Message> = arguments.system.iter().map(|text| Message::new("system", text)).collect();
     let sequence = engine.new_sequence();
     let mut conversation = Conversation { tokens: model.tokens()?, messages: system.clone(), sequence, cached: vec![] };

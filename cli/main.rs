@@ -10,6 +10,7 @@ mod bisect;
 mod chat;
 mod compile;
 mod costs;
+mod device;
 mod diff;
 mod doctor;
 mod embed;

@@ -107,7 +107,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     // Copying weights and loading a large tokenizer both take time; they do so side by side.
     let (prompt, engine) = std::thread::scope(|scope| {
         let prompt = scope.spawn(|| prompt(arguments, &model));
-        let engine = model.engine(&arguments.engine.options());
+        let engine = arguments.engine.engine(&model, &arguments.engine.options());
         (prompt.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), engine)
     });
     let (prompt, mut engine) = (prompt?, engine?);

@@ -9,12 +9,12 @@
 //! later, takes them next. So a group with a window holds a sequence's last positions and no more memory than those took.
 //! The last step can always be taken back, and with it the 64 positions before.
 
-use crate::bind::make_pools;
 use crate::blocks::{BlockIndex, Blocks, blocks_for};
-use crate::memory::Arena;
+use crate::memory::Memory;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{CacheGroup, CacheSpec, Program};
 use mansard_ir::{Error, Kind, Result, bail};
+use std::borrow::Cow;
 
 /// The most cache blocks: a slot, `cache block * 64 + position % 64`, is an i32.
 const MAX_BLOCKS: usize = i32::MAX as usize / CACHE_BLOCK;
@@ -23,7 +23,7 @@ const MAX_BLOCKS: usize = i32::MAX as usize / CACHE_BLOCK;
 pub struct Caches {
     groups: Vec<Group>,
     specs: Vec<CacheSpec>,
-    pools: Arena,
+    pools: Box<dyn Memory>,
     /// Of each cache's pool.
     offsets: Vec<usize>,
 }
@@ -75,12 +75,16 @@ impl Table {
 }
 
 impl Caches {
-    /// Empty caches for `positions` positions over all sequences, whatever of them a group keeps. Memory is taken as
-    /// positions are filled.
+    /// Empty caches for `positions` positions over all sequences, whatever of them a group keeps. `pools` makes the memory
+    /// of all caches for so many cache blocks, and says where in it each begins.
     ///
     /// # Errors
     /// Where that is no number of positions, or the system refuses memory.
-    pub fn new(program: &Program, positions: usize) -> Result<Caches> {
+    pub fn new(
+        program: &Program,
+        positions: usize,
+        pools: impl FnOnce(usize) -> Result<(Box<dyn Memory>, Vec<usize>)>,
+    ) -> Result<Caches> {
         // Without caches there is nothing to hold, and no limit to it.
         let groups = if program.caches.is_empty() { &[][..] } else { &program.groups };
         let blocks = blocks_for(positions);
@@ -88,27 +92,22 @@ impl Caches {
             let found = blocks * CACHE_BLOCK;
             bail!(Usage, "expected 1 to {} positions of cache, found {found}", MAX_BLOCKS * CACHE_BLOCK);
         }
-        let (pools, offsets) = make_pools(program, blocks)?;
+        let (pools, offsets) = pools(blocks)?;
         let group = |plan: &CacheGroup| Group { plan: *plan, blocks: Blocks::new(blocks as u32) };
         Ok(Caches { groups: groups.iter().map(group).collect(), specs: program.caches.clone(), pools, offsets })
-    }
-
-    /// Address of every cache's pool.
-    pub fn pools(&self) -> Vec<*mut u8> {
-        self.offsets.iter().map(|offset| self.pools.at(*offset)).collect()
     }
 
     /// The cache block of a cache that holds a sequence's position.
     ///
     /// # Errors
-    /// Where the sequence holds no such position any more.
-    pub fn block(&self, cache: usize, sequence: &Sequence, position: usize) -> Result<&[f32]> {
+    /// Where the sequence holds no such position any more, or a GPU does not give it.
+    pub fn block(&self, cache: usize, sequence: &Sequence, position: usize) -> Result<Cow<'_, [f32]>> {
         let spec = &self.specs[cache];
         if !self.holds(cache, sequence, position) {
             bail!(Usage, "cache `{}` holds position {position} no more", spec.name);
         }
         let block = sequence.tables[spec.group].entries[position / CACHE_BLOCK] as usize;
-        Ok(self.pools.f32s(self.offsets[cache] + block * spec.block_bytes, spec.block_bytes / 4))
+        self.pools.read(self.offsets[cache] + block * spec.block_bytes, spec.block_bytes / 4)
     }
 
     /// Whether the sequence still has a position in a cache, or has let it go.
@@ -286,7 +285,7 @@ impl Caches {
         let to = self.groups[group].blocks.take()?;
         for (spec, pool) in self.specs.iter().zip(&self.offsets).filter(|(spec, _)| spec.group == group) {
             let [from, to] = [from, to].map(|block| pool + block as usize * spec.block_bytes);
-            self.pools.bytes_mut().copy_within(from..from + spec.block_bytes, to);
+            self.pools.copy(from..from + spec.block_bytes, to)?;
         }
         Ok(to)
     }
@@ -301,6 +300,7 @@ fn tail(sequence: &Sequence, table: &Table) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bind::make_pools;
 
     const WINDOW: usize = 100;
 
@@ -309,7 +309,8 @@ mod tests {
         let spec = |group| CacheSpec { name: "keys".into(), ty: String::new(), block_bytes: 64, group };
         let groups = [0, WINDOW].map(|window| CacheGroup { window }).to_vec();
         let program = Program { caches: vec![spec(0), spec(1)], groups, ..Program::default() };
-        Caches::new(&program, positions).unwrap()
+        let pools = |blocks| make_pools(&program, blocks).map(|(arena, offsets)| (Box::new(arena) as _, offsets));
+        Caches::new(&program, positions, pools).unwrap()
     }
 
     fn taken(caches: &Caches) -> [usize; 2] {

@@ -4,6 +4,8 @@ use super::Arguments;
 use super::access::Keys;
 use super::grammar::Grammars;
 use super::metrics::Http;
+use crate::device;
+use crate::report::OpenArguments;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::{Result, bail};
 use mansard_runtime::{
@@ -112,9 +114,9 @@ fn start(model: &Model, arguments: &Arguments) -> Result<(Work, usize)> {
     if arguments.max_tokens == 0 || arguments.max_choices == 0 {
         bail!(Usage, "expected --max-tokens and --max-choices of at least 1, found 0");
     }
-    let positions = arguments.positions.unwrap_or_else(|| positions(model));
+    let positions = arguments.positions.unwrap_or_else(|| positions(model, &arguments.engine.opening));
     let options = EngineOptions { positions: Some(positions), ..arguments.engine.options() };
-    let engine = model.engine(&options)?;
+    let engine = arguments.engine.engine(model, &options)?;
     let limits = *engine.limits();
     if model.info().encoder {
         return Ok((Work::Embed(Arc::new(Mutex::new(engine))), limits.context.min(limits.tokens)));
@@ -132,13 +134,13 @@ fn start(model: &Model, arguments: &Arguments) -> Result<(Work, usize)> {
 }
 
 /// Positions of 32 contexts, or of a quarter of the free memory; of one context at least. An encoder keeps none beyond a step.
-fn positions(model: &Model) -> usize {
+fn positions(model: &Model, opening: &OpenArguments) -> usize {
     let program = &model.artifact().manifest().program;
     if model.info().encoder {
         return embedded_positions(&program.limits);
     }
     let bytes: usize = program.caches.iter().map(|cache| cache.block_bytes).sum();
-    let room = mansard_runtime::available_memory().map_or(usize::MAX, |bytes| bytes / 4);
+    let room = device::available_memory(opening, model).map_or(usize::MAX, |bytes| bytes / 4);
     let fits = (room / bytes.max(1)).saturating_mul(CACHE_BLOCK);
     let context = program.limits.context;
     fits.clamp(context, context.saturating_mul(32).max(context))
