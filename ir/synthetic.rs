@@ -167,7 +167,7 @@ mod tests {
 
     #[test]
     fn elements_have_the_variance_that_is_meant() {
-        let (rows, columns) = (40, 320);
+        let (rows, columns) = (40, 512);
         let quantized = [
             DType::Q4_0,
             DType::Q4_1,
@@ -189,7 +189,7 @@ mod tests {
             let mean = values.data.iter().sum::<f32>() / count;
             let variance = values.data.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / count * columns as f32;
             assert!((0.4..2.5).contains(&variance), "{ty}: variance {variance} / columns");
-            assert!(mean.abs() * (columns as f32).sqrt() < 0.1, "{ty}: mean {mean}");
+            assert!(mean.abs() * (columns as f32).sqrt() < 0.15, "{ty}: mean {mean}");
         }
     }
 

@@ -27,6 +27,11 @@ pub use select::{Choice, choose, needed_driver};
 use mansard_ir::Result;
 use std::fmt;
 
+/// Blocks of the largest grid that a GPU is given.
+pub(crate) fn largest_grid(facts: &Facts) -> usize {
+    grid::most(facts.processors)
+}
+
 /// A place in a GPU's memory.
 pub type Address = u64;
 

@@ -11,7 +11,7 @@
 use crate::artifact::Artifact;
 use crate::bind::{Addresses, make_pools};
 use crate::caches::{CacheUse, Caches, Sequence};
-use crate::device::run::Loaded;
+use crate::device::{self, run::Loaded};
 use crate::device::{Address, DeviceMemory, Driver, MemoryPlan};
 use crate::host::Host;
 use crate::memory::Memory;
@@ -119,7 +119,7 @@ impl Engine {
         let name = format!("cuda:{}", driver.facts().index);
         let (mut loaded, mut pools) = (None, vec![]);
         let caches = Caches::new(program, positions(program, options), |blocks| {
-            let plan = MemoryPlan::new(program, blocks)?;
+            let plan = MemoryPlan::new(program, blocks, device::largest_grid(driver.facts()))?;
             let (bytes, offsets) = (plan.caches, plan.cache_offsets.clone());
             loaded = Some(Loaded::new(driver.clone(), artifact.clone(), plan, progress)?);
             let memory = DeviceMemory::new(&driver, "caches", bytes)?;

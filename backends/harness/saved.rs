@@ -40,7 +40,11 @@ fn case(kernel: &Kernel, given: &[Given], step: &Step, blob: &mut Vec<u8>) -> Ca
         let inside = |memory: &Memory| memory.whole()[64 * GUARD..][..memory.whole().len() - 128 * GUARD].to_vec();
         arguments = memories.iter().map(inside).collect();
         whole = arrays.whole(0);
-        rows = body.results.iter().map(|(_, v)| arrays.rows_of(body.ty(*v))).collect();
+        let rows_of = |v| match body.ty(v) {
+            Type::Cache { .. } => 0,
+            ty => arrays.rows_of(ty),
+        };
+        rows = body.results.iter().map(|(_, v)| rows_of(*v)).collect();
         // What is read below must be there.
         let args = arrays.args();
         let mut slots: Vec<u64> = memories.iter_mut().map(|m| m.address() as u64).collect();

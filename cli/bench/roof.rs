@@ -59,7 +59,7 @@ const COPIED: usize = 512 << 20;
 /// What measures bandwidth, before the tests and after them.
 pub enum Meter {
     /// Loops of this CPU.
-    Cpu(Loops),
+    Cpu(Box<Loops>),
     /// Copies of a GPU.
     Gpu(Arc<dyn Driver>),
 }
@@ -71,7 +71,7 @@ impl Meter {
     /// Where that is not there, or is not named: rows of `auto` would be of one knows not what.
     pub fn new(opening: &OpenArguments) -> Result<Meter> {
         match opening.device {
-            Choice::Cpu => Ok(Meter::Cpu(Loops::new(&backends::target("native")?)?)),
+            Choice::Cpu => Ok(Meter::Cpu(Box::new(Loops::new(&backends::target("native")?)?))),
             Choice::Cuda(_) => Ok(Meter::Gpu(device::gpu(opening)?)),
             Choice::Auto => bail!(Usage, "expected the device to be measured by its name: --device cpu or cuda:0"),
         }

@@ -1,6 +1,7 @@
 //! How many blocks share a kernel's work: as many as there is work for, and at most as many as a GPU holds at once.
 //!
-//! Any grid is right; a larger one than there is work for only takes time to start.
+//! Any grid is right; a larger one than there is work for only takes time to start. Attention divides the cache blocks in sight
+//! among all blocks that there are.
 
 use mansard_ir::layout::STRIP;
 use mansard_ir::ops::Class;
@@ -9,15 +10,29 @@ use mansard_ir::{Dim, Graph, Node, Type};
 /// Tokens that a block takes together of a product.
 const PANEL: usize = 8;
 
+/// Blocks of a grid for each multiprocessor, at most: with two, one computes while the other waits for memory.
+const EACH: usize = 2;
+
+/// Blocks of the largest grid on so many multiprocessors.
+pub fn most(processors: usize) -> usize {
+    EACH * processors.max(1)
+}
+
+/// Blocks of a grid on so many multiprocessors, each of which holds `resident` of them.
+pub fn size(body: Option<&Graph>, tokens: usize, (processors, resident): (usize, usize)) -> usize {
+    let most = processors.max(1) * resident.clamp(1, EACH);
+    body.map_or(most, |body| blocks(body, tokens).clamp(1, most))
+}
+
 /// Blocks that find something to do in a step of at most `tokens` tokens.
-pub fn blocks(body: &Graph, tokens: usize) -> usize {
+fn blocks(body: &Graph, tokens: usize) -> usize {
     let of = |node: &Node| match node.op.class() {
         Class::Contract | Class::Estimate | Class::Rescore => strips(&node.ty) * tokens.div_ceil(PANEL),
         Class::ContractExperts => strips(&node.ty) * tokens * chosen(&node.ty),
-        Class::Attend => tokens * node.operands.iter().map(|v| heads(body.ty(*v))).max().unwrap_or(1),
+        Class::Attend => usize::MAX,
         _ => 0,
     };
-    let anchors: usize = body.nodes.iter().map(of).sum();
+    let anchors = body.nodes.iter().map(of).fold(0, usize::saturating_add);
     if anchors > 0 { anchors } else { tokens }
 }
 
@@ -33,10 +48,6 @@ fn chosen(ty: &Type) -> usize {
         Some((_, [_, Dim::N(top), _])) => *top,
         _ => 1,
     }
-}
-
-fn heads(ty: &Type) -> usize {
-    if let Type::Cache { heads, .. } = ty { *heads } else { 1 }
 }
 
 #[cfg(test)]
@@ -55,5 +66,7 @@ mod tests {
         assert_eq!([1, 8, 9].map(|t| blocks(&product, t)), [3, 3, 6]);
         let rows = body("graph @k(%x: f32[t, 64]) stage planned { %y = silu %x return y = %y }");
         assert_eq!(blocks(&rows, 7), 7);
+        let sizes = [(2, 1), (2, 9), (100, 9)].map(|on| size(Some(&rows), 7, on));
+        assert_eq!((sizes, size(None, 7, (5, 1)), most(5)), ([2, 4, 7], 5, 10));
     }
 }

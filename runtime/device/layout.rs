@@ -44,8 +44,15 @@ impl StepLayout {
         StepLayout { tokens, positions, rows, rest, bytes }
     }
 
-    /// Writes a step as it is to lie at address `at`. The step is within the limits.
-    pub fn write(&self, at: Address, arrays: &StepArrays, logits: Logits, bytes: &mut Vec<u8>) {
+    /// Writes a step as it is to lie at address `at`, with so many bytes of scratch for each block. The step is within the
+    /// limits.
+    pub fn write(
+        &self,
+        at: Address,
+        (scratch, scratch_bytes): (Address, usize),
+        (arrays, logits): (&StepArrays, Logits),
+        bytes: &mut Vec<u8>,
+    ) {
         bytes.clear();
         bytes.resize(self.rest, 0);
         put(bytes, self.tokens, &arrays.tokens);
@@ -64,9 +71,24 @@ impl StepLayout {
         let StepArgs { t, s, r, tiles: count, table_stride, candidates, .. } =
             arrays.args(std::ptr::null_mut(), 0, logits);
         let [tokens, positions, rows] = [self.tokens, self.positions, self.rows].map(|o| at as i64 + o as i64);
-        // In the order of StepArgs; blocks have no scratch.
-        let words =
-            [t, s, r, count, table_stride, tokens, positions, rows, slots, tiles, tables, sequences, 0, 0, candidates];
+        // In the order of StepArgs.
+        let words = [
+            t,
+            s,
+            r,
+            count,
+            table_stride,
+            tokens,
+            positions,
+            rows,
+            slots,
+            tiles,
+            tables,
+            sequences,
+            scratch as i64,
+            scratch_bytes as i64,
+            candidates,
+        ];
         const { assert!(size_of::<StepArgs>() == 15 * 8) };
         for (word, out) in words.iter().zip(bytes.chunks_exact_mut(8)) {
             out.copy_from_slice(&word.to_le_bytes());
@@ -100,7 +122,7 @@ mod tests {
         let mut arrays = StepArrays::new(16, 8);
         arrays.fill(&[segment, segment, two, one], 1);
         let (at, mut bytes) = (0x7000_0000, vec![]);
-        layout.write(at, &arrays, Logits::All, &mut bytes);
+        layout.write(at, (77, 64), (&arrays, Logits::All), &mut bytes);
         assert!(bytes.len() <= layout.bytes, "{} of {}", bytes.len(), layout.bytes);
         let word = |i: usize| i64::from_le_bytes(*bytes[8 * i..].first_chunk().unwrap()) as usize;
         assert_eq!([0, 1, 2, 3, 4].map(word), [16, 4, 8, 16, 4]);
@@ -115,6 +137,6 @@ mod tests {
         assert_eq!(ints(9, 64), arrays.tiles.as_flattened());
         assert_eq!(ints(10, 32), arrays.tables);
         assert_eq!(ints(11, 8), arrays.sequences.as_flattened());
-        assert_eq!([12, 13, 14].map(word), [0, 0, 0]);
+        assert_eq!([12, 13, 14].map(word), [77, 64, 0]);
     }
 }

@@ -23,24 +23,28 @@ pub struct MemoryPlan {
     pub cache_offsets: Vec<usize>,
     /// What describes a step.
     pub step: usize,
+    /// What the blocks of the largest grid share.
+    pub scratch: usize,
 }
 
 impl MemoryPlan {
-    /// For caches of `blocks` cache blocks.
+    /// For caches of `blocks` cache blocks, and grids of at most `grid` blocks.
     ///
     /// # Errors
     /// Where there is no such number of bytes.
-    pub fn new(program: &Program, blocks: usize) -> Result<MemoryPlan> {
+    pub fn new(program: &Program, blocks: usize, grid: usize) -> Result<MemoryPlan> {
         let pool = |bytes: usize| bytes.checked_mul(blocks);
         let (weight_offsets, weights) = side_by_side(program.weights.iter().map(|w| Some(w.bytes)))?;
         let (cache_offsets, caches) = side_by_side(program.caches.iter().map(|c| pool(c.block_bytes)))?;
         let step = StepLayout::new(program).bytes;
-        Ok(MemoryPlan { weights, weight_offsets, activations: program.arena_bytes, caches, cache_offsets, step })
+        let (activations, scratch) = (program.arena_bytes, program.scratch_bytes.saturating_mul(grid));
+        Ok(MemoryPlan { weights, weight_offsets, activations, caches, cache_offsets, step, scratch })
     }
 
     /// All of it.
     pub fn bytes(&self) -> usize {
-        [self.weights, self.activations, self.caches, self.step].into_iter().fold(0, usize::saturating_add)
+        let parts = [self.weights, self.activations, self.caches, self.step, self.scratch];
+        parts.into_iter().fold(0, usize::saturating_add)
     }
 
     /// Refuses what does not fit into `free` of `total` bytes.
@@ -65,9 +69,10 @@ impl MemoryPlan {
 
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [all, weights, activations, caches, step] =
-            [self.bytes(), self.weights, self.activations, self.caches, self.step].map(megabytes);
-        write!(f, "{all} (weights {weights}, activations {activations}, caches {caches}, step {step})")
+        let steps = self.step.saturating_add(self.scratch);
+        let [all, weights, activations, caches, steps] =
+            [self.bytes(), self.weights, self.activations, self.caches, steps].map(megabytes);
+        write!(f, "{all} (weights {weights}, activations {activations}, caches {caches}, steps {steps})")
     }
 }
 
@@ -100,6 +105,7 @@ mod tests {
         Program {
             limits: Limits { tokens: 16, rows: 8, sequences: 4, context: 256, tile: 4 },
             arena_bytes: 4096,
+            scratch_bytes: 128,
             weights: vec![weight(64), weight(1024), weight(64)],
             caches: vec![cache(320), cache(64)],
             groups: CacheGroup::all(),
@@ -109,11 +115,12 @@ mod tests {
 
     #[test]
     fn parts_lie_side_by_side() {
-        let plan = MemoryPlan::new(&program(), 3).unwrap();
+        let plan = MemoryPlan::new(&program(), 3, 5).unwrap();
         assert_eq!((plan.weight_offsets.as_slice(), plan.weights), (&[0, 256, 1280][..], 1536));
         assert_eq!((plan.cache_offsets.as_slice(), plan.caches), (&[0, 1024][..], 1280));
-        assert_eq!(plan.bytes(), 1536 + 4096 + 1280 + plan.step);
-        assert!(MemoryPlan::new(&program(), usize::MAX / 64).is_err());
+        assert_eq!(plan.scratch, 5 * 128);
+        assert_eq!(plan.bytes(), 1536 + 4096 + 1280 + plan.step + plan.scratch);
+        assert!(MemoryPlan::new(&program(), usize::MAX / 64, 1).is_err());
     }
 
     #[test]
@@ -122,7 +129,7 @@ mod tests {
         assert!(plan.check(21 << 30, 80 << 30).is_ok());
         let error = plan.check(8 << 30, 80 << 30).unwrap_err();
         assert_eq!(error.exit_code(), 5);
-        let numbers = "expected 21474.8 MB (weights 17179.9 MB, activations 0.0 MB, caches 4295.0 MB, step 0.0 MB) of GPU memory, found 8589.9 MB free";
+        let numbers = "expected 21474.8 MB (weights 17179.9 MB, activations 0.0 MB, caches 4295.0 MB, steps 0.0 MB) of GPU memory, found 8589.9 MB free";
         assert_eq!(error.message(), numbers);
         assert!(error.advice().unwrap().contains("held, by other processes"));
         assert!(plan.check(8 << 30, 8 << 30).unwrap_err().advice().unwrap().contains("fewer positions"));

@@ -37,6 +37,7 @@ pub struct Loaded {
     weights: DeviceMemory,
     weight_offsets: Vec<usize>,
     step: DeviceMemory,
+    scratch: DeviceMemory,
     layout: StepLayout,
 }
 
@@ -81,6 +82,7 @@ impl Loaded {
         let weights = DeviceMemory::new(&driver, "weights", plan.weights)?;
         let arena = DeviceMemory::new(&driver, "activations", plan.activations)?;
         let step = DeviceMemory::new(&driver, "a step", plan.step)?;
+        let scratch = DeviceMemory::new(&driver, "scratch of blocks", plan.scratch)?;
         let layout = StepLayout::new(program);
         match &artifact.manifest().synthetic {
             Some(synthetic) => weights::make(&driver, &artifact, synthetic, &weights, &plan.weight_offsets, progress)?,
@@ -92,6 +94,7 @@ impl Loaded {
             weights,
             weight_offsets: plan.weight_offsets,
             step,
+            scratch,
             layout,
             artifact: artifact.clone(),
         })
@@ -201,18 +204,19 @@ impl Device {
 
     /// Makes some launches of a variant, with grids for at most `tokens` tokens.
     fn launch(&self, variant: usize, launches: std::ops::Range<usize>, tokens: usize) -> Result<()> {
-        let (driver, processors) = (&self.loaded.driver, self.facts().processors.max(1));
+        let (driver, processors) = (&self.loaded.driver, self.facts().processors);
         for index in launches {
             let (kernel, args) = &self.variants[variant][index];
             let Kernel { function, shape, body } = &self.kernels[*kernel];
-            let most = processors * function.resident.max(1);
-            let blocks = body.as_ref().map_or(most, |body| grid::blocks(body, tokens).clamp(1, most)) as u32;
+            let blocks = grid::size(body.as_ref(), tokens, (processors, function.resident)) as u32;
+            // The first waits for the step; later ones may read it at once.
+            let dependent = shape.dependent && index > 0;
             let args: Vec<Address> = args.iter().copied().chain([self.loaded.step.address(0)]).collect();
             if self.profile {
                 driver.mark(index)?;
             }
             let place = || format!("kernel `{}`", self.program().kernels[*kernel].name);
-            driver.launch(function.id, Shape { blocks, ..*shape }, &args).at(place)?;
+            driver.launch(function.id, Shape { blocks, dependent, ..*shape }, &args).at(place)?;
         }
         if self.profile { driver.mark(self.variants[variant].len()) } else { Ok(()) }
     }
@@ -242,8 +246,9 @@ impl Device {
     }
 
     fn step(&mut self, variant: usize, arrays: &StepArrays, logits: Logits, launch: Option<usize>) -> Result<()> {
-        let Loaded { driver, step, layout, .. } = &self.loaded;
-        layout.write(step.address(0), arrays, logits, &mut self.bytes);
+        let Loaded { driver, step, scratch, layout, .. } = &self.loaded;
+        let scratch = (scratch.address(0), self.loaded.artifact.manifest().program.scratch_bytes);
+        layout.write(step.address(0), scratch, (arrays, logits), &mut self.bytes);
         driver.copy_in(step.address(0), &self.bytes)?;
         let tokens = arrays.tokens.len();
         match launch {
