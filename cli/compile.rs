@@ -331,6 +331,12 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         show(arguments, &options, &mut hooks)?;
         return dumped;
     }
+    let runs =
+        arguments.tune || arguments.calibrate_cost || arguments.max_kld.is_some() || arguments.evaluate.is_some();
+    if options.targets.is_empty() && runs {
+        let names = "--tune, --calibrate-cost, --max-kld and --evaluate";
+        bail!(Usage, "{names} run code of this CPU: name one too, as in --target native,sm_90a");
+    }
     let Some(output) = &arguments.output else {
         bail!(Usage, "expected where the artifact goes: -o model.mansard");
     };
