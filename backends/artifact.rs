@@ -8,13 +8,13 @@
 //! is known from the start, is written last. Invariants: under the final name there is a whole artifact or what was there
 //! before (the file grows as `NAME.partial-PID-N` beside it, is synced, and is renamed); the same inputs give the same bytes.
 
-use crate::cuda::THREADS;
 use crate::cuda::ptx::{self, Ptx};
+use crate::cuda::{THREADS, synthetic};
 use crate::link::Image;
 use crate::pack;
 use mansard_ir::artifact::{
-    Code, DATA_ALIGN, FORMAT_VERSION, METADATA_KEY, Manifest, Provenance, PtxCode, SECTION_ALIGN, TOKENIZER_SECTION,
-    WEIGHTS_PREFIX,
+    Code, DATA_ALIGN, FORMAT_VERSION, METADATA_KEY, Manifest, Provenance, PtxCode, SECTION_ALIGN, Synthetic,
+    TOKENIZER_SECTION, WEIGHTS_PREFIX,
 };
 use mansard_ir::file::MappedFile;
 use mansard_ir::model::{ModelInfo, WeightTable};
@@ -25,6 +25,9 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+
+/// The kernel that makes weights up.
+const SYNTHETIC_SECTION: &str = "code/synthetic";
 
 /// What an artifact is made of.
 #[derive(Clone, Copy)]
@@ -39,6 +42,8 @@ pub struct Contents<'a> {
     pub images: &'a [(Target, Image)],
     /// Code for GPUs, by chip.
     pub ptx: &'a [(String, Ptx)],
+    /// No weights are written: they are made up, from this seed, by whoever opens it.
+    pub synthetic: Option<u64>,
     /// Where it all came from.
     pub provenance: &'a Provenance,
 }
@@ -132,7 +137,9 @@ enum Content<'a> {
     /// Padded with spaces.
     Text(&'a str),
     /// Padded with line ends.
-    Ptx(&'a Ptx),
+    Ptx(&'a str),
+    /// PTX of the kernel that makes weights up.
+    Synthetic(String),
     /// Recipe of that index.
     Pack(usize),
 }
@@ -145,13 +152,19 @@ fn sections<'a>(contents: &Contents<'a>) -> Result<Vec<Section<'a>>> {
     }
     for (chip, ptx) in contents.ptx {
         let bytes = ptx.text.len().next_multiple_of(SECTION_ALIGN);
-        sections.push(Section { name: format!("code/{chip}"), bytes, content: Content::Ptx(ptx) });
+        sections.push(Section { name: format!("code/{chip}"), bytes, content: Content::Ptx(&ptx.text) });
     }
     if let Some(tokenizer) = contents.info.tokenizer.as_ref().filter(|t| !t.json.is_empty()) {
         let bytes = tokenizer.json.len().next_multiple_of(SECTION_ALIGN);
         sections.push(Section { name: TOKENIZER_SECTION.into(), bytes, content: Content::Text(&tokenizer.json) });
     }
-    for (index, weight) in contents.plan.program.weights.iter().enumerate() {
+    if contents.synthetic.is_some() {
+        let text = synthetic::text()?;
+        let bytes = text.len().next_multiple_of(SECTION_ALIGN);
+        sections.push(Section { name: SYNTHETIC_SECTION.into(), bytes, content: Content::Synthetic(text) });
+    }
+    let written = if contents.synthetic.is_none() { &contents.plan.program.weights[..] } else { &[] };
+    for (index, weight) in written.iter().enumerate() {
         let name = format!("{WEIGHTS_PREFIX}{}", weight.name);
         sections.push(Section { name, bytes: weight.bytes, content: Content::Pack(index) });
     }
@@ -171,7 +184,8 @@ impl Content<'_> {
         match self {
             Content::Image(image) => sink(&image.bytes),
             Content::Text(text) => sink(&padded_to_section(text, b' ')),
-            Content::Ptx(ptx) => sink(&padded_to_section(&ptx.text, b'\n')),
+            Content::Ptx(text) => sink(&padded_to_section(text, b'\n')),
+            Content::Synthetic(text) => sink(&padded_to_section(text, b'\n')),
             Content::Pack(index) => {
                 let Some(recipe) = contents.plan.packs.get(*index) else {
                     bail!(Internal, "the plan has no recipe for it");
@@ -224,6 +238,12 @@ fn manifest(contents: &Contents<'_>, sections: &[Section<'_>]) -> Result<Manifes
         program: contents.plan.program.clone(),
         code,
         ptx: contents.ptx.iter().map(of_chip).collect(),
+        synthetic: contents.synthetic.map(|seed| Synthetic {
+            seed,
+            section: SYNTHETIC_SECTION.into(),
+            version: ptx::VERSION.into(),
+            threads: THREADS,
+        }),
         hashes: zeros,
         manifest_hash: String::new(),
         provenance: contents.provenance.clone(),

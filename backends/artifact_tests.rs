@@ -48,9 +48,12 @@ impl Parts {
 
     fn write(&self, path: &Path, threads: usize) -> Result<Written> {
         let Parts { plan, info, weights, images, provenance } = self;
-        write(path, &Contents { plan, info, weights, images, ptx: &[], provenance }, threads, &mut |done, all| {
-            assert!(done <= all)
-        })
+        write(
+            path,
+            &Contents { plan, info, weights, images, ptx: &[], synthetic: None, provenance },
+            threads,
+            &mut |done, all| assert!(done <= all),
+        )
     }
 }
 

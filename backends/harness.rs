@@ -10,11 +10,13 @@
 #![allow(unsafe_code)]
 
 mod cases;
+mod device;
+mod dry_run;
 pub mod emulated;
 mod memory;
-mod program;
 mod qemu;
 mod samples;
+mod saved;
 
 pub use samples::{float_weight, inputs, quantized_weight};
 

@@ -11,13 +11,13 @@ pub mod roof;
 mod rows;
 pub mod steps;
 
+use crate::device;
 use crate::eval;
 use crate::report::{self, OpenArguments};
-use mansard_backends as backends;
-use mansard_backends::cpu::probe::Loops;
 use mansard_ir::{Result, bail};
-use mansard_runtime::{EngineOptions, Model, physical_cores};
-use roof::Roof;
+use mansard_runtime::device::Choice;
+use mansard_runtime::{Engine, EngineOptions, Model, physical_cores};
+use roof::{Meter, Roof};
 use rows::{Form, Group, Row};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -74,15 +74,18 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if repetitions == 0 {
         bail!(Usage, "-r: expected at least 1 repetition, found 0");
     }
+    if arguments.opening.device != Choice::Cpu && !arguments.threads.is_empty() {
+        bail!(Usage, "--threads is for CPUs, a GPU runs as many as it has");
+    }
     let model = arguments.opening.open(&arguments.artifact)?;
     let tests = tests(&model, arguments)?;
     let divergence = divergence(&model, arguments)?;
     let bar = report::bar("tests", tests.len() * arguments.threads().len());
-    let loops = Loops::new(&backends::target("native")?)?;
+    let meter = Meter::new(&arguments.opening)?;
     let (mut tables, mut groups) = (vec![], vec![]);
     for threads in arguments.threads() {
-        let mut runner = Runner::new(model.engine(&arguments.options(threads, &tests))?)?;
-        let mut roof = Roof::of(&model, &loops, threads)?;
+        let mut roof = Roof::of(&model, &meter, threads)?;
+        let mut runner = Runner::new(arguments.engine(&model, &meter, &arguments.options(threads, &tests))?)?;
         let mut rows = vec![];
         for test in &tests {
             match arguments.kernels {
@@ -92,9 +95,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             bar.inc(1);
         }
         drop(runner);
-        roof.again(&loops)?;
+        roof.again(&meter)?;
         rows.iter_mut().for_each(|row| row.least = least(&model, &roof, &row.test));
-        let opening = if arguments.kernels { vec![] } else { open(arguments, threads)? };
+        let opening = if arguments.kernels { vec![] } else { open(arguments, &meter, threads)? };
         groups.push(Group { threads, roof, rows, opening });
     }
     bar.finish_and_clear();
@@ -110,7 +113,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 }
 
 impl Arguments {
+    /// One group of rows each; a GPU has one.
     fn threads(&self) -> Vec<usize> {
+        if self.opening.device != Choice::Cpu {
+            return vec![0];
+        }
         if self.threads.is_empty() { vec![physical_cores()] } else { self.threads.clone() }
     }
 
@@ -120,7 +127,15 @@ impl Arguments {
         // Sequences take whole cache blocks.
         let each = most(Test::length).next_multiple_of(mansard_ir::layout::CACHE_BLOCK);
         let positions = Some(each * most(|test| test.batch) + mansard_ir::layout::CACHE_BLOCK);
-        EngineOptions { positions, profile: self.kernels, ..self.opening.with_threads(Some(threads)).options() }
+        let threads = Some(threads).filter(|threads| *threads > 0);
+        EngineOptions { positions, profile: self.kernels, ..self.opening.with_threads(threads).options() }
+    }
+
+    fn engine(&self, model: &Model, meter: &Meter, options: &EngineOptions) -> Result<Engine> {
+        match meter {
+            Meter::Cpu(_) => model.engine(options),
+            Meter::Gpu(driver) => device::on_gpu(model, options, driver.clone()),
+        }
     }
 }
 
@@ -160,7 +175,8 @@ fn divergence(model: &Model, arguments: &Arguments) -> Result<Option<f64>> {
         window: COMPARED_TOKENS,
         most: Some(COMPARED_TOKENS),
     };
-    let engine = arguments.opening.with_threads(arguments.threads().into_iter().max());
+    let threads = arguments.threads().into_iter().max().filter(|threads| *threads > 0);
+    let engine = arguments.opening.with_threads(threads);
     let found = eval::measure(model, &engine, &request)?;
     Ok(found.divergence.map(|divergence| divergence.kl_divergence_mean))
 }
@@ -184,12 +200,12 @@ fn least(model: &Model, roof: &Roof, test: &Test) -> f64 {
 }
 
 /// Milliseconds from the file's name to an engine that could run: mapping, checking every hash, memory, workers.
-fn open(arguments: &Arguments, threads: usize) -> Result<Vec<f64>> {
+fn open(arguments: &Arguments, meter: &Meter, threads: usize) -> Result<Vec<f64>> {
     let mut values = vec![];
     for _ in 0..=arguments.repetitions {
         let start = Instant::now();
         let model = arguments.opening.open(&arguments.artifact)?;
-        let engine = model.engine(&arguments.opening.with_threads(Some(threads)).options())?;
+        let engine = arguments.engine(&model, meter, &arguments.options(threads, &[]))?;
         values.push(start.elapsed().as_secs_f64() * 1e3);
         drop(engine);
     }

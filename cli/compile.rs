@@ -12,7 +12,7 @@ use mansard_ir::artifact::Provenance;
 use mansard_ir::artifact::Quality;
 use mansard_ir::quantize::{QUANTIZERS, Quantizer};
 use mansard_ir::text::{print_model, print_plan};
-use mansard_ir::{DType, Error, Kind, Result, Stage, Tuning, bail};
+use mansard_ir::{DType, Result, Stage, Tuning, bail};
 use mansard_passes::{self as passes, Event, Hooks, State};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -116,6 +116,9 @@ pub struct Choices {
     /// Make up the weights of a config.json, from a seed
     #[arg(long, value_name = "SEED", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
     synthetic_weights: Option<u64>,
+    /// Write no such weights: whoever opens the artifact makes them, a GPU its own. So a model of any size can be timed
+    #[arg(long, requires = "synthetic_weights")]
+    weights_at_open: bool,
     /// Threads of the compilation [default: all]
     #[arg(short, long, value_name = "N")]
     threads: Option<usize>,
@@ -250,6 +253,7 @@ impl Choices {
             weights: self.quant.weights(),
             traffic: self.workload.as_deref().map(str::parse).transpose()?,
             synthetic_seed: self.synthetic_weights,
+            weights_at_open: self.weights_at_open,
             exact_head: self.exact_head,
             quantizer: quantizer(&self.quantizer)?,
             calibration: self.calibration.clone(),
@@ -327,11 +331,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         show(arguments, &options, &mut hooks)?;
         return dumped;
     }
-    if options.targets.is_empty() {
-        let message = format!("code for {} alone is run by nothing yet", options.chips.join(", "));
-        return Err(
-            Error::new(Kind::Unsupported, message).help("name a CPU too, as in --target native,sm_90a, or --emit")
-        );
+    let runs =
+        arguments.tune || arguments.calibrate_cost || arguments.max_kld.is_some() || arguments.evaluate.is_some();
+    if options.targets.is_empty() && runs {
+        let names = "--tune, --calibrate-cost, --max-kld and --evaluate";
+        bail!(Usage, "{names} run code of this CPU: name one too, as in --target native,sm_90a");
     }
     let Some(output) = &arguments.output else {
         bail!(Usage, "expected where the artifact goes: -o model.mansard");

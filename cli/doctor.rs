@@ -5,6 +5,7 @@ use mansard::machine::{self, MachineFile, origin};
 use mansard_backends as backends;
 use mansard_ir::Result;
 use mansard_runtime as runtime;
+use mansard_runtime::device::Facts;
 use serde_json::json;
 
 /// Say what this machine has and what will be used
@@ -31,6 +32,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         backends::target::names().into_iter().map(|name| (name, lacks(name))).collect();
     let huge = huge_pages();
     let probe = machine::stored();
+    let gpus = runtime::device::cuda::devices();
     if arguments.json {
         return report::print(report::json(&json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -42,6 +44,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             "available_memory_bytes": runtime::available_memory(),
             "huge_pages": huge,
             "probe": probe_json(&probe),
+            "gpus": gpus_json(&gpus),
             "targets": targets.iter().map(|(name, lacks)| json!({"name": name, "runs": lacks.is_none(), "lacks": lacks}))
                 .collect::<Vec<_>>(),
         }))?);
@@ -74,6 +77,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         None => "huge pages: unknown\n".to_string(),
     };
     out += &probe_text(&probe);
+    out += &gpus_text(&gpus);
     report::print(out)
 }
 
@@ -97,6 +101,37 @@ fn probe_text(probe: &Result<Option<MachineFile>>) -> String {
     out += &format!("  workers: {}; {:.1} GB/s from memory; ", m.threads, m.bandwidth / 1e9);
     out += &format!("{:.0} GOP/s int8, {:.0} GFLOP/s bf16, ", m.peak_i8 / 1e9, m.peak_bf16 / 1e9);
     out + &format!("{:.0} GFLOP/s f32; {:.2} us a barrier\n", m.peak_f32 / 1e9, m.barrier * 1e6)
+}
+
+fn gpus_json(gpus: &Result<Vec<Facts>>) -> serde_json::Value {
+    let json = |gpu: &Facts| {
+        json!({"device": format!("cuda:{}", gpu.index), "name": gpu.name, "memory_bytes": gpu.memory,
+            "compute_capability": version(gpu.capability), "cuda": version(gpu.driver),
+            "multiprocessors": gpu.processors})
+    };
+    match gpus {
+        Ok(gpus) => json!(gpus.iter().map(json).collect::<Vec<_>>()),
+        Err(error) => json!({"error": error.to_string()}),
+    }
+}
+
+fn gpus_text(gpus: &Result<Vec<Facts>>) -> String {
+    let line = |gpu: &Facts| {
+        let (capability, cuda) = (version(gpu.capability), version(gpu.driver));
+        let memory = report::bytes(gpu.memory);
+        format!(
+            "GPU cuda:{}: {}, {memory}, {} multiprocessors, compute capability {capability}, a driver of CUDA {cuda}\n",
+            gpu.index, gpu.name, gpu.processors
+        )
+    };
+    match gpus {
+        Ok(gpus) => gpus.iter().map(line).collect(),
+        Err(error) => format!("GPUs: {error}\n"),
+    }
+}
+
+fn version((major, minor): (u32, u32)) -> String {
+    format!("{major}.{minor}")
 }
 
 /// The chosen one of `always [madvise] never`.

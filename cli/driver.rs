@@ -50,6 +50,8 @@ pub struct CompileOptions {
     pub traffic: Option<Traffic>,
     /// Makes the weights up, from this seed, for a `config.json` alone.
     pub synthetic_seed: Option<u64>,
+    /// They are not written: whoever opens the artifact makes them up.
+    pub weights_at_open: bool,
     /// Choices of an earlier measurement.
     pub tuning: Tuning,
     /// What kernels were measured to take, as multiples of predictions.
@@ -80,6 +82,7 @@ impl Default for CompileOptions {
             limits: passes::LimitsRequest::default(),
             traffic: None,
             synthetic_seed: None,
+            weights_at_open: false,
             tuning: Tuning::default(),
             costs: Costs::default(),
             tune: false,
@@ -178,9 +181,9 @@ pub fn compile(
 ) -> Result<Summary> {
     let mut stages = Stages::new(progress);
     stages.begin("import", 0);
-    let targets = backends::targets(&options.targets)?;
+    let targets = if options.targets.is_empty() { vec![] } else { backends::targets(&options.targets)? };
     // There is one program, whatever the number of images: it must suit them all.
-    let common = Target::common(&targets)?;
+    let common = Target::common(&options.planned_for()?)?;
     let model = import(input, options)?;
     let sources = sources(input)?;
     stages.begin("optimize", 0);
@@ -230,6 +233,7 @@ pub fn compile(
         weights: &model.weights,
         images: &images,
         ptx: &ptx,
+        synthetic: options.synthetic_seed.filter(|_| options.weights_at_open),
         provenance: &provenance,
     };
     stages.begin("pack weights", plan.program.weights.iter().map(|w| w.bytes).sum());
@@ -300,6 +304,9 @@ impl CompileOptions {
         }
         if let Some(seed) = self.synthetic_seed {
             options.insert("synthetic-weights".into(), seed.to_string());
+            if self.weights_at_open {
+                options.insert("weights-at-open".into(), "true".into());
+            }
         }
         options
     }

@@ -37,7 +37,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         texts = lines.map_err(|e| Error::io("standard input", e))?;
     }
     let positions = Some(embedded_positions(&model.artifact().manifest().program.limits));
-    let mut engine = model.engine(&EngineOptions { positions, ..arguments.engine.options() })?;
+    let mut engine = arguments.engine.engine(&model, &EngineOptions { positions, ..arguments.engine.options() })?;
     let tokens = texts.iter().map(|text| model.tokens()?.encode(text, true)).collect::<Result<Vec<_>>>()?;
     let vectors = embed(&mut engine, &tokens)?;
     match &arguments.output {

@@ -117,8 +117,7 @@ pub struct Request<'a> {
 /// # Errors
 /// As [`run`].
 pub fn card(path: &Path, text: Option<&Path>, against: &Path) -> Result<Quality> {
-    let engine =
-        EngineArguments { threads: None, opening: OpenArguments { huge_pages: false, pin: false, no_verify: false } };
+    let engine = EngineArguments { threads: None, opening: OpenArguments::default() };
     let model = engine.open(path)?;
     let window = WINDOW.min(model.artifact().manifest().program.limits.context);
     let request = Request { text, tokens: None, against: Some(against), window, most: None };
@@ -258,7 +257,7 @@ struct Reader {
 
 impl Reader {
     fn new(model: &Model, engine: &EngineArguments) -> Result<Reader> {
-        Ok(Reader { engine: model.engine(&engine.options())?, sequence: None })
+        Ok(Reader { engine: engine.engine(model, &engine.options())?, sequence: None })
     }
 
     /// From an empty context.

@@ -60,7 +60,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         }
     }
     // Weights are read under --measure only.
-    let opening = OpenArguments { huge_pages: false, pin: false, no_verify: !arguments.measure };
+    let opening = OpenArguments { no_verify: !arguments.measure, ..OpenArguments::default() };
     let model = opening.open(&arguments.artifact)?;
     let request = gather::Request {
         machine: arguments.machine.as_deref(),

@@ -25,7 +25,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<()> {
     let model = arguments.engine.open(&arguments.artifact)?;
     let tokens = arguments.input.ids_or_text(&model)?;
-    let mut engine = model.engine(&arguments.engine.options())?;
+    let mut engine = arguments.engine.engine(&model, &arguments.engine.options())?;
     let name = if model.info().encoder { "hidden" } else { "logits" };
     let outputs = &model.artifact().manifest().program.outputs;
     let Some(output) = outputs.iter().find(|o| o.name == name) else {

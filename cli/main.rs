@@ -11,6 +11,7 @@ mod bundle;
 mod chat;
 mod compile;
 mod costs;
+mod device;
 mod diff;
 mod doctor;
 mod embed;

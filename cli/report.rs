@@ -1,8 +1,10 @@
 //! What commands share: standard output, files that appear whole, tables, figures with units, token ids from the outside.
 
+use crate::device;
 use mansard_ir::artifact::Provenance;
 use mansard_ir::{Error, Kind, Place, Result, bail};
-use mansard_runtime::{Artifact, EngineOptions, Model, OpenOptions};
+use mansard_runtime::device::Choice;
+use mansard_runtime::{Artifact, Engine, EngineOptions, Model, OpenOptions};
 use std::fs::File;
 use std::io::{BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
@@ -160,8 +162,12 @@ pub fn json(value: &impl serde::Serialize) -> Result<String> {
 }
 
 /// How artifacts are opened.
-#[derive(clap::Args, Clone, Copy)]
+#[derive(clap::Args, Clone, Copy, Default)]
 pub struct OpenArguments {
+    /// Where it runs: cpu, a GPU as in cuda:0, or auto: the first GPU where there is one and the artifact has code for it, else
+    /// the CPU
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: Choice,
     /// Copy the weights to huge pages instead of reading the mapped file
     #[arg(long)]
     pub huge_pages: bool,
@@ -206,6 +212,14 @@ impl EngineArguments {
     /// As [`Model::open`].
     pub fn open(&self, path: &Path) -> Result<Model> {
         self.opening.open(path)
+    }
+
+    /// An engine of an artifact, where `--device` says.
+    ///
+    /// # Errors
+    /// As [`device::engine`].
+    pub fn engine(&self, model: &Model, options: &EngineOptions) -> Result<Engine> {
+        device::engine(&self.opening, model, options)
     }
 
     /// The options of its engine.

@@ -73,7 +73,7 @@ impl Stream {
     /// # Errors
     /// Where one does not start, or the draft's vocabulary is another.
     pub fn open(model: &Model, arguments: &EngineArguments, stream: &StreamArguments) -> Result<Stream> {
-        let mut engine = model.engine(&stream.engine(arguments.options()))?;
+        let mut engine = arguments.engine(model, &stream.engine(arguments.options()))?;
         if stream.guesses() == 0 && stream.draft.is_none() && stream.context_shift.is_none() {
             let sequence = engine.new_sequence();
             return Ok(Stream::Plain(Box::new(engine), sequence, vec![]));
@@ -84,7 +84,7 @@ impl Stream {
         let mut batcher = Batcher::new(engine, None, &options)?;
         if let Some(draft) = stream.draft(arguments)? {
             let options = EngineOptions { positions: Some(limits.context), ..arguments.options() };
-            batcher = batcher.with_draft(draft.engine(&options)?)?;
+            batcher = batcher.with_draft(arguments.engine(&draft, &options)?)?;
         }
         Ok(Stream::Batch(Box::new(batcher)))
     }

@@ -148,6 +148,7 @@ fn measure(
         weights: &model.weights,
         images: &images,
         ptx: &[],
+        synthetic: None,
         provenance: &provenance,
     };
     backends::artifact::write(file.path(), &contents, threads, &mut |_, _| {})?;

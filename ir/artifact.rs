@@ -46,6 +46,9 @@ pub struct Manifest {
     /// Code for GPUs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ptx: Vec<PtxCode>,
+    /// The file holds no weights: whoever opens it makes them up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub synthetic: Option<Synthetic>,
     /// BLAKE3 of every section, in hexadecimal, over its bytes including padding.
     pub hashes: BTreeMap<String, String>,
     /// BLAKE3 of this manifest's JSON with this field empty.
@@ -86,6 +89,19 @@ pub struct PtxCode {
     pub threads: usize,
     /// Bytes of shared memory of a block; `shared_bytes[i]` is `program.kernels[i]`'s.
     pub shared_bytes: Vec<usize>,
+}
+
+/// How to make weights up ([`crate::synthetic`]).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Synthetic {
+    /// What they depend on.
+    pub seed: u64,
+    /// Section that holds PTX of the kernel that makes them on a GPU.
+    pub section: String,
+    /// Version of PTX.
+    pub version: String,
+    /// Threads of a block.
+    pub threads: usize,
 }
 
 /// Where an artifact came from. Same provenance, same bytes.
@@ -330,6 +346,7 @@ mod tests {
             program: Program::default(),
             code: vec![],
             ptx: vec![],
+            synthetic: None,
             hashes: BTreeMap::new(),
             manifest_hash: "stale".into(),
             provenance: Provenance::default(),

@@ -30,6 +30,7 @@ pub mod planes;
 pub mod quantize;
 pub mod recipe;
 pub mod sample;
+pub mod synthetic;
 pub mod target;
 pub mod text;
 pub mod traffic;

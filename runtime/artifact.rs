@@ -157,8 +157,11 @@ impl Artifact {
     /// Packed bytes of every weight, in the order of the program's.
     ///
     /// # Errors
-    /// None once the artifact has been opened; kept as an error so that nothing can panic.
+    /// Where the artifact holds none, since whoever opens it makes them up; else none once it has been opened.
     pub fn weights(&self) -> Result<Vec<&[u8]>> {
+        if self.manifest.synthetic.is_some() {
+            bail!(Unsupported, "the artifact holds no weights: they are made up where it runs");
+        }
         let by_name: BTreeMap<&str, &Section> = self.sections.iter().map(|s| (s.name.as_str(), s)).collect();
         let weights = self.manifest.program.weights.iter();
         let bytes = weights.map(|weight| match by_name.get(format!("{WEIGHTS_PREFIX}{}", weight.name).as_str()) {

@@ -3,21 +3,21 @@
 use crate::artifact::Artifact;
 use crate::code::{BoundLaunch, BoundVariant};
 use crate::cores::placement;
-use crate::memory::{Arena, Cpus};
-use crate::step::StepArrays;
-use mansard_ir::Result;
+use crate::memory::{Arena, Cpus, Memory};
+use mansard_ir::layout::aligned;
 use mansard_ir::plan::{Arg, Program};
+use mansard_ir::{Result, synthetic};
 
 /// Where everything is that a launch may name.
 pub struct Addresses<'a> {
     /// Activations.
-    pub arena: &'a Arena,
+    pub arena: &'a dyn Memory,
     /// The pool of each cache.
     pub pools: Vec<*mut u8>,
     /// Each packed weight.
     pub weights: Vec<*mut u8>,
-    /// The step's arrays, which do not move.
-    pub arrays: &'a StepArrays,
+    /// The step's tokens, positions and rows, which do not move.
+    pub arrays: [*mut u8; 3],
 }
 
 impl Addresses<'_> {
@@ -27,9 +27,9 @@ impl Addresses<'_> {
             Arg::Buffer(b) => self.arena.at(program.buffers[b.0 as usize].offset),
             Arg::Weight(w) => self.weights[w.0 as usize],
             Arg::Cache(c) => self.pools[c.0 as usize],
-            Arg::Tokens => self.arrays.tokens.as_ptr().cast_mut().cast(),
-            Arg::Positions => self.arrays.positions.as_ptr().cast_mut().cast(),
-            Arg::Rows => self.arrays.rows.as_ptr().cast_mut().cast(),
+            Arg::Tokens => self.arrays[0],
+            Arg::Positions => self.arrays[1],
+            Arg::Rows => self.arrays[2],
         };
         let variants = program.variants.iter().map(|variant| {
             let launches = variant.launches.iter().map(|launch| BoundLaunch {
@@ -37,7 +37,7 @@ impl Addresses<'_> {
                 args: launch.args.iter().map(address).collect(),
                 barrier: launch.barrier,
             });
-            BoundVariant { tokens: variant.tokens, launches: launches.collect() }
+            BoundVariant { launches: launches.collect() }
         });
         variants.collect()
     }
@@ -77,21 +77,44 @@ pub fn copy_weights(artifact: &Artifact, threads: usize, pin: bool) -> Result<Ar
     Ok(arena)
 }
 
+/// Weights made up, side by side on huge pages.
+///
+/// # Errors
+/// Where the system refuses memory.
+pub fn make_weights(program: &Program, seed: u64, threads: usize) -> Result<Arena> {
+    let mut arena = Arena::huge("weights", program.weights.iter().map(|w| aligned(w.bytes)).sum())?;
+    let mut rest = arena.bytes_mut();
+    for (index, weight) in program.weights.iter().enumerate() {
+        let (bytes, further) = std::mem::take(&mut rest).split_at_mut(aligned(weight.bytes));
+        for fill in synthetic::fills(weight, index, seed)? {
+            let bytes = &mut bytes[fill.at..fill.at + fill.bytes];
+            let part = (fill.bytes / 4).div_ceil(threads.max(1)).max(1);
+            std::thread::scope(|scope| {
+                for (worker, part_of) in bytes.chunks_mut(4 * part).enumerate() {
+                    let fill = &fill;
+                    scope.spawn(move || fill.write(worker * part, part_of));
+                }
+            });
+        }
+        rest = further;
+    }
+    Ok(arena)
+}
+
 /// Address of each packed weight, in its section or in the copy.
 ///
 /// # Errors
 /// Where a weight has no section.
 pub fn weight_addresses(artifact: &Artifact, copy: Option<&Arena>) -> Result<Vec<*mut u8>> {
-    let weights = artifact.weights()?;
-    let mut offset = 0;
-    let addresses = weights.iter().map(|weight| match copy {
+    let Some(arena) = copy else {
         // Kernels do not write to weights; the mapping would fault.
-        None => weight.as_ptr().cast_mut(),
-        Some(arena) => {
-            let address = arena.at(offset);
-            offset += weight.len();
-            address
-        }
+        return Ok(artifact.weights()?.iter().map(|weight| weight.as_ptr().cast_mut()).collect());
+    };
+    let mut offset = 0;
+    let addresses = artifact.manifest().program.weights.iter().map(|weight| {
+        let address = arena.at(offset);
+        offset += aligned(weight.bytes);
+        address
     });
     Ok(addresses.collect())
 }

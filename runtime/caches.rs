@@ -14,10 +14,11 @@
 //! What keys were turned by does not: that is a token's position in the text.
 
 use crate::blocks::{BlockIndex, Blocks, blocks_for};
-use crate::memory::Arena;
+use crate::memory::{Arena, Memory};
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{CacheGroup, CacheSpec, Program};
 use mansard_ir::{Error, Kind, Result, bail};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// The most cache blocks: a slot, `cache block * 64 + position % 64`, is an i32.
@@ -31,7 +32,7 @@ const SMALL_POOL_BYTES: usize = 16 << 20;
 pub struct Caches {
     groups: Vec<Group>,
     specs: Vec<CacheSpec>,
-    pools: Arena,
+    pools: Box<dyn Memory>,
     /// Of each cache's pool.
     offsets: Vec<usize>,
     /// Last positions that a token sees beside the first cache block; `None` for all.
@@ -90,12 +91,16 @@ impl Table {
 }
 
 impl Caches {
-    /// Empty caches for `positions` positions over all sequences, whatever of them a group keeps. Memory is taken as
-    /// positions are filled.
+    /// Empty caches for `positions` positions over all sequences, whatever of them a group keeps. `pools` makes the memory
+    /// of all caches for so many cache blocks, and says where in it each begins.
     ///
     /// # Errors
     /// Where that is no number of positions, layers see more than the `recent` ones, or the system refuses memory.
-    pub fn new(program: &Program, positions: usize, recent: Option<usize>) -> Result<Caches> {
+    pub fn new(
+        program: &Program,
+        (positions, recent): (usize, Option<usize>),
+        pools: impl FnOnce(usize) -> Result<(Box<dyn Memory>, Vec<usize>)>,
+    ) -> Result<Caches> {
         // Without caches there is nothing to hold, and no limit to it.
         let groups = if program.caches.is_empty() { &[][..] } else { &program.groups };
         let blocks = blocks_for(positions);
@@ -104,28 +109,23 @@ impl Caches {
             bail!(Usage, "expected 1 to {} positions of cache, found {found}", MAX_BLOCKS * CACHE_BLOCK);
         }
         check_recent(groups, recent)?;
-        let (pools, offsets) = make_pools(program, blocks)?;
+        let (pools, offsets) = pools(blocks)?;
         let group = |plan: &CacheGroup| Group { plan: *plan, blocks: Blocks::new(blocks as u32) };
         let groups = groups.iter().map(group).collect();
         Ok(Caches { groups, specs: program.caches.clone(), pools, offsets, recent })
     }
 
-    /// Address of every cache's pool.
-    pub fn pools(&self) -> Vec<*mut u8> {
-        self.offsets.iter().map(|offset| self.pools.at(*offset)).collect()
-    }
-
     /// The cache block of a cache that holds a sequence's position.
     ///
     /// # Errors
-    /// Where the sequence holds no such position any more.
-    pub fn block(&self, cache: usize, sequence: &Sequence, position: usize) -> Result<&[f32]> {
+    /// Where the sequence holds no such position any more, or a GPU does not give it.
+    pub fn block(&self, cache: usize, sequence: &Sequence, position: usize) -> Result<Cow<'_, [f32]>> {
         let spec = &self.specs[cache];
         if !self.holds(cache, sequence, position) {
             bail!(Usage, "cache `{}` holds position {position} no more", spec.name);
         }
         let block = sequence.tables[spec.group].entries[position / CACHE_BLOCK] as usize;
-        Ok(self.pools.f32s(self.offsets[cache] + block * spec.block_bytes, spec.block_bytes / 4))
+        self.pools.read(self.offsets[cache] + block * spec.block_bytes, spec.block_bytes / 4)
     }
 
     /// Whether the sequence still has a position in a cache, or has let it go.
@@ -369,7 +369,7 @@ impl Caches {
         let to = self.groups[group].blocks.take()?;
         for (spec, pool) in self.specs.iter().zip(&self.offsets).filter(|(spec, _)| spec.group == group) {
             let [from, to] = [from, to].map(|block| pool + block as usize * spec.block_bytes);
-            self.pools.bytes_mut().copy_within(from..from + spec.block_bytes, to);
+            self.pools.copy(from..from + spec.block_bytes, to)?;
         }
         Ok(to)
     }
@@ -390,7 +390,7 @@ fn check_recent(groups: &[CacheGroup], recent: Option<usize>) -> Result<()> {
 ///
 /// # Errors
 /// Where the system refuses memory.
-fn make_pools(program: &Program, blocks: usize) -> Result<(Arena, Vec<usize>)> {
+pub fn make_pools(program: &Program, blocks: usize) -> Result<(Arena, Vec<usize>)> {
     let mut offsets = vec![];
     let mut bytes = 0usize;
     for cache in &program.caches {

@@ -14,9 +14,15 @@ fn caches(positions: usize) -> Caches {
     caches_with(positions, None)
 }
 
+fn made(positions: usize, recent: Option<usize>) -> Result<Caches> {
+    let program = program();
+    let pools = |blocks| make_pools(&program, blocks).map(|(arena, offsets)| (Box::new(arena) as _, offsets));
+    Caches::new(&program, (positions, recent), pools)
+}
+
 /// Two groups, the second with a window, of one cache each.
 fn caches_with(positions: usize, recent: Option<usize>) -> Caches {
-    Caches::new(&program(), positions, recent).unwrap()
+    made(positions, recent).unwrap()
 }
 
 fn taken(caches: &Caches) -> [usize; 2] {
@@ -126,7 +132,7 @@ fn the_middle_is_dropped() {
     assert_eq!(sequence.length + sequence.dropped, 1455);
     caches.cut(&mut sequence, 0);
     assert_eq!((sequence.dropped, taken(&caches)), (0, [0, 0]));
-    assert!(Caches::new(&program(), 1280, Some(WINDOW - 1)).is_err());
+    assert!(made(1280, Some(WINDOW - 1)).is_err());
 }
 
 #[test]

@@ -8,7 +8,6 @@
 use crate::profile::Recorder;
 use crate::spmd::{Program, Share};
 use mansard_ir::artifact::Code;
-use mansard_ir::graph::TokenRange;
 use mansard_ir::plan::StepArgs;
 use mansard_ir::{Error, Kind, Result, bail};
 use std::ops::Range;
@@ -119,8 +118,6 @@ pub struct BoundLaunch {
 /// All launches for steps of some numbers of tokens.
 #[derive(Clone, Debug)]
 pub struct BoundVariant {
-    /// Numbers of tokens.
-    pub tokens: TokenRange,
     /// In order.
     pub launches: Vec<BoundLaunch>,
 }
@@ -168,11 +165,6 @@ impl Executable {
         }
         let phases = variants.iter().map(|v| phases(&v.launches)).collect();
         Ok(Executable { image, variants, phases })
-    }
-
-    /// The variant for steps of `tokens` tokens.
-    pub fn variant_for(&self, tokens: usize) -> Option<usize> {
-        self.variants.iter().position(|v| v.tokens.contains(tokens))
     }
 
     /// Launches of a variant.

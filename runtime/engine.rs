@@ -9,16 +9,16 @@
 //! fails before anything has changed.
 
 use crate::artifact::Artifact;
-use crate::bind::{Addresses, copy_weights, weight_addresses};
-use crate::caches::{CacheUse, Caches, Copied, Sequence};
-use crate::code::{Executable, Image, Job, Running, choose};
-use crate::cores::physical_cores;
-use crate::memory::Arena;
-use crate::profile::{Recorder, StepProfile};
-use crate::spmd::Team;
+use crate::bind::Addresses;
+use crate::caches::{CacheUse, Caches, Copied, Sequence, make_pools};
+use crate::device::{self, run::Loaded};
+use crate::device::{Address, DeviceMemory, Driver, MemoryPlan};
+use crate::host::Host;
+use crate::memory::Memory;
+use crate::place::Place;
+use crate::profile::StepProfile;
 use crate::step::{Logits, Rows, Segment, StepArrays};
 use crate::watch::{Moment, Watch};
-use mansard_ir::artifact::Code;
 use mansard_ir::plan::{Limits, Program, RowCount};
 use mansard_ir::{Error, Kind, Result, bail};
 use std::sync::Arc;
@@ -76,14 +76,10 @@ pub struct Work<'a> {
 /// An opened artifact ready to run.
 pub struct Engine {
     // First, so that workers have stopped before the memory they use goes.
-    team: Team<Job>,
-    executable: Arc<Executable>,
-    recorder: Option<Arc<Recorder>>,
+    pub(crate) place: Box<dyn Place>,
     pub(crate) arrays: StepArrays,
-    pub(crate) arena: Arena,
-    scratch: Arena,
     pub(crate) caches: Caches,
-    weights: Option<Arena>,
+    weights: WeightPages,
     artifact: Arc<Artifact>,
     slots: Vec<Slot>,
 }
@@ -101,33 +97,56 @@ impl Engine {
     /// # Errors
     /// Where no code runs on this machine, or the system refuses memory or threads.
     pub fn new(artifact: Arc<Artifact>, options: &EngineOptions) -> Result<Engine> {
-        let place = |e: Error| e.at(artifact.path().display().to_string());
         let program = &artifact.manifest().program;
-        let code = image(&artifact.manifest().code, options.image).and_then(choose).map_err(place)?;
-        let Some(bytes) = artifact.section(&code.section) else {
-            bail!(Input, "expected section `{}`, found none of that name", code.section);
-        };
-        let image = Image::map(bytes, &code.entries)?;
-        let threads = options.threads.unwrap_or_else(physical_cores);
-        let arena = Arena::huge("activations", program.arena_bytes)?;
-        let scratch = Arena::new("scratch of workers", program.scratch_bytes.saturating_mul(threads))?;
-        let caches = Caches::new(program, options.positions.unwrap_or(program.limits.context), options.window)?;
-        let weights = match options.weights {
-            WeightPages::Mapped => None,
-            WeightPages::Huge => Some(copy_weights(&artifact, threads, options.pin)?),
-        };
+        let mut pools = vec![];
+        let caches = Caches::new(program, (positions(program, options), options.window), |blocks| {
+            let (arena, offsets) = make_pools(program, blocks)?;
+            pools = offsets.iter().map(|offset| arena.at(*offset)).collect();
+            Ok((Box::new(arena) as Box<dyn Memory>, offsets))
+        })?;
         let arrays = StepArrays::new(program.limits.tokens, program.limits.rows);
-        let addresses = Addresses {
-            arena: &arena,
-            pools: caches.pools(),
-            weights: weight_addresses(&artifact, weights.as_ref())?,
-            arrays: &arrays,
-        };
-        let executable = Arc::new(Executable::new(image, addresses.bind(program))?);
-        let recorder = options.profile.then(|| Arc::new(Recorder::new(threads, executable.most_launches())));
-        let running = Running { executable: executable.clone(), recorder: recorder.clone() };
-        let team = Team::new(threads, options.pin, running)?;
-        Ok(Engine { team, executable, recorder, arrays, arena, scratch, caches, weights, artifact, slots: vec![] })
+        let place = Box::new(Host::new(artifact.clone(), options, pools, &arrays)?);
+        Ok(Engine { place, arrays, caches, weights: options.weights, artifact, slots: vec![] })
+    }
+
+    /// An engine whose steps run on a GPU. `progress` hears how many bytes of how many of the weights are there.
+    ///
+    /// # Errors
+    /// Where the artifact has no code for that GPU, its memory does not suffice - before any is taken -, or its driver refuses.
+    pub fn on_device(
+        artifact: Arc<Artifact>,
+        options: &EngineOptions,
+        driver: Arc<dyn Driver>,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Engine> {
+        let program = &artifact.manifest().program;
+        let name = format!("cuda:{}", driver.facts().index);
+        let (mut loaded, mut pools) = (None, vec![]);
+        let caches = Caches::new(program, (positions(program, options), options.window), |blocks| {
+            let plan = MemoryPlan::new(program, blocks, device::largest_grid(driver.facts()))?;
+            let (bytes, offsets) = (plan.caches, plan.cache_offsets.clone());
+            loaded = Some(Loaded::new(driver.clone(), artifact.clone(), plan, progress)?);
+            let memory = DeviceMemory::new(&driver, "caches", bytes)?;
+            pools = offsets.iter().map(|offset| memory.at(*offset)).collect();
+            Ok((Box::new(memory) as Box<dyn Memory>, offsets))
+        });
+        let caches = caches.map_err(|e| e.at(name.clone()))?;
+        let Some(loaded) = loaded else { bail!(Internal, "caches without memory") };
+        let addresses = Addresses { arena: loaded.arena(), pools, weights: loaded.weights(), arrays: loaded.arrays() };
+        let variants = addresses.bind(program);
+        let place = Box::new(loaded.bind(&variants, options.profile).map_err(|e| e.at(name))?);
+        let arrays = StepArrays::new(program.limits.tokens, program.limits.rows);
+        Ok(Engine { place, arrays, caches, weights: WeightPages::Mapped, artifact, slots: vec![] })
+    }
+
+    /// Where packed weight number `index` of the program lies, of an engine on a GPU.
+    pub fn weight_address(&self, index: usize) -> Option<Address> {
+        self.place.weight(index)
+    }
+
+    /// Where steps run: `cpu`, `cuda:0 (NVIDIA H200)`.
+    pub fn device(&self) -> String {
+        self.place.name()
     }
 
     /// What it runs.
@@ -140,14 +159,14 @@ impl Engine {
         &self.program().limits
     }
 
-    /// Workers.
+    /// Workers; of a GPU multiprocessors.
     pub fn threads(&self) -> usize {
-        self.team.threads()
+        self.place.threads()
     }
 
     /// Where kernels read weights from: [`WeightPages::Mapped`] or [`WeightPages::Huge`].
     pub fn weight_pages(&self) -> WeightPages {
-        if self.weights.is_some() { WeightPages::Huge } else { WeightPages::Mapped }
+        self.weights
     }
 
     /// How full the caches are: one entry for each group of layers that see the same window; none without caches.
@@ -244,11 +263,8 @@ impl Engine {
     /// # Errors
     /// As [`Engine::step`].
     pub fn step_for(&mut self, work: &[Work<'_>], logits: Logits) -> Result<StepOutput<'_>> {
-        let job = self.begin(work, logits)?;
-        if let Some(recorder) = &self.recorder {
-            recorder.begin();
-        }
-        self.team.run(job);
+        let variant = self.begin(work)?;
+        self.place.run(variant, &self.arrays, logits, None)?;
         self.end(work)?;
         Ok(self.output())
     }
@@ -262,21 +278,21 @@ impl Engine {
         work: &[Work<'_>],
         watch: &mut dyn FnMut(Moment, &Watch<'_>) -> Result<()>,
     ) -> Result<StepOutput<'_>> {
-        let job = self.begin(work, Logits::All)?;
+        let variant = self.begin(work)?;
         let sequences: Vec<Sequence> =
             work.iter().map(|w| find(&self.slots, w.sequence).cloned()).collect::<Result<_>>()?;
-        for launch in 0..self.executable.launches(job.variant) {
-            let (variant, sequences) = (job.variant, sequences.as_slice());
+        for launch in 0..self.program().variants[variant].launches.len() {
+            let sequences = sequences.as_slice();
             watch(Moment::Before, &Watch { engine: self, sequences, variant, launch })?;
-            self.team.run(Job { launch: Some(launch), ..job });
+            self.place.run(variant, &self.arrays, Logits::All, Some(launch))?;
             watch(Moment::After, &Watch { engine: self, sequences, variant, launch })?;
         }
         self.end(work)?;
         Ok(self.output())
     }
 
-    /// Checks the work, takes cache blocks for it, and describes the step.
-    fn begin<'a>(&mut self, work: &[Work<'a>], logits: Logits) -> Result<Job> {
+    /// Checks the work, takes cache blocks for it, and describes the step; gives the index of its variant.
+    fn begin<'a>(&mut self, work: &[Work<'a>]) -> Result<usize> {
         self.check(work)?;
         for w in work {
             self.caches.grow(find_mut(&mut self.slots, w.sequence)?, w.tokens.len())?;
@@ -287,11 +303,10 @@ impl Engine {
         };
         let segments: Vec<Segment<'_>> = work.iter().map(segment).collect::<Result<_>>()?;
         self.arrays.fill(&segments, self.artifact.manifest().program.limits.tile);
-        let step = self.arrays.args(self.scratch.at(0), self.program().scratch_bytes, logits);
-        let Some(variant) = self.executable.variant_for(self.arrays.tokens.len()) else {
-            bail!(Internal, "no variant for {} tokens", self.arrays.tokens.len());
-        };
-        Ok(Job { variant, step, launch: None })
+        match self.variant() {
+            Some(variant) => Ok(variant),
+            None => bail!(Internal, "no variant for {} tokens", self.arrays.tokens.len()),
+        }
     }
 
     /// The tokens of the work are positions of their sequences now.
@@ -304,8 +319,13 @@ impl Engine {
 
     /// Where the time of the last step went, for an engine made with [`EngineOptions::profile`].
     pub fn profile(&self) -> Option<StepProfile> {
-        let variant = self.executable.variant_for(self.arrays.tokens.len())?;
-        Some(self.recorder.as_ref()?.step(variant, self.executable.launches(variant)))
+        self.place.profile(self.variant()?)
+    }
+
+    /// Index of the variant of the last step.
+    fn variant(&self) -> Option<usize> {
+        let tokens = self.arrays.tokens.len();
+        self.program().variants.iter().position(|variant| variant.tokens.contains(tokens))
     }
 
     /// Appends a prompt of any length, in steps of at most `limits().tokens`; returns the last step's output, whose one
@@ -503,10 +523,11 @@ impl<'a> StepOutput<'a> {
     /// Where the model has no such output; lists those it has.
     pub fn rows(&self, name: &str) -> Result<OutputRows<'a>> {
         let program = self.engine.program();
-        let Some(output) = program.outputs.iter().find(|o| o.name == name) else {
+        let Some(index) = program.outputs.iter().position(|o| o.name == name) else {
             let names: Vec<&str> = program.outputs.iter().map(|o| o.name.as_str()).collect();
             bail!(Usage, "expected one of the outputs {}, found `{name}`", names.join(", "));
         };
+        let output = &program.outputs[index];
         let buffer = &program.buffers[output.buffer.0 as usize];
         let count = match buffer.rows {
             RowCount::Tokens => self.counts[0],
@@ -514,7 +535,7 @@ impl<'a> StepOutput<'a> {
             RowCount::Rows => self.counts[2],
         };
         let stride = buffer.row_bytes / 4;
-        let values = self.engine.arena.f32s(buffer.offset, stride * count);
+        let values = self.engine.place.output(index, stride * count);
         Ok(OutputRows { values, stride, width: output.width, count })
     }
 
@@ -552,9 +573,7 @@ impl<'a> OutputRows<'a> {
     }
 }
 
-/// The images to choose from.
-fn image(images: &[Code], asked: Option<usize>) -> Result<&[Code]> {
-    let Some(index) = asked else { return Ok(images) };
-    let one = index.checked_add(1).and_then(|end| images.get(index..end));
-    one.ok_or_else(|| Error::new(Kind::Usage, format!("expected one of {} images, found {index}", images.len())))
+/// Positions that caches are made for.
+fn positions(program: &Program, options: &EngineOptions) -> usize {
+    options.positions.unwrap_or(program.limits.context)
 }

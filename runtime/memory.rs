@@ -8,6 +8,7 @@
 #![allow(unsafe_code)]
 
 use mansard_ir::{Error, Kind, Result, bail};
+use std::borrow::Cow;
 use std::ops::Range;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr::NonNull;
@@ -15,6 +16,39 @@ use std::thread::JoinHandle;
 
 /// Bytes of a huge page, and the alignment of every arena.
 const HUGE_PAGE: usize = 2 << 20;
+
+/// Memory of kernels: this process's, or a GPU's.
+pub trait Memory: Send + Sync {
+    /// Address of byte `offset`, for kernels alone.
+    fn at(&self, offset: usize) -> *mut u8;
+
+    /// Copies bytes to others of it.
+    ///
+    /// # Errors
+    /// Where a GPU's driver fails.
+    fn copy(&mut self, from: Range<usize>, to: usize) -> Result<()>;
+
+    /// `len` values from byte `offset`.
+    ///
+    /// # Errors
+    /// Where a GPU's driver fails.
+    fn read(&self, offset: usize, len: usize) -> Result<Cow<'_, [f32]>>;
+}
+
+impl Memory for Arena {
+    fn at(&self, offset: usize) -> *mut u8 {
+        Arena::at(self, offset)
+    }
+
+    fn copy(&mut self, from: Range<usize>, to: usize) -> Result<()> {
+        self.bytes_mut().copy_within(from, to);
+        Ok(())
+    }
+
+    fn read(&self, offset: usize, len: usize) -> Result<Cow<'_, [f32]>> {
+        Ok(Cow::Borrowed(self.f32s(offset, len)))
+    }
+}
 
 /// A zeroed range of memory, aligned to 2 MB, returned when dropped.
 pub struct Arena {

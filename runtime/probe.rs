@@ -6,7 +6,6 @@
 use crate::code::{BoundLaunch, BoundVariant, Executable, Image, Job, Running};
 use crate::memory::Arena;
 use crate::spmd::Team;
-use mansard_ir::graph::TokenRange;
 use mansard_ir::plan::StepArgs;
 use mansard_ir::target::PROBE_UNIT;
 use mansard_ir::{Result, bail};
@@ -41,7 +40,7 @@ impl Probe {
         let results = Arena::new("a measurement", threads.saturating_mul(64))?;
         let args = vec![buffer.at(0), results.at(0)];
         let launch = |kernel, barrier| BoundLaunch { kernel, args: args.clone(), barrier };
-        let variant = |launches| BoundVariant { tokens: TokenRange { min: 1, max: 1 }, launches };
+        let variant = |launches| BoundVariant { launches };
         let mut variants: Vec<BoundVariant> =
             (0..entries.len()).map(|kernel| variant(vec![launch(kernel, true)])).collect();
         variants.push(variant(vec![launch(0, true); BARRIERS]));

@@ -165,6 +165,11 @@ impl StepArrays {
         }
     }
 
+    /// Where tokens, positions and rows lie.
+    pub fn addresses(&self) -> [*mut u8; 3] {
+        [&self.tokens, &self.positions, &self.rows].map(|array| array.as_ptr().cast_mut().cast())
+    }
+
     /// The arrays as kernels see them, beside the workers' scratch of so many bytes each.
     pub fn args(&self, scratch: *mut u8, scratch_bytes: usize, logits: Logits) -> StepArgs {
         StepArgs {

@@ -7,7 +7,7 @@ use crate::artifact::Artifact;
 use mansard_ir::artifact::{Code, WEIGHTS_PREFIX};
 use mansard_ir::layout::{ALIGN, aligned};
 use mansard_ir::plan::{Arg, Buffer, Launch, Limits, Output, Program};
-use mansard_ir::{Place, Result, bail};
+use mansard_ir::{Place, Result, bail, synthetic};
 
 /// The most a limit may say; far above any use, far below an overflow.
 const MAX_TOKENS: usize = 1 << 20;
@@ -103,6 +103,17 @@ fn buffer(b: &Buffer, program: &Program) -> Result<()> {
 
 fn weights(artifact: &Artifact) -> Result<()> {
     let weights = &artifact.manifest().program.weights;
+    if let Some(made_up) = &artifact.manifest().synthetic {
+        if artifact.section(&made_up.section).is_none_or(|text| std::str::from_utf8(text).is_err()) {
+            bail!(Input, "expected PTX in section `{}`", made_up.section);
+        }
+        return weights.iter().enumerate().try_for_each(|(index, weight)| {
+            if weight.bytes > MAX_BYTES || !weight.bytes.is_multiple_of(ALIGN) {
+                bail!(Input, "weight `{}`: {} bytes", weight.name, weight.bytes);
+            }
+            synthetic::fills(weight, index, made_up.seed).map(|_| ()).at(|| format!("weight `{}`", weight.name))
+        });
+    }
     for (weight, section) in weights.iter().zip(artifact.weights()?) {
         if weight.bytes > MAX_BYTES || aligned(weight.bytes) != section.len() {
             let (name, found) = (&weight.name, section.len());

@@ -65,8 +65,8 @@ impl Watch<'_> {
                     RowCount::Sequences => arrays.sequences.len(),
                     RowCount::Rows => arrays.rows.len(),
                 };
-                let words = self.engine.arena.f32s(buffer.offset, rows * buffer.row_bytes / 4);
-                decode::rows(ty, &bytes(words), rows)
+                let words = self.engine.place.read(buffer.offset, rows * buffer.row_bytes / 4)?;
+                decode::rows(ty, &bytes(&words), rows)
             }
             Arg::Weight(id) => {
                 let Some((dtype, shape)) = ty.as_tensor() else { bail!(Internal, "{ty} is no weight") };
@@ -89,7 +89,7 @@ impl Watch<'_> {
                     values.resize((first + CACHE_BLOCK) * cache.heads * cache.dim, 0.0);
                     continue;
                 }
-                let block = bytes(self.engine.caches.block(index, sequence, first)?);
+                let block = bytes(&self.engine.caches.block(index, sequence, first)?);
                 for slot in 0..CACHE_BLOCK.min(length - first) {
                     for (head, d) in (0..cache.heads).flat_map(|head| (0..cache.dim).map(move |d| (head, d))) {
                         values.push(decode::cached(ty, &block, (head, slot, d))?);

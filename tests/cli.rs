@@ -588,7 +588,7 @@ fn code_for_gpus_is_shown() {
     let compile = |code: i32, words: &str, arguments: &[&str]| {
         refused(&[&["compile", model], arguments].concat(), code, &[words]);
     };
-    compile(4, "code for sm_90a alone is run by nothing yet", &["--target", "sm_90a", "-o", "/nonexistent/m"]);
+    compile(2, "run code of this CPU: name one too", &["--target", "sm_90a", "--tune", "-o", "/tmp/m"]);
     compile(4, "is NVIDIA's assembler's to make", &["--target", "sm_80", "--emit", "object"]);
     compile(2, "--emit ptx and sass are for GPUs", &["--emit", "ptx"]);
     compile(2, "found `sm_80` twice", &["--target", "sm_80,sm_80", "--emit", "ptx"]);

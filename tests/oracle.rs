@@ -145,6 +145,7 @@ pub fn write(plan: &Plan, optimized: &Model, image: (Target, Image), path: &Path
         weights: &optimized.weights,
         images: &[image],
         ptx: &[],
+        synthetic: None,
         provenance: &Default::default(),
     };
     mansard_backends::artifact::write(path, &contents, 2, &mut |_, _| {})?;

@@ -16,6 +16,7 @@ mod head;
 mod pool;
 pub mod ptx;
 mod rows;
+pub mod synthetic;
 mod weights;
 
 use crate::emit::{Emitter, KernelArgs, Val};

@@ -113,7 +113,7 @@ pub fn show(kernels: &[Kernel], chip: &str, layer: Layer) -> Result<Vec<u8>> {
     }
 }
 
-fn lower(text: &str, chip: &str, layer: Layer) -> Result<Vec<u8>> {
+pub(super) fn lower(text: &str, chip: &str, layer: Layer) -> Result<Vec<u8>> {
     let context = inkwell::context::Context::create();
     let module = Mlir::new()?.lower_text("kernels", text, &context)?;
     let machine = optimize(&module, chip)?;

@@ -32,7 +32,7 @@ fn kernels(model: Model) -> mansard_ir::Result<Vec<Kernel>> {
 }
 
 /// A step of the fewest tokens that a kernel is for, and one of a few more in two sequences.
-fn steps(range: TokenRange, kind: KernelKind) -> Vec<Step> {
+pub fn steps(range: TokenRange, kind: KernelKind) -> Vec<Step> {
     let more = range.max.min(range.min + 5);
     let mut steps = vec![Step::new(&[(3, range.min)])];
     if more > range.min {
@@ -48,7 +48,7 @@ fn steps(range: TokenRange, kind: KernelKind) -> Vec<Step> {
 
 /// Sums in another order differ in the last digits; where such a value lies between two codes or two f16 numbers, either
 /// is right.
-fn tolerance(kernel: &Kernel) -> f64 {
+pub fn tolerance(kernel: &Kernel) -> f64 {
     let body = &kernel.body;
     let rounds = |n: &Node| n.op.class() == Class::Quantize || matches!(n.ty, Type::Cache { dtype: DType::F16, .. });
     if body.nodes.iter().any(rounds) { 1e-2 } else { 1e-4 }
@@ -70,36 +70,46 @@ fn check_all(seen: &mut BTreeSet<String>, kernels: &[Kernel]) -> usize {
     checked
 }
 
-#[test]
-fn every_kernel_of_the_cases() {
-    let (mut seen, mut checked) = (BTreeSet::new(), 0);
-    for folder in ["codegen", "fusion", "passes"] {
+/// What the case files come to, by file.
+pub fn kernels_of_cases() -> impl Iterator<Item = (String, Vec<Kernel>)> {
+    let folders = ["codegen", "fusion", "passes"].into_iter().flat_map(|folder| {
         let entries = std::fs::read_dir(tests().join("cases").join(folder)).unwrap();
         let mut paths: Vec<PathBuf> = entries.map(|e| e.unwrap().path()).collect();
         paths.sort();
-        for path in paths.iter().filter(|p| p.extension().is_some_and(|e| e == "mir")) {
-            let case = std::fs::read_to_string(path).unwrap();
-            let header = |key: &str| case.lines().find_map(|l| l.strip_prefix(&format!("# {key}:")));
-            if header("error").is_some() {
-                continue;
-            }
-            let name = path.file_name().unwrap().to_string_lossy();
-            let mut model = text::parse(&name, &case).unwrap();
-            sample::fill_weights(&mut model, 5).unwrap();
-            let kernels = kernels(model).unwrap_or_else(|e| panic!("{name}: {e}"));
-            checked += check_all(&mut seen, &kernels);
+        paths
+    });
+    folders.filter(|p| p.extension().is_some_and(|e| e == "mir")).filter_map(|path| {
+        let case = std::fs::read_to_string(&path).unwrap();
+        if case.lines().any(|l| l.starts_with("# error:")) {
+            return None;
         }
-    }
-    assert!(checked > 60, "{checked} kernels");
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let mut model = text::parse(&name, &case).unwrap();
+        sample::fill_weights(&mut model, 5).unwrap();
+        let kernels = kernels(model).unwrap_or_else(|e| panic!("{name}: {e}"));
+        Some((name, kernels))
+    })
 }
 
 /// Dense and grouped attention, windows, several norms; and experts.
+pub fn kernels_of_checkpoints() -> impl Iterator<Item = (String, Vec<Kernel>)> {
+    ["gemma3", "mixtral"].into_iter().map(|family| {
+        let model = frontend::open(&tests().join("goldens").join(family), &frontend::Options::default()).unwrap();
+        (family.to_owned(), kernels(model).unwrap_or_else(|e| panic!("{family}: {e}")))
+    })
+}
+
+#[test]
+fn every_kernel_of_the_cases() {
+    let mut seen = BTreeSet::new();
+    let checked: usize = kernels_of_cases().map(|(_, kernels)| check_all(&mut seen, &kernels)).sum();
+    assert!(checked > 60, "{checked} kernels");
+}
+
 #[test]
 fn every_kernel_of_two_checkpoints() {
     let mut seen = BTreeSet::new();
-    for family in ["gemma3", "mixtral"] {
-        let model = frontend::open(&tests().join("goldens").join(family), &frontend::Options::default()).unwrap();
-        let kernels = kernels(model).unwrap_or_else(|e| panic!("{family}: {e}"));
+    for (family, kernels) in kernels_of_checkpoints() {
         assert!(check_all(&mut seen, &kernels) > 10, "{family}: {} kernels", kernels.len());
     }
 }

@@ -29,6 +29,24 @@ pub fn launch(code: &Code, slots: &[u64], blocks: u32, schedule: Schedule) -> Re
     unsafe { code.launch(slots, blocks, schedule) }
 }
 
+/// Launches a kernel as it stands in `source`; its code is kept for the next time.
+///
+/// # Errors
+/// What threads do wrong.
+pub fn launch_source(source: &Source, slots: &[u64], blocks: u32, schedule: Schedule) -> Result<(), String> {
+    launch(&known(source).0, slots, blocks, schedule)
+}
+
+/// The host code of a kernel, and whether it was there already.
+fn known(source: &Source) -> (Rc<Code>, bool) {
+    if let Some(code) = KNOWN.with_borrow(|known| known.get(&source.text).cloned()) {
+        return (code, true);
+    }
+    let code = Rc::new(Code::new(source));
+    KNOWN.with_borrow_mut(|known| known.insert(source.text.clone(), Rc::clone(&code)));
+    (code, false)
+}
+
 /// Runs a kernel as it stands in `source` and hands what it computed to `compare`.
 ///
 /// # Errors
@@ -40,13 +58,8 @@ pub fn run(
     step: &Step,
     compare: &dyn Fn(&[Value]) -> Result<(), String>,
 ) -> Result<(), String> {
-    let known = KNOWN.with_borrow(|known| known.get(&source.text).cloned());
-    let launches = if known.is_some() { AGAIN } else { SCHEDULES.len() };
-    let code = known.unwrap_or_else(|| {
-        let code = Rc::new(Code::new(source));
-        KNOWN.with_borrow_mut(|known| known.insert(source.text.clone(), Rc::clone(&code)));
-        code
-    });
+    let (code, is_known) = known(source);
+    let launches = if is_known { AGAIN } else { SCHEDULES.len() };
     let mut launched = Ok(());
     let call = |runs: &mut [(Vec<Memory>, usize)], arrays: &mut StepArrays| {
         let args = arrays.args();

@@ -219,11 +219,6 @@ impl Pool {
         }
     }
 
-    /// Cache blocks that a pool holds.
-    pub fn blocks(&self) -> usize {
-        self.blocks
-    }
-
     /// `i32[groups][s][stride]`; entries beyond a sequence's cache blocks are not to be read as such, and those that no
     /// token sees are nowhere.
     fn table(&self) -> Vec<i32> {
@@ -238,6 +233,12 @@ impl Pool {
             }
         }
         entries
+    }
+
+    /// The cache blocks of each sequence in a cache of that type.
+    pub fn blocks_of(&self, ty: &Type) -> Vec<Vec<usize>> {
+        let group = CacheGroup::index_of(&self.groups, ty).expect("a cache group");
+        self.tables[group].iter().map(|table| table.iter().map(|block| *block as usize).collect()).collect()
     }
 
     fn slot(&self, group: usize, sequence: usize, position: usize) -> usize {

@@ -8,7 +8,9 @@
 //! weights' size with as many workers, peaks are those that `mansard probe` measured here, else those stated for the target.
 //! A kernel's own roof adds the activations it moves through the cache.
 
+use crate::device;
 use crate::probe::measure;
+use crate::report::OpenArguments;
 use mansard::machine;
 use mansard_backends as backends;
 use mansard_backends::cpu::probe::Loops;
@@ -18,8 +20,10 @@ use mansard_ir::kernel::{self, KernelKind};
 use mansard_ir::plan::{KernelSpec, Program};
 use mansard_ir::{Graph, Machine, Result, bail};
 use mansard_passes as passes;
+use mansard_runtime::device::{Choice, Driver, choose, copy_bandwidth};
 use mansard_runtime::{self as runtime, Model, Probe};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How long the bandwidth is measured, before the tests and after them.
@@ -50,6 +54,38 @@ impl Bound {
     }
 }
 
+/// Bytes that a GPU copies at least to show its bandwidth: far more than its caches hold.
+const COPIED: usize = 512 << 20;
+
+/// What measures bandwidth, before the tests and after them.
+pub enum Meter {
+    /// Loops of this CPU.
+    Cpu(Box<Loops>),
+    /// Copies of a GPU.
+    Gpu(Arc<dyn Driver>),
+}
+
+impl Meter {
+    /// Of the device that is asked for.
+    ///
+    /// # Errors
+    /// Where that is not there, or is not named: rows of `auto` would be of one knows not what.
+    pub fn new(opening: &OpenArguments) -> Result<Meter> {
+        match opening.device {
+            Choice::Cpu => Ok(Meter::Cpu(Box::new(Loops::new(&backends::target("native")?)?))),
+            Choice::Cuda(_) => Ok(Meter::Gpu(device::gpu(opening)?)),
+            Choice::Auto => bail!(Usage, "expected the device to be measured by its name: --device cpu or cuda:0"),
+        }
+    }
+
+    fn bandwidth(&self, bytes: usize, threads: usize) -> Result<f64> {
+        match self {
+            Meter::Cpu(loops) => read_bandwidth(loops, bytes, threads),
+            Meter::Gpu(driver) => copy_bandwidth(driver, bytes.min(driver.free_memory()? / 4).max(COPIED)),
+        }
+    }
+}
+
 /// Rates that bound a step, and the kernels they apply to.
 pub struct Roof {
     /// Bandwidth measured in this run, the rest for the workers in use.
@@ -58,6 +94,10 @@ pub struct Roof {
     pub peaks: String,
     /// What predictions are made of: as decisions are priced.
     priced: (Machine, Costs),
+    /// Of a GPU: the bandwidth stated for it.
+    pub stated: Option<f64>,
+    /// `cpu`, or the GPU's name.
+    pub device: String,
     bodies: Vec<Graph>,
     /// Of the weights.
     bytes: usize,
@@ -70,8 +110,16 @@ impl Roof {
     /// # Errors
     /// Where the artifact has no code for this machine, a kernel's body is no graph, the stored machine file is damaged, or
     /// memory is refused.
-    pub fn of(model: &Model, loops: &Loops, threads: usize) -> Result<Roof> {
+    pub fn of(model: &Model, meter: &Meter, threads: usize) -> Result<Roof> {
         let manifest = model.artifact().manifest();
+        if let Meter::Gpu(driver) = meter {
+            let chip = &choose(&manifest.ptx, driver.facts())?.chip;
+            let mut machine = backends::cuda::ptx::target(chip)?.machine;
+            let stated = Some(machine.bandwidth);
+            machine.bandwidth = meter.bandwidth(weight_bytes(&manifest.program), threads)?;
+            let roof = Roof::on(&manifest.program, machine, format!("stated for {chip}"), threads)?;
+            return Ok(Roof { device: driver.facts().name.clone(), stated, ..roof });
+        }
         let Some(code) = manifest.code.iter().find(|code| runtime::missing(code).is_none()) else {
             bail!(Unsupported, "the artifact has no code for this machine");
         };
@@ -79,7 +127,7 @@ impl Roof {
             Some(file) => (file.table.roofline(threads), file.table.costs.clone(), machine::origin(&file.table)),
             None => (stated(&code.target, threads)?, Costs::default(), "stated".into()),
         };
-        let bandwidth = read_bandwidth(loops, weight_bytes(&manifest.program), threads)?;
+        let bandwidth = meter.bandwidth(weight_bytes(&manifest.program), threads)?;
         let roof = Roof::on(&manifest.program, Machine { bandwidth, ..priced }, peaks, threads)?;
         Ok(Roof { priced: (priced, costs), ..roof })
     }
@@ -95,16 +143,16 @@ impl Roof {
     /// Where a kernel's body is no graph.
     pub fn on(program: &Program, machine: Machine, peaks: String, threads: usize) -> Result<Roof> {
         let bodies = program.kernels.iter().map(KernelSpec::body).collect::<Result<_>>()?;
-        let priced = (machine, Costs::default());
-        Ok(Roof { machine, peaks, priced, bodies, bytes: weight_bytes(program), threads })
+        let (stated, device, priced) = (None, "cpu".into(), (machine, Costs::default()));
+        Ok(Roof { machine, peaks, priced, stated, device, bodies, bytes: weight_bytes(program), threads })
     }
 
     /// Measures the bandwidth once more and keeps the larger: a neighbour takes some of it, nobody adds any.
     ///
     /// # Errors
     /// Where memory is refused.
-    pub fn again(&mut self, loops: &Loops) -> Result<()> {
-        self.machine.bandwidth = self.machine.bandwidth.max(read_bandwidth(loops, self.bytes, self.threads)?);
+    pub fn again(&mut self, meter: &Meter) -> Result<()> {
+        self.machine.bandwidth = self.machine.bandwidth.max(meter.bandwidth(self.bytes, self.threads)?);
         Ok(())
     }
 
@@ -165,10 +213,18 @@ impl Roof {
         let Machine { bandwidth, peak_i8, peak_bf16, peak_f32, .. } = self.machine;
         let [bandwidth, peak_i8, peak_bf16, peak_f32] =
             [bandwidth, peak_i8, peak_bf16, peak_f32].map(|rate| rate / 1e9);
-        let threads = if self.threads == 1 { "1 thread".into() } else { format!("{} threads", self.threads) };
+        let threads = match (self.stated, self.threads) {
+            (Some(_), _) => self.device.clone(),
+            (None, 1) => "1 thread".into(),
+            (None, threads) => format!("{threads} threads"),
+        };
+        let how = match self.stated {
+            Some(stated) => format!("read and written by a copy (measured in this run; stated {:.1})", stated / 1e9),
+            None => "read (measured in this run)".into(),
+        };
         let peaks = if self.peaks == "stated" { "stated, run `mansard probe`" } else { &self.peaks };
         format!(
-            "roofline of {threads}: {bandwidth:.1} GB/s read (measured in this run); {peak_i8:.0} GOP/s int8, \
+            "roofline of {threads}: {bandwidth:.1} GB/s {how}; {peak_i8:.0} GOP/s int8, \
              {peak_bf16:.0} GFLOP/s bf16, {peak_f32:.0} GFLOP/s f32 (peaks: {peaks})\n"
         )
     }

@@ -9,6 +9,7 @@
 //! | `tokens_per_second`, `stddev` | of all sequences together; mean and spread over the repetitions |
 //! | `milliseconds` | of the whole prefill; of a decoded token of every sequence |
 //! | `roofline_share`, `bandwidth`, `peaks` | of the least time; the bytes per second measured for it, and where its peaks come from |
+//! | `device`, `stated_bandwidth` | `cpu`, or the GPU's name and the bytes per second stated for it, else null |
 //! | `open_milliseconds` | from the file's name to an engine that could run |
 //! | `kl_divergence` | of the artifact from the model of `--against`, else null |
 
@@ -62,7 +63,7 @@ impl Row {
         1e3 * self.test.tokens() as f64 / mean(&self.speeds) / steps as f64
     }
 
-    fn fields(&self, group: &Group, divergence: Option<f64>) -> [(&'static str, Value); 13] {
+    fn fields(&self, group: &Group, divergence: Option<f64>) -> [(&'static str, Value); 15] {
         [
             ("test", self.test.name().into()),
             ("tokens", self.test.count.into()),
@@ -75,6 +76,8 @@ impl Row {
             ("roofline_share", self.share().into()),
             ("bandwidth", group.roof.machine.bandwidth.into()),
             ("peaks", group.roof.peaks.as_str().into()),
+            ("device", group.roof.device.as_str().into()),
+            ("stated_bandwidth", json!(group.roof.stated)),
             ("open_milliseconds", mean(&group.opening).into()),
             ("kl_divergence", json!(divergence)),
         ]

@@ -4,6 +4,8 @@ use super::Arguments;
 use super::access::Keys;
 use super::grammar::Grammars;
 use super::metrics::Http;
+use crate::device;
+use crate::report::OpenArguments;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::{Result, bail};
 use mansard_runtime::{
@@ -119,9 +121,10 @@ fn start(model: &Model, arguments: &Arguments) -> Result<(Work, usize)> {
         bail!(Usage, "expected --max-tokens and --max-choices of at least 1, found 0");
     }
     let draft = arguments.stream.draft(&arguments.engine)?;
-    let positions = arguments.positions.unwrap_or_else(|| positions(model, draft.as_ref()));
+    let opening = &arguments.engine.opening;
+    let positions = arguments.positions.unwrap_or_else(|| positions(model, draft.as_ref(), opening));
     let options = EngineOptions { positions: Some(positions), ..arguments.engine.options() };
-    let engine = model.engine(&arguments.stream.engine(options))?;
+    let engine = arguments.engine.engine(model, &arguments.stream.engine(options))?;
     let limits = *engine.limits();
     if model.info().encoder {
         return Ok((Work::Embed(Arc::new(Mutex::new(engine))), limits.context.min(limits.tokens)));
@@ -135,15 +138,16 @@ fn start(model: &Model, arguments: &Arguments) -> Result<(Work, usize)> {
     };
     let mut batcher = Batcher::new(engine, Some(model.tokens()?.clone()), &batch)?;
     if let Some(draft) = draft {
-        batcher = batcher.with_draft(draft.engine(&options)?)?;
+        batcher = batcher.with_draft(arguments.engine.engine(&draft, &options)?)?;
     }
     let context = batcher.capacity();
     let service = Service::start(batcher, &ServiceOptions { queue: arguments.max_queue, batch })?;
     Ok((Work::Generate(Mutex::new(service)), context))
 }
 
-/// Positions of 32 contexts, or of a quarter of the free memory, a draft model's beside them; of one context at least. An encoder keeps none beyond a step.
-fn positions(model: &Model, draft: Option<&Model>) -> usize {
+/// Positions of 32 contexts, or of a quarter of the free memory, a draft model's beside them; of one context at least. An
+/// encoder keeps none beyond a step.
+fn positions(model: &Model, draft: Option<&Model>, opening: &OpenArguments) -> usize {
     let program = &model.artifact().manifest().program;
     if model.info().encoder {
         return embedded_positions(&program.limits);
@@ -151,7 +155,7 @@ fn positions(model: &Model, draft: Option<&Model>) -> usize {
     let caches = |model: &Model| model.artifact().manifest().program.caches.clone();
     let caches = caches(model).into_iter().chain(draft.map(caches).unwrap_or_default());
     let bytes: usize = caches.map(|cache| cache.block_bytes).sum();
-    let room = mansard_runtime::available_memory().map_or(usize::MAX, |bytes| bytes / 4);
+    let room = device::available_memory(opening, model).map_or(usize::MAX, |bytes| bytes / 4);
     let fits = (room / bytes.max(1)).saturating_mul(CACHE_BLOCK);
     let context = program.limits.context;
     fits.clamp(context, context.saturating_mul(32).max(context))

@@ -74,6 +74,7 @@ pub fn counting_parts() -> Parts {
             tiles: vec![],
         }],
         ptx: vec![],
+        synthetic: None,
         hashes: Default::default(),
         manifest_hash: String::new(),
         provenance: Provenance::default(),
