@@ -149,7 +149,7 @@ fn generation_is_that_of_workers() {
     let [host, device] = engines.map(|mut engine| {
         let sequence = engine.new_sequence();
         let sampler = SamplerOptions { temperature: 1.0, seed: 3, ..SamplerOptions::default() };
-        let options = GenerateOptions { max_tokens: 60, sampler, stop_tokens: Some(vec![]) };
+        let options = GenerateOptions { max_tokens: 60, sampler, stop_tokens: Some(vec![]), ..Default::default() };
         generate(&mut engine, sequence, &[3; 40], &options, |_| Ok(true)).unwrap().tokens
     });
     assert_eq!(host, device);
