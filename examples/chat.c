@@ -1,4 +1,4 @@
-/* A conversation at the terminal: chat m.mansard
+/* A conversation at the terminal: chat m.mansard [most tokens of an answer]
  *
  *   make lib && cc examples/chat.c -Itarget/release/lib -Ltarget/release/lib -lmansard -lm -lpthread -o chat
  *
@@ -39,8 +39,8 @@ static int show(const mansard_event *event, void *user) {
 }
 
 int main(int argc, char **argv) {
-  if (argc != 2) {
-    fprintf(stderr, "usage: %s m.mansard < questions, one a line\n", argv[0]);
+  if (argc < 2) {
+    fprintf(stderr, "usage: %s m.mansard [most tokens of an answer] < questions, one a line\n", argv[0]);
     return MANSARD_USAGE;
   }
   mansard_model *model;
@@ -63,7 +63,7 @@ int main(int argc, char **argv) {
 
     mansard_options options;
     must(mansard_options_default(&options));
-    options.max_tokens = 200;
+    options.max_tokens = argc > 2 ? (uint32_t)atoi(argv[2]) : 200;
     char *answer = memory(calloc(1, 1));
     must(mansard_generate(service, ids, tokens, &options, show, &answer));
     puts("");

@@ -26,8 +26,11 @@ pub struct Table<T> {
     slots: Mutex<Slots<T>>,
 }
 
+/// A place's generation, and what is there.
+type Entry<T> = (u32, Option<Arc<T>>);
+
 struct Slots<T> {
-    entries: Vec<(u32, Option<Arc<T>>)>,
+    entries: Vec<Entry<T>>,
     free: Vec<usize>,
 }
 
@@ -50,7 +53,7 @@ impl<T> Table<T> {
     }
 
     /// The place that a handle names.
-    fn find<'a>(&self, slots: &'a mut Slots<T>, number: usize) -> Option<(usize, &'a mut (u32, Option<Arc<T>>))> {
+    fn find<'a>(&self, slots: &'a mut Slots<T>, number: usize) -> Option<(usize, &'a mut Entry<T>)> {
         let index = number >> KIND_BITS & ((1 << INDEX_BITS) - 1);
         let entry = slots.entries.get_mut(index).filter(|entry| entry.1.is_some())?;
         (self.number(index, entry.0) == number).then_some((index, entry))

@@ -5,9 +5,11 @@ use crate::*;
 use std::ffi::CStr;
 use std::ptr::{null, null_mut};
 
+type Call = (&'static str, Box<dyn Fn() -> mansard_status>);
+
 /// Every function that gives a status, called with nothing.
 #[allow(unsafe_code)]
-fn calls() -> Vec<(&'static str, Box<dyn Fn() -> mansard_status>)> {
+fn calls() -> Vec<Call> {
     macro_rules! calls {
         ($($name:ident($($argument:expr),*);)*) => {
             vec![$((

@@ -116,7 +116,7 @@ mod tests {
         let layout = StepLayout::new(&Program { limits, groups, ..Program::default() });
         let table = |entries: [u32; 4]| Table { entries: entries.to_vec(), released: 0 };
         let tables = [table([1, 2, 3, 4]), table([5, 6, 7, 8])];
-        let segment = Segment { tokens: &[9, 9, 9, 9], position: 250, tables: &tables, rows: Rows::None };
+        let segment = Segment { tokens: &[9, 9, 9, 9], position: 250, dropped: 0, tables: &tables, rows: Rows::None };
         let two = Segment { tokens: &[7, 8], rows: Rows::All, ..segment };
         let one = Segment { tokens: &[6, 5, 4, 3, 2, 1], ..two };
         let mut arrays = StepArrays::new(16, 8);

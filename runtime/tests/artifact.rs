@@ -4,6 +4,7 @@ mod support;
 
 use mansard_ir::Error;
 use mansard_ir::artifact::{Manifest, PtxCode, TOKENIZER_SECTION};
+use mansard_ir::file::MappedFile;
 use mansard_ir::plan::{Arg, BufferId, KernelId, WeightId};
 use mansard_runtime::{Artifact, OpenOptions};
 use support::{counting_parts, file, write};
@@ -69,6 +70,22 @@ fn truncations_and_additions_are_found() {
     }
     refusal(&[&bytes[..], &[0]].concat());
     refusal(&[&bytes[..], &[0; 4096]].concat());
+}
+
+#[test]
+fn a_part_of_a_file_opens_where_it_lies() {
+    let bytes = counting_parts().bytes();
+    let (start, end) = (8192, 8192 + bytes.len());
+    let file = write(&[&[7; 8192][..], &bytes, &[9; 100]].concat());
+    let of = |range| Artifact::of(MappedFile::open(file.path())?.part(range)?, &OpenOptions::default());
+    let inside = of(start..end).unwrap();
+    assert_eq!((inside.file_bytes(), inside.weights().unwrap()[0][0]), (bytes.len(), 5));
+    for range in [0..end, start..end - 1, start..end + 1, start..start, start + 64..end, end..end + 100] {
+        assert_eq!(of(range.clone()).expect_err("a refusal").exit_code(), 3, "{range:?}");
+    }
+    for range in [start..end + 101, end + 200..end + 201, usize::MAX..usize::MAX, 0..usize::MAX] {
+        assert!(of(range).expect_err("a refusal").to_string().contains("expected a part"));
+    }
 }
 
 #[test]
