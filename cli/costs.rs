@@ -9,7 +9,7 @@
 //! it, so that the same inputs give the same bytes.
 
 use crate::bench::kernels::KernelTable;
-use crate::bench::roof::Roof;
+use crate::bench::roof::{self, Roof};
 use crate::bench::steps::{Kind, Test};
 use crate::explain::pricing;
 use crate::report;
@@ -17,7 +17,7 @@ use mansard::driver::{self, CompileOptions, Progress};
 use mansard_backends as backends;
 use mansard_ir::artifact::{Provenance, rounded};
 use mansard_ir::costs::{Costs, Factor};
-use mansard_ir::plan::{Program, Variant};
+use mansard_ir::plan::Program;
 use mansard_ir::{Error, Kind as ErrorKind, Result, Target, TokenRange};
 use mansard_passes as passes;
 use mansard_runtime::{self as runtime, Model, physical_cores};
@@ -26,6 +26,9 @@ use std::path::Path;
 
 /// Times each step is run.
 const REPETITIONS: usize = 8;
+
+/// A range whose last number of tokens is so many times its first one is measured at two places.
+const WIDE: usize = 8;
 
 /// Steps that are decoded in a run.
 const DECODED: usize = 8;
@@ -53,21 +56,40 @@ pub fn measure(input: &Path, output: &Path, options: &CompileOptions, progress: 
     let model = Model::open(trial.path())?;
     let (program, threads) = (&model.artifact().manifest().program, physical_cores());
     // The machine that decisions are priced on, whatever it has to do with this one.
-    let machine = driver::pass_options(Target::common(&targets)?, options).target.machine;
+    let machine = match &options.machine {
+        Some(file) => roof::priced(&file.table, program, threads),
+        None => driver::pass_options(Target::common(&targets)?, options).target.machine,
+    };
     let roof = Roof::on(program, machine, String::new(), threads)?;
+    let most = program.limits.tokens.min(program.limits.context);
+    let ranges = program.variants.iter().flat_map(|variant| halves(variant.tokens, most));
     let tests: Vec<(TokenRange, Test)> =
-        program.variants.iter().filter_map(|v| Some((v.tokens, test(program, v, model.info().encoder)?))).collect();
+        ranges.filter_map(|range| Some((range, test(program, range, model.info().encoder)?))).collect();
     let only: Vec<Test> = tests.iter().map(|(_, test)| *test).collect();
     let tables = pricing::measure(&model, &roof, &only, threads, REPETITIONS)?;
     let of = |((range, _), table): (&(TokenRange, Test), &KernelTable)| factors(program, &roof, *range, table);
     Ok(Costs { factors: tests.iter().zip(&tables).flat_map(of).collect() })
 }
 
+/// A range, or two where its ends lie far apart: what a step does once for all its tokens weighs less in long ones.
+fn halves(TokenRange { min, max }: TokenRange, most: usize) -> Vec<TokenRange> {
+    let middle = middle(min, max.min(most));
+    if max.min(most) < WIDE * min {
+        return vec![TokenRange { min, max }];
+    }
+    vec![TokenRange { min, max: middle }, TokenRange { min: middle + 1, max }]
+}
+
+/// By their logarithms.
+fn middle(min: usize, max: usize) -> usize {
+    ((min * max) as f64).sqrt() as usize
+}
+
 /// A step in the middle of a range: few tokens decode that many sequences, more read a prompt.
-fn test(program: &Program, variant: &Variant, encoder: bool) -> Option<Test> {
-    let (TokenRange { min, max }, limits) = (variant.tokens, &program.limits);
+fn test(program: &Program, TokenRange { min, max }: TokenRange, encoder: bool) -> Option<Test> {
+    let limits = &program.limits;
     let max = max.min(limits.tokens).min(limits.context);
-    let count = ((min * max) as f64).sqrt() as usize;
+    let count = middle(min, max);
     let decoded = Test { kind: Kind::Decode, count: DECODED, batch: count, depth: 0 };
     let read = Test { kind: Kind::Prefill, count, batch: 1, depth: 0 };
     let fits = |test: &Test| count > 0 && test.check(limits, encoder).is_ok();

@@ -14,6 +14,7 @@ use crate::report::OpenArguments;
 use mansard::machine;
 use mansard_backends as backends;
 use mansard_backends::cpu::probe::Loops;
+use mansard_backends::machine::MachineTable;
 use mansard_ir::cost::{Work, Workload};
 use mansard_ir::costs::Costs;
 use mansard_ir::kernel::{self, KernelKind};
@@ -124,7 +125,10 @@ impl Roof {
             bail!(Unsupported, "the artifact has no code for this machine");
         };
         let (priced, costs, peaks) = match machine::of_this_processor()? {
-            Some(file) => (file.table.roofline(threads), file.table.costs.clone(), machine::origin(&file.table)),
+            Some(file) => {
+                let priced = priced(&file.table, &manifest.program, threads);
+                (priced, file.table.costs.clone(), machine::origin(&file.table))
+            }
             None => (stated(&code.target, threads)?, Costs::default(), "stated".into()),
         };
         let bandwidth = meter.bandwidth(weight_bytes(&manifest.program), threads)?;
@@ -228,6 +232,11 @@ impl Roof {
              {peak_bf16:.0} GFLOP/s bf16, {peak_f32:.0} GFLOP/s f32 (peaks: {peaks})\n"
         )
     }
+}
+
+/// What steps of a program are priced on: its weights are read again and again, from wherever they stay.
+pub fn priced(table: &MachineTable, program: &Program, threads: usize) -> Machine {
+    table.reading(threads, weight_bytes(program) as f64)
 }
 
 fn weight_bytes(program: &Program) -> usize {

@@ -138,10 +138,9 @@ pub fn explain(model: &Model, path: &Path, request: &Request<'_>) -> Result<Expl
 
 /// Name, origin and figures of the machine that predictions are for.
 fn figures(manifest: &Manifest, request: &Request<'_>) -> Result<(String, String, Machine)> {
-    // What a step reads again in the next one.
-    let read = manifest.program.weights.iter().map(|w| w.bytes as f64).sum::<f64>();
     let of_file = |file: &MachineFile| {
-        (file.table.name.clone(), machine::origin(&file.table), file.table.reading(request.threads, read))
+        let priced = roof::priced(&file.table, &manifest.program, request.threads);
+        (file.table.name.clone(), machine::origin(&file.table), priced)
     };
     let here = manifest.code.iter().find(|code| missing(code).is_none());
     let file = match (request.machine, here) {
