@@ -2,7 +2,7 @@
  *
  * Every function gives a mansard_status; after one that is not MANSARD_OK, mansard_error() says what was expected and found,
  * for the calling thread. Handles are checked: one that was freed, or is null where that makes no sense, is MANSARD_USAGE.
- * Pointers to other things must be null or what they are said to be; they are read and written during the call alone, but
+ * Pointers to other things must be null or what they are said to be: null is refused unless allowed. They are read and written during the call alone, but
  * for the bytes of mansard_model_open_memory. Each function says which threads may call it. Nothing here survives a fork.
  *
  * Link with libmansard.so, or with libmansard.a -lm -lpthread.
@@ -24,7 +24,7 @@
 #define MANSARD_TRUST_WEIGHTS 1
 
 // For mansard_next: wait as long as it takes.
-#define MANSARD_FOREVER UINT32_MAX
+#define MANSARD_FOREVER 4294967295
 
 // The version of this interface: the major one times 65536, which changes when something is removed or means something else,
 // and the minor one, which changes when something is added.
@@ -239,7 +239,6 @@ extern "C" {
 
 // Makes an engine. `options` may be null. Any thread.
 //
-// # Safety
 // `options` is null or one; `engine` is null or a place.
 mansard_status mansard_engine_new(const mansard_model *model,
                                   const mansard_engine_options *options,
@@ -253,7 +252,6 @@ mansard_status mansard_engine_free(mansard_engine *engine);
 // With too little room only the number is written, and MANSARD_TOO_SMALL comes back, before anything is computed. Any
 // thread; calls with one engine wait for one another.
 //
-// # Safety
 // `tokens` are `count`; `output` has room for `capacity`; `written` is null or a place.
 mansard_status mansard_logits(mansard_engine *engine,
                               const uint32_t *tokens,
@@ -267,7 +265,6 @@ mansard_status mansard_logits(mansard_engine *engine,
 // are. `tokens` are those of all texts, one after another, and `counts` how many each has. As many texts as a step has room
 // for run at once. With too little room it does as mansard_logits. Any thread; calls with one engine wait for one another.
 //
-// # Safety
 // `counts` are `texts`, and `tokens` their sum; `output` has room for `capacity`; `written` is null or a place.
 mansard_status mansard_embed(mansard_engine *engine,
                              const uint32_t *tokens,
@@ -280,7 +277,6 @@ mansard_status mansard_embed(mansard_engine *engine,
 // Opens and checks the artifact at `path`. `abi` is MANSARD_ABI_VERSION, by which a header that does not fit the library is
 // found out. `flags` is 0 or MANSARD_TRUST_WEIGHTS. Any thread.
 //
-// # Safety
 // `path` is null or text; `model` is null or a place.
 mansard_status mansard_model_open(uint32_t abi,
                                   const char *path,
@@ -290,7 +286,6 @@ mansard_status mansard_model_open(uint32_t abi,
 // Opens and checks an artifact that lies in memory, from a multiple of 4096 on, where it stays unchanged for as long as the
 // program runs: nothing is copied. `name` stands for its path in messages. The rest is as for mansard_model_open. Any thread.
 //
-// # Safety
 // `name` is null or text; `bytes` is null or so many that never change; `model` is null or a place.
 mansard_status mansard_model_open_memory(uint32_t abi,
                                          const char *name,
@@ -304,7 +299,6 @@ mansard_status mansard_model_free(mansard_model *model);
 
 // Writes facts about a model. Any thread.
 //
-// # Safety
 // `facts` is null or a place.
 mansard_status mansard_model_facts(const mansard_model *model, mansard_facts *facts);
 
@@ -312,7 +306,6 @@ mansard_status mansard_model_facts(const mansard_model *model, mansard_facts *fa
 // tokens, and 0 for text that has them, as that of mansard_chat_prompt. With too little room nothing but the number is
 // written, and MANSARD_TOO_SMALL comes back. Any thread.
 //
-// # Safety
 // `input` is null or text; `tokens` has room for `capacity`; `count` is null or a place.
 mansard_status mansard_encode(const mansard_model *model,
                               const char *input,
@@ -324,7 +317,6 @@ mansard_status mansard_encode(const mansard_model *model,
 // Writes the text of tokens, without special ones, a zero byte after it, and its bytes without that. With too little room
 // only the bytes needed, that one included, are written, and MANSARD_TOO_SMALL comes back. Any thread.
 //
-// # Safety
 // `tokens` are `count`; `output` has room for `capacity` bytes; `bytes` is null or a place.
 mansard_status mansard_decode(const mansard_model *model,
                               const uint32_t *tokens,
@@ -336,7 +328,6 @@ mansard_status mansard_decode(const mansard_model *model,
 // Writes the prompt that the model's chat template makes of a conversation, up to where the answer begins, like
 // mansard_decode. Any thread.
 //
-// # Safety
 // `messages` are `count`; `output` has room for `capacity` bytes; `bytes` is null or a place.
 mansard_status mansard_chat_prompt(const mansard_model *model,
                                    const mansard_message *messages,
@@ -347,13 +338,11 @@ mansard_status mansard_chat_prompt(const mansard_model *model,
 
 // Writes the defaults: 256 tokens, one answer, temperature 0.8, top-k 40, top-p 0.95, min-p 0.05, seed 0. Any thread.
 //
-// # Safety
 // `options` is null or a place for them.
 mansard_status mansard_options_default(mansard_options *options);
 
 // Asks for answers to a prompt, and comes back at once; mansard_next waits for their events. `options` may be null. Any thread.
 //
-// # Safety
 // `tokens` are `count`; `options` is null or one; `request` is null or a place.
 mansard_status mansard_submit(mansard_service *service,
                               const uint32_t *tokens,
@@ -364,8 +353,8 @@ mansard_status mansard_submit(mansard_service *service,
 // Asks for answers to a prompt, and comes back at once; `sink` hears of their events, on the service's thread, which goes on
 // when it returns: it must not block. It is not called any more once mansard_request_free has returned. Any thread.
 //
-// # Safety
-// As mansard_submit; `sink` may be called from another thread, with `user`.
+// `tokens` are `count`; `options` is null or one; `sink` may be called from another thread, with `user`; `request` is null or
+// a place.
 mansard_status mansard_submit_to(mansard_service *service,
                                  const uint32_t *tokens,
                                  size_t count,
@@ -378,8 +367,7 @@ mansard_status mansard_submit_to(mansard_service *service,
 // done, or `sink` gave 0. What fails comes back as a status. `options` may be null. Any thread, but not from a function that
 // hears of events.
 //
-// # Safety
-// As mansard_submit; `sink` may be called with `user`.
+// `tokens` are `count`; `options` is null or one; `sink` may be called with `user`.
 mansard_status mansard_generate(mansard_service *service,
                                 const uint32_t *tokens,
                                 size_t count,
@@ -391,7 +379,6 @@ mansard_status mansard_generate(mansard_service *service,
 // is MANSARD_NOTHING; after the last, MANSARD_END, again and again. What fails comes back as a status. Any thread, but not
 // from a function that hears of events; calls with one request wait for one another.
 //
-// # Safety
 // `event` is null or a place.
 mansard_status mansard_next(mansard_request *request,
                             uint32_t milliseconds,
@@ -406,7 +393,6 @@ mansard_status mansard_request_free(mansard_request *request);
 
 // Starts a service for a model that generates text. `options` may be null. Any thread.
 //
-// # Safety
 // `options` is null or one; `service` is null or a place.
 mansard_status mansard_service_start(const mansard_model *model,
                                      const mansard_service_options *options,
