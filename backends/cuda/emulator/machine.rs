@@ -407,6 +407,9 @@ fn order(count: usize, order: Order, random: &mut Random) -> Vec<usize> {
     all
 }
 
+/// Of a thread's stack: host code that nobody optimized keeps all its values there. Pages are taken when touched.
+const STACK_BYTES: usize = 256 << 10;
+
 type Running = (Coroutine<(), (), (), DefaultStack>, Box<Thread>);
 
 /// Runs one block to its end.
@@ -417,7 +420,7 @@ unsafe fn run(block: &mut Block, code: &Code, args: &[u64], turns: Order, random
         let (open, groups) = (vec![], VecDeque::new());
         let mut thread = Box::new(Thread { id, block: at, yielder: ptr::null(), open, groups });
         let own: *mut Thread = &mut *thread;
-        let stack = stacks.pop().unwrap_or_else(|| DefaultStack::new(64 << 10).expect("memory for a stack"));
+        let stack = stacks.pop().unwrap_or_else(|| DefaultStack::new(STACK_BYTES).expect("memory for a stack"));
         let coroutine = Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {
             // SAFETY: the thread outlives its coroutine; the entry takes the kernel's arguments, one a slot.
             unsafe {
