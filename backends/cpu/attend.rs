@@ -41,7 +41,7 @@ use softmax::{FAR_BELOW, Span, State};
 use source::Source;
 
 /// Rows up to which an item takes long spans.
-const FEW_ROWS: i64 = 16;
+const FEW_ROWS: i64 = 32;
 
 /// Emits an `attend` kernel.
 ///
