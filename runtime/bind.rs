@@ -50,17 +50,19 @@ impl Addresses<'_> {
 /// Where the system refuses memory, or a thread the place it is pinned to.
 pub fn copy_weights(artifact: &Artifact, threads: usize, pin: bool) -> Result<Arena> {
     let weights = artifact.weights()?;
-    let mut arena = Arena::huge("weights", weights.iter().map(|w| w.len()).sum())?;
+    let mut arena = Arena::huge("weights", weights.iter().map(|w| aligned(w.len())).sum())?;
     let places = if pin { placement(threads)? } else { vec![] };
     let mut parts: Vec<Vec<(&[u8], &mut [u8])>> = (0..threads).map(|_| vec![]).collect();
     let mut target = arena.bytes_mut();
     for mut weight in weights {
+        let (mut room, further) = std::mem::take(&mut target).split_at_mut(aligned(weight.len()));
         for (i, part) in parts.iter_mut().enumerate() {
             let (from, rest) = weight.split_at(weight.len() / (threads - i));
-            let (to, further) = std::mem::take(&mut target).split_at_mut(from.len());
+            let (to, left) = std::mem::take(&mut room).split_at_mut(from.len());
             part.push((from, to));
-            (weight, target) = (rest, further);
+            (weight, room) = (rest, left);
         }
+        target = further;
     }
     std::thread::scope(|scope| {
         let mut copies = vec![];
