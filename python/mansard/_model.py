@@ -217,21 +217,23 @@ class Model:
     def encode(self, text: str, special: bool = True) -> List[int]:
         """Token ids of a text; `special` as for plain text, around which the model wants special tokens."""
         data = _bytes(text)
-        tokens = _filled("uint32_t[]", lambda *room: lib.mansard_encode(self._open(), data, special, *room), len(data) + 8)
-        return list(tokens)
+        tokens: List[int] = _filled(
+            "uint32_t[]", lambda *room: lib.mansard_encode(self._open(), data, special, *room), len(data) + 8
+        )
+        return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without special ones."""
         ids = _ids(tokens)
-        text = _filled("char[]", lambda *room: lib.mansard_decode(self._open(), ids, len(ids), *room), 8 * len(ids) + 64)
-        return bytes(ffi.buffer(text)).decode()
+        text: bytes = _filled("char[]", lambda *room: lib.mansard_decode(self._open(), ids, len(ids), *room), 8 * len(ids) + 64)
+        return text.decode()
 
     def chat_prompt(self, messages: Sequence[Union[Message, Mapping[str, str]]]) -> str:
         """The prompt that the model's chat template makes of a conversation, up to where the answer begins."""
         texts = [(ffi.new("char[]", _bytes(m["role"])), ffi.new("char[]", _bytes(m["content"]))) for m in messages]
         turns = ffi.new("mansard_message[]", [{"role": role, "content": content} for role, content in texts])
-        text = _filled("char[]", lambda *room: lib.mansard_chat_prompt(self._open(), turns, len(turns), *room), 4096)
-        return bytes(ffi.buffer(text)).decode()
+        text: bytes = _filled("char[]", lambda *room: lib.mansard_chat_prompt(self._open(), turns, len(turns), *room), 4096)
+        return text.decode()
 
     def generate(
         self,
@@ -372,7 +374,8 @@ def _filled(kind: str, fill: Callable[[Any, int, Any], int], guess: int) -> Any:
         room = ffi.new(kind, count[0])
         status = fill(room, count[0], count)
     check(status)
-    return room[0 : count[0]]
+    # A copy: a slice would not keep the room alive.
+    return ffi.unpack(room, count[0])
 
 
 def _bytes(text: str) -> bytes:
