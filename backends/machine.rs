@@ -250,8 +250,8 @@ barrier_us = 0.3
 gb_per_s = { l1 = 600, l3 = 120, memory = 40 }
 gop_per_s = { f32 = 300, i8 = 1200 }
 [[costs]]
-kind = "contract"
-format = "q4_1"
+of = { kind = "contract", format = "q4_1", ops = "matmul" }
+launch_us = 0.5
 factor = 1.5
 tokens = { min = 1, max = 8 }
 "#;

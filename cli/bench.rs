@@ -85,7 +85,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let (mut tables, mut groups) = (vec![], vec![]);
     for threads in arguments.threads() {
         let mut roof = Roof::of(&model, &meter, threads)?;
-        let mut runner = Runner::new(arguments.engine(&model, &meter, &arguments.options(threads, &tests))?)?;
+        let engine = arguments.engine(&model, &meter, &arguments.options(threads, &tests))?;
+        let mut runner = Runner::new(engine, &model)?;
         let mut rows = vec![];
         for test in &tests {
             match arguments.kernels {

@@ -8,7 +8,7 @@
 //! What was measured is in the artifact's provenance; `--costs` takes it from there, or from what `inspect --costs` says of
 //! it, so that the same inputs give the same bytes.
 
-use crate::bench::kernels::KernelTable;
+use crate::bench::kernels::Prediction;
 use crate::bench::roof::{self, Roof};
 use crate::bench::steps::{Kind, Test};
 use crate::explain::pricing;
@@ -16,7 +16,7 @@ use crate::report;
 use mansard::driver::{self, CompileOptions, Progress};
 use mansard_backends as backends;
 use mansard_ir::artifact::{Provenance, rounded};
-use mansard_ir::costs::{Costs, Factor};
+use mansard_ir::costs::{Costs, Factor, Filed};
 use mansard_ir::plan::Program;
 use mansard_ir::{Error, Kind as ErrorKind, Result, Target, TokenRange};
 use mansard_passes as passes;
@@ -32,6 +32,9 @@ const WIDE: usize = 8;
 
 /// Steps that are decoded in a run.
 const DECODED: usize = 8;
+
+/// Positions before those of long sequences.
+const DEPTH: usize = 512;
 
 /// Times the kernels of the model at `input`, compiled with `options`.
 ///
@@ -64,11 +67,21 @@ pub fn measure(input: &Path, output: &Path, options: &CompileOptions, progress: 
     let most = program.limits.tokens.min(program.limits.context);
     let ranges = program.variants.iter().flat_map(|variant| halves(variant.tokens, most));
     let tests: Vec<(TokenRange, Test)> =
-        ranges.filter_map(|range| Some((range, test(program, range, model.info().encoder)?))).collect();
+        ranges.flat_map(|range| tests(program, range, model.info().encoder).map(move |test| (range, test))).collect();
     let only: Vec<Test> = tests.iter().map(|(_, test)| *test).collect();
     let tables = pricing::measure(&model, &roof, &only, threads, REPETITIONS)?;
-    let of = |((range, _), table): (&(TokenRange, Test), &KernelTable)| factors(program, &roof, *range, table);
-    Ok(Costs { factors: tests.iter().zip(&tables).flat_map(of).collect() })
+    let mut samples: BTreeMap<(TokenRange, Filed), Vec<(f64, f64)>> = BTreeMap::new();
+    for ((range, _), table) in tests.iter().zip(&tables) {
+        for Prediction { kernel, launches, predicted, measured } in table.predictions() {
+            let body = program.kernels.iter().position(|k| k.name == kernel).and_then(|index| roof.body(index));
+            let Some(filed) = body.and_then(passes::cost::filed) else { continue };
+            let each = |seconds: f64| seconds / launches as f64;
+            samples.entry((*range, filed)).or_default().push((each(predicted), each(measured)));
+        }
+    }
+    let fitted = samples.into_iter().filter_map(|((range, filed), of)| Factor::fit(filed, range, &of));
+    let short = |f: Factor| Factor { launch_us: rounded(f.launch_us), factor: rounded(f.factor), ..f };
+    Ok(Costs { factors: fitted.map(short).collect() })
 }
 
 /// A range, or two where its ends lie far apart: what a step does once for all its tokens weighs less in long ones.
@@ -85,33 +98,19 @@ fn middle(min: usize, max: usize) -> usize {
     ((min * max) as f64).sqrt() as usize
 }
 
-/// A step in the middle of a range: few tokens decode that many sequences, more read a prompt.
-fn test(program: &Program, TokenRange { min, max }: TokenRange, encoder: bool) -> Option<Test> {
-    let limits = &program.limits;
+/// Steps in the middle of a range: few tokens decode that many sequences, short ones and long ones, more read a prompt.
+fn tests(program: &Program, TokenRange { min, max }: TokenRange, encoder: bool) -> impl Iterator<Item = Test> {
+    let limits = program.limits;
     let max = max.min(limits.tokens).min(limits.context);
     let count = middle(min, max);
-    let decoded = Test { kind: Kind::Decode, count: DECODED, batch: count, depth: 0 };
+    let decoded = |depth| Test { kind: Kind::Decode, count: DECODED, batch: count, depth };
     let read = Test { kind: Kind::Prefill, count, batch: 1, depth: 0 };
-    let fits = |test: &Test| count > 0 && test.check(limits, encoder).is_ok();
+    let fits = move |test: &Test| count > 0 && test.check(&limits, encoder).is_ok();
     let decodes = !encoder && max <= limits.sequences.min(limits.rows);
-    Some(if decodes { decoded } else { read }).filter(fits).or(Some(read).filter(fits))
-}
-
-fn factors(program: &Program, roof: &Roof, tokens: TokenRange, table: &KernelTable) -> Vec<Factor> {
-    let mut sums: BTreeMap<(String, String), (f64, f64)> = BTreeMap::new();
-    for (name, predicted, measured) in table.predictions() {
-        let body = program.kernels.iter().position(|k| k.name == name).and_then(|index| roof.body(index));
-        let Some((kind, format)) = body.and_then(passes::cost::kind_and_format) else { continue };
-        let sum = sums.entry((kind.name().to_string(), format)).or_default();
-        *sum = (sum.0 + predicted, sum.1 + measured);
-    }
-    let factor = |((kind, format), (predicted, measured)): ((String, String), (f64, f64))| Factor {
-        kind,
-        format,
-        tokens,
-        factor: rounded(measured / predicted).clamp(1e-3, 1e3),
-    };
-    sums.into_iter().map(factor).collect()
+    let asked = if decodes { vec![decoded(0), decoded(DEPTH)] } else { vec![read] };
+    let fitting: Vec<Test> = asked.into_iter().filter(fits).collect();
+    let other = fitting.is_empty().then_some(read).filter(fits);
+    fitting.into_iter().chain(other)
 }
 
 /// The costs in an artifact, or in JSON.
@@ -125,10 +124,12 @@ pub fn read(path: &Path) -> Result<Costs> {
 
 /// A table of factors.
 pub fn table(costs: &Costs) -> String {
-    let mut rows = vec![["kernels", "format", "tokens", "measured / predicted"].map(String::from).to_vec()];
+    let head = ["kernels", "format", "ops", "tokens", "launch", "measured / predicted"];
+    let mut rows = vec![head.map(String::from).to_vec()];
     rows.extend(costs.factors.iter().map(|f| {
         let tokens = format!("{} to {}", f.tokens.min, f.tokens.max);
-        vec![f.kind.clone(), f.format.clone(), tokens, format!("{:.2}", f.factor)]
+        let Filed { kind, format, ops } = f.of.clone();
+        vec![kind, format, ops, tokens, format!("{:.2} us", f.launch_us), format!("{:.2}", f.factor)]
     }));
     report::table(&rows)
 }

@@ -144,8 +144,8 @@ fn provenance(manifest: &Manifest, put: &mut Put<'_>) {
     p.options.iter().for_each(|(name, value)| put("option", name, value.clone().into()));
     p.approximations.iter().for_each(|a| put("approximation", a, "yes".into()));
     p.costs.factors.iter().for_each(|f| {
-        let name = format!("{} {} t {}..={}", f.kind, f.format, f.tokens.min, f.tokens.max);
-        put("cost", &name, f.factor.into());
+        let name = format!("{} {} [{}] t {}..={}", f.of.kind, f.of.format, f.of.ops, f.tokens.min, f.tokens.max);
+        put("cost", &name, format!("{} us and {} times", f.launch_us, f.factor).into());
     });
     p.tuning.kernels.iter().for_each(|t| put("tuned", &t.kernel, format!("{:?}", t.choice).into()));
     if let Some(quality) = &p.quality {

@@ -2,6 +2,7 @@
 
 use crate::report::{self, indented};
 use mansard_ir::artifact::Manifest;
+use mansard_ir::costs::Filed;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{CacheSpec, KernelId, KernelSpec, Program};
 use mansard_ir::tuning::{Measured, Tuned};
@@ -178,9 +179,11 @@ fn provenance(manifest: &Manifest) -> String {
     }
     p.approximations.iter().for_each(|a| out += &format!("  approximation: {a}\n"));
     for f in &p.costs.factors {
-        let range = format!("{} to {}", f.tokens.min, f.tokens.max);
-        out +=
-            &format!("  measured {} {}: {:.2} times the roofline's price at t = {range}\n", f.kind, f.format, f.factor);
+        let Filed { kind, format, ops } = &f.of;
+        out += &format!(
+            "  measured {kind} {format} [{ops}]: {:.2} us and {:.2} times the roofline's price at t = {} to {}\n",
+            f.launch_us, f.factor, f.tokens.min, f.tokens.max
+        );
     }
     for Tuned { kernel, target, choice, measured, .. } in &p.tuning.kernels {
         let Choice { tokens, strips, cache_bytes, ahead } = choice;

@@ -11,7 +11,7 @@
 use crate::extract::{Choice, Program};
 use crate::kernels::{Candidate, Place};
 use ir::cost::{Workload, priced};
-use ir::costs::Costs;
+use ir::costs::{Costs, Filed};
 use ir::kernel::{KernelKind, after_anchor};
 use ir::layout::cache_position_bytes;
 use ir::ops::Class;
@@ -100,24 +100,32 @@ impl Roofline {
         }
         let stored = kernel.stored.iter().filter(|v| !matches!(program.values[**v].ty, Type::Cache { .. }));
         near += stored.map(|v| self.bytes[*v]).sum::<f64>() * threads / workers;
-        priced(compute, streamed / m.bandwidth + near / m.near(near), m) * self.factor(program, kernel)
-    }
-
-    fn factor(&self, program: &Program, kernel: &Candidate) -> f64 {
+        let seconds = priced(compute, streamed / m.bandwidth + near / m.near(near), m);
         let (costs, tokens) = &self.costs;
         if costs.is_empty() {
-            return 1.0;
+            return seconds;
         }
         let choices = kernel.inside.iter().map(|(v, (index, _))| &program.values[*v].choices[*index]);
-        let format = format(choices.flat_map(|c| &c.operands).map(|o| &program.values[*o].ty));
-        costs.factor(kernel.kind.name(), &format, *tokens)
+        let operands = choices.clone().flat_map(|c| &c.operands).map(|o| &program.values[*o].ty);
+        costs.price(&filed_under(kernel.kind, choices.map(|c| c.op.name()), operands), *tokens, seconds)
     }
 }
 
-/// What measured costs of a kernel are filed under: its kind, and the format of what it streams.
-pub fn kind_and_format(body: &Graph) -> Option<(KernelKind, String)> {
-    let operands = body.nodes.iter().flat_map(|n| &n.operands);
-    Some((ir::kernel::kind_of(body).ok()?, format(operands.map(|o| body.ty(*o)))))
+/// What measured costs of a kernel are filed under.
+pub fn filed(body: &Graph) -> Option<Filed> {
+    let nodes = body.nodes.iter().filter(|n| n.op.class() != Class::Weight);
+    let operands = nodes.clone().flat_map(|n| &n.operands).map(|o| body.ty(*o));
+    Some(filed_under(ir::kernel::kind_of(body).ok()?, nodes.map(|n| n.op.name()), operands))
+}
+
+fn filed_under<'a>(
+    kind: KernelKind,
+    ops: impl Iterator<Item = &'a str>,
+    operands: impl Iterator<Item = &'a Type>,
+) -> Filed {
+    let mut ops: Vec<&str> = ops.collect();
+    ops.sort_unstable();
+    Filed { kind: kind.name().into(), format: format(operands), ops: ops.join(" ") }
 }
 
 /// The format of a kernel's cache, else of its first matrix; nothing where it reads neither.

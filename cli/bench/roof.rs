@@ -170,9 +170,8 @@ impl Roof {
     pub fn predicted(&self, index: usize, step: &Workload) -> f64 {
         let Some(body) = self.bodies.get(index) else { return 0.0 };
         let (machine, costs) = &self.priced;
-        let filed = passes::cost::kind_and_format(body);
-        let factor = filed.map_or(1.0, |(kind, format)| costs.factor(kind.name(), &format, step.tokens));
-        passes::cost::kernel_seconds(body, &body.computed(), machine, step) * factor
+        let seconds = passes::cost::kernel_seconds(body, &body.computed(), machine, step);
+        passes::cost::filed(body).map_or(seconds, |filed| costs.price(&filed, step.tokens, seconds))
     }
 
     /// A kernel's body.

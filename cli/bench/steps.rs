@@ -10,10 +10,11 @@
 //! that is kept to start from again. A decoded token is the likeliest of the logits before
 //! it, so a step's time holds what it takes to read every sequence's row; only the likeliest is asked for.
 
+use crate::eval::DEFAULT_TEXT;
 use mansard_ir::cost::Workload;
 use mansard_ir::plan::Limits;
 use mansard_ir::{Result, bail};
-use mansard_runtime::{Before, Engine, Logits, Rows, Sampler, SamplerOptions, SequenceId, Work};
+use mansard_runtime::{Before, Engine, Logits, Model, Rows, Sampler, SamplerOptions, SequenceId, Work};
 use std::time::Instant;
 
 /// What is measured.
@@ -143,6 +144,7 @@ pub fn workload(step: &[Part], encoder: bool) -> Workload {
 pub struct Runner {
     /// Runs the steps.
     pub engine: Engine,
+    prompts: Prompts,
     sampler: Sampler,
     /// A sequence of some depth that no test goes on with.
     start: Option<(usize, SequenceId)>,
@@ -150,12 +152,13 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// Without sequences yet.
+    /// Without sequences yet, for an engine of that model.
     ///
     /// # Errors
-    /// None for the options used.
-    pub fn new(engine: Engine) -> Result<Runner> {
-        Ok(Runner { engine, sampler: Sampler::new(SamplerOptions::greedy())?, start: None, sequences: vec![] })
+    /// Where the model's tokenizer is damaged.
+    pub fn new(engine: Engine, model: &Model) -> Result<Runner> {
+        let (prompts, sampler) = (Prompts::of(model)?, Sampler::new(SamplerOptions::greedy())?);
+        Ok(Runner { engine, prompts, sampler, start: None, sequences: vec![] })
     }
 
     /// Sequences of the test's depth: cut back to it, or made anew where they no longer keep what is needed for that.
@@ -193,8 +196,7 @@ impl Runner {
         let start = engine.new_sequence();
         self.start = Some((depth, start));
         if depth > 0 {
-            let vocab = engine.artifact().manifest().model.vocab;
-            engine.prefill(start, &some_tokens(0, depth, vocab))?;
+            engine.prefill(start, &self.prompts.tokens(0, depth))?;
         }
         Ok(start)
     }
@@ -210,8 +212,7 @@ impl Runner {
         mut after: impl FnMut(&Engine, &[Part]) -> Result<()>,
     ) -> Result<f64> {
         self.ready(test)?;
-        let vocab = self.engine.artifact().manifest().model.vocab;
-        let mut tokens: Vec<Vec<u32>> = (1..=test.batch).map(|seed| some_tokens(seed, test.count, vocab)).collect();
+        let mut tokens: Vec<Vec<u32>> = (1..=test.batch).map(|seed| self.prompts.tokens(seed, test.count)).collect();
         let start = Instant::now();
         for step in steps {
             let work = step.iter().map(|part| {
@@ -235,11 +236,36 @@ impl Runner {
     }
 }
 
-/// Tokens of no particular meaning, the same in every run.
-fn some_tokens(seed: usize, count: usize, vocab: usize) -> Vec<u32> {
-    let first = (seed as u64) << 32;
-    (first..first + count as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as u32 % vocab as u32).collect()
+/// What sequences begin with, the same in every run: how much of a vocabulary is rescored, and which experts are asked, depends on
+/// what is read.
+struct Prompts {
+    /// Of the evaluation's text; empty where the model has no tokenizer.
+    text: Vec<u32>,
+    vocab: usize,
 }
+
+impl Prompts {
+    fn of(model: &Model) -> Result<Prompts> {
+        let info = model.info();
+        let known = info.tokenizer.is_some();
+        let text = if known { model.tokens()?.encode(DEFAULT_TEXT, false)? } else { vec![] };
+        Ok(Prompts { text, vocab: info.vocab })
+    }
+
+    /// Some of the text, from a place of its own for each seed; tokens of no meaning where there is none.
+    fn tokens(&self, seed: usize, count: usize) -> Vec<u32> {
+        if !self.text.is_empty() {
+            let first = seed.wrapping_mul(APART) % self.text.len();
+            return self.text.iter().cycle().skip(first).take(count).copied().collect();
+        }
+        let first = (seed as u64) << 32;
+        let number = |i: u64| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as u32 % self.vocab as u32;
+        (first..first + count as u64).map(number).collect()
+    }
+}
+
+/// Tokens of the text between the beginnings of two sequences.
+const APART: usize = 257;
 
 #[cfg(test)]
 mod tests {
@@ -299,8 +325,12 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_in_the_vocabulary() {
-        assert!(some_tokens(3, 1000, 7).iter().all(|t| *t < 7));
-        assert_ne!(some_tokens(1, 8, 1000), some_tokens(2, 8, 1000));
+    fn sequences_read_different_tokens_of_the_vocabulary() {
+        for text in [vec![], (0..1000).map(|i| i % 7).collect()] {
+            let prompts = Prompts { text, vocab: 7 };
+            assert!(prompts.tokens(3, 2000).iter().all(|t| *t < 7));
+            assert_eq!((prompts.tokens(2, 2000).len(), prompts.tokens(1, 8)), (2000, prompts.tokens(1, 9)[..8].to_vec()));
+            assert_ne!(prompts.tokens(1, 8), prompts.tokens(2, 8));
+        }
     }
 }

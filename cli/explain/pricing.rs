@@ -70,7 +70,7 @@ pub struct Row {
     pub least: f64,
     /// Seconds.
     pub predicted: f64,
-    /// Seconds, the fastest of each launch.
+    /// Seconds: what a launch takes in a quarter of the steps, of all its launches.
     pub measured: Option<f64>,
     /// Least time as a share of that measured, or predicted.
     pub roof_share: f64,
@@ -97,7 +97,7 @@ pub fn measure(model: &Model, roof: &Roof, tests: &[Test], threads: usize, times
     let most = tests.iter().map(|t| t.length().next_multiple_of(mansard_ir::layout::CACHE_BLOCK) * t.batch).max();
     let positions = most.map(|most| most + mansard_ir::layout::CACHE_BLOCK);
     let options = EngineOptions { threads: Some(threads), positions, profile: true, ..EngineOptions::default() };
-    let mut runner = Runner::new(model.engine(&options)?)?;
+    let mut runner = Runner::new(model.engine(&options)?, model)?;
     tests.iter().map(|test| kernels::measure(&mut runner, roof, test, times)).collect()
 }
 
@@ -118,7 +118,7 @@ fn phase(program: &Program, encoder: bool, roof: &Roof, test: &Test, measured: O
     // Of steps that write a token each, the one in the middle stands for all.
     let middle = steps.len() / 2;
     let counted = if test.kind == Kind::Decode { &steps[middle..=middle] } else { &steps[..] };
-    let known: BTreeMap<&str, f64> = measured.iter().flat_map(|t| t.predictions()).map(|(n, _, m)| (n, m)).collect();
+    let known: BTreeMap<&str, f64> = measured.iter().flat_map(|t| t.predictions()).map(|p| (p.kernel, p.measured)).collect();
     let mut kernels = rows(program, encoder, roof, counted);
     for row in &mut kernels {
         row.measured = known.get(row.kernel.as_str()).copied();

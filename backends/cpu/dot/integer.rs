@@ -148,7 +148,7 @@ pub fn scaled(
 }
 
 impl Tile<'_> {
-    /// Asks for the weights that follow a line's, some way ahead.
+    /// Asks for the weights that follow a line's, some way ahead: into the second-level cache, which waits for more lines at once.
     fn prefetch(&self, e: &mut Emitter, line: Val) {
         if self.rows.prefetch == 0 {
             return;
@@ -158,7 +158,7 @@ impl Tile<'_> {
             let from = e.row(*strip, line, bytes);
             for at in (0..bytes).step_by(ALIGN) {
                 let ahead = e.i64((self.rows.prefetch + at) as i64);
-                e.prefetch(from, ahead, 1);
+                e.prefetch(from, ahead, 2);
             }
         }
     }

@@ -37,7 +37,7 @@ pub fn strip(e: &mut Emitter, p: Projection, strip: Val, to: Val) {
         for line in (0..STRIP * A8::GROUP / 2).step_by(ALIGN) {
             for (at, next) in [(a, p.layout.strip_bytes), (rows, STRIP * p.layout.row_bytes)] {
                 let ahead = e.i64((next + line) as i64);
-                e.prefetch(at, ahead, 1);
+                e.prefetch(at, ahead, 2);
             }
         }
         let b = part_at(e, &whole, to, group, codes(&whole, 8));
