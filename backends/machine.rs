@@ -45,6 +45,9 @@ pub struct Workers {
     pub launch_us: f64,
     /// Microseconds from the end of a launch to the begin of a dependent one.
     pub barrier_us: f64,
+    /// MiB, ascending, and 10^9 bytes per second that are read of so many again and again; empty where that was not measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub again: Vec<(f64, f64)>,
     /// 10^9 bytes read per second.
     pub gb_per_s: BTreeMap<Level, f64>,
     /// 10^9 operations per second.
@@ -163,10 +166,14 @@ impl MachineTable {
         }
     }
 
-    /// The roofline of so many workers that read so many bytes again and again, some of which the last cache keeps: all up to
-    /// half of its size, none from twice on.
+    /// The roofline of so many workers that read so many bytes again and again, some of which the last cache keeps. Where that was
+    /// not measured: all up to half of its size, none from twice on.
     pub fn reading(&self, threads: usize, bytes: f64) -> Machine {
         let machine = self.roofline(threads);
+        if self.workers.iter().all(|w| !w.again.is_empty()) {
+            let readers = threads.min(self.workers.last().map_or(1, |w| w.count));
+            return Machine { bandwidth: self.rate(readers, |w| 1e9 * w.again(bytes / 1024.0 / 1024.0)), ..machine };
+        }
         let kept = (1.0 - (2.0 * bytes / machine.cache_bytes.max(1.0)).log(4.0)).clamp(0.0, 1.0);
         let gained = (machine.cache_bandwidth - machine.bandwidth).max(0.0);
         Machine { bandwidth: machine.bandwidth + kept * gained, ..machine }
@@ -194,6 +201,20 @@ impl MachineTable {
 }
 
 impl Workers {
+    /// 10^9 bytes per second that are read of `mib` again and again, on the line between neighbours.
+    fn again(&self, mib: f64) -> f64 {
+        let after = self.again.iter().position(|(size, _)| *size >= mib);
+        let at = |i: usize| self.again[i.min(self.again.len() - 1)];
+        match after {
+            Some(i) if i > 0 => {
+                let ((a, from), (b, to)) = (at(i - 1), at(i));
+                from + (to - from) * (mib - a) / (b - a)
+            }
+            Some(_) => at(0).1,
+            None => at(usize::MAX).1,
+        }
+    }
+
     fn check(&self, table: &MachineTable) -> Result<()> {
         within(self.count as f64, (1.0, 1e6)).at(|| "`count`".into())?;
         for (key, value) in [("launch_us", self.launch_us), ("barrier_us", self.barrier_us)] {
@@ -204,6 +225,12 @@ impl Workers {
         }
         for (peak, rate) in &self.gop_per_s {
             within(*rate, (1e-2, 1e9)).at(|| format!("`gop_per_s.{peak}`"))?;
+        }
+        for (mib, rate) in &self.again {
+            within(*mib, (1e-3, 1e7)).and_then(|()| within(*rate, (1e-2, 1e7))).at(|| "`again`".into())?;
+        }
+        if let Some(pair) = self.again.windows(2).find(|pair| pair[0].0 >= pair[1].0) {
+            bail!(Input, "`again`: expected more MiB than the {} before, found {}", pair[0].0, pair[1].0);
         }
         let mut levels = table.cache_kib.keys().chain([&Level::Memory]);
         if let Some(level) = levels.find(|level| !self.gb_per_s.contains_key(level)) {
@@ -284,7 +311,22 @@ tokens = { min = 1, max = 8 }
         let rate = |kib: f64| table.reading(1, kib * 1024.0).bandwidth / 1e9;
         assert_eq!([512.0, 1024.0, 2048.0, 1e6].map(rate), [60.0, 45.0, 30.0, 30.0]);
         let machine = table.roofline(3);
-        assert_eq!([1e3, 9e4, 2e5, 2e6].map(|bytes| machine.near(bytes) / 1e9), [600.0, 600.0, 120.0, 40.0]);
+        assert_eq!([1e3, 2e4, 9e4, 2e6].map(|bytes| machine.near(bytes) / 1e9), [600.0, 600.0, 120.0, 40.0]);
+    }
+
+    #[test]
+    fn what_was_measured_of_a_size_is_taken() {
+        let text = TWO.replace("count = 1\n", "count = 1\nagain = [[1, 60], [3, 40]]\n");
+        // Of some counts only: as if of none.
+        assert_eq!(MachineTable::parse(&text).unwrap().reading(1, 1e9).bandwidth, 30e9);
+        let text = text.replace("count = 3\n", "count = 3\nagain = [[1, 120], [3, 50]]\n");
+        let table = MachineTable::parse(&text).unwrap();
+        let rate = |threads, mib: f64| table.reading(threads, mib * 1024.0 * 1024.0).bandwidth / 1e9;
+        assert_eq!([0.5, 1.0, 2.0, 3.0, 9.0].map(|mib| rate(1, mib)), [60.0, 60.0, 50.0, 40.0, 40.0]);
+        assert_eq!([rate(3, 2.0), rate(9, 2.0)], [85.0, 85.0]);
+        assert_eq!(MachineTable::parse(&table.text().unwrap()).unwrap(), table);
+        let error = MachineTable::parse(&text.replace("[3, 50]", "[1, 50]")).unwrap_err().to_string();
+        assert!(error.contains("`workers[1]`") && error.contains("more MiB than the 1 before"), "{error}");
     }
 
     #[test]

@@ -31,6 +31,9 @@ const MEMORY_BYTES: (usize, usize) = (256 << 20, 1 << 30);
 /// The same when it has to be quick.
 const QUICK_BYTES: usize = 64 << 20;
 
+/// MiB that are read again and again: what a cache keeps that others share is no matter of its size alone.
+const AGAIN: [usize; 14] = [8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768];
+
 /// Measure this machine: bandwidth of caches and memory, peaks, barriers
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -91,7 +94,7 @@ fn measured(arguments: &Arguments, most: usize) -> Result<MachineTable> {
     let loops = Loops::new(&target)?;
     let caches = levels(&runtime::caches());
     let peaks = loops.loops.iter().filter(|l| matches!(l, Loop::Products(_))).count();
-    let bar = report::bar("measuring", counts(most).len() * (caches.len() + 1 + peaks + 1));
+    let bar = report::bar("measuring", counts(most).len() * (caches.len() + 2 + peaks + 1));
     let mut table = MachineTable {
         name: arguments.name.clone().unwrap_or_else(|| model_name().unwrap_or_else(|| target.cpu.clone())),
         arch: target.arch,
@@ -144,6 +147,11 @@ fn workers(
     }
     gb_per_s.insert(Level::Memory, figure(bandwidth(&mut probe, loops, memory, 2 * time)?));
     bar.inc(1);
+    let mut again = vec![];
+    for mib in AGAIN.iter().filter(|mib| !quick && (**mib << 20) <= memory) {
+        again.push((*mib as f64, figure(bandwidth(&mut probe, loops, mib << 20, time / 2)?)));
+    }
+    bar.inc(1);
     let mut gop_per_s: BTreeMap<Peak, f64> = BTreeMap::new();
     for l in &loops.loops {
         if let Loop::Products(kind) = l {
@@ -153,7 +161,8 @@ fn workers(
     }
     let (launch, barrier) = (measure::launch(&mut probe), measure::barrier(&mut probe));
     bar.inc(1);
-    Ok(Workers { count, launch_us: rounded(launch * 1e6), barrier_us: rounded(barrier * 1e6), gb_per_s, gop_per_s })
+    let [launch_us, barrier_us] = [launch, barrier].map(|seconds| rounded(seconds * 1e6));
+    Ok(Workers { count, launch_us, barrier_us, gb_per_s, gop_per_s, again })
 }
 
 /// Twice the last cache, within reason.
@@ -195,6 +204,10 @@ pub fn text_of(table: &MachineTable) -> String {
         let size = table.cache_kib.get(&level).map_or_else(String::new, |kib| format!(", {kib} kB"));
         let cell = |w: &Workers| w.gb_per_s.get(&level).map_or_else(none, |rate| format!("{rate} GB/s"));
         rows.push(row(format!("read {level}{size}"), &cell));
+    }
+    for (index, (mib, _)) in table.workers.first().map_or(&[][..], |w| &w.again).iter().enumerate().step_by(2) {
+        let cell = |w: &Workers| w.again.get(index).map_or_else(none, |(_, rate)| format!("{rate} GB/s"));
+        rows.push(row(format!("read {mib} MB again"), &cell));
     }
     for peak in table.workers.iter().flat_map(|w| w.gop_per_s.keys()).collect::<std::collections::BTreeSet<_>>() {
         let cell = |w: &Workers| w.gop_per_s.get(peak).map_or_else(none, |rate| format!("{rate} GOP/s"));

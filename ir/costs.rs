@@ -5,8 +5,8 @@
 //! attend   f16  [attend]               t 65..=512  3.0 us + 2.3 x roofline
 //! ```
 //!
-//! The search prices by them. What is missing costs as the mean of its like does: the same ops over any format, the kind over
-//! that format, the kind, at last all kernels of such steps; so that what was measured is never compared with what was not.
+//! The search prices by them. What is missing costs as the mean of its like does: the kind over that format, the same ops
+//! over any, the kind, at last all kernels of such steps; so that what was measured is never compared with what was not.
 
 use crate::graph::TokenRange;
 use crate::{Error, Kind, Result, bail};
@@ -52,7 +52,8 @@ impl Factor {
     pub fn fit(of: Filed, tokens: TokenRange, samples: &[(f64, f64)]) -> Option<Factor> {
         let sum = |term: fn(f64, f64) -> f64| samples.iter().map(|(p, m)| term(1.0 / m, p / m)).sum::<f64>();
         // (launch + factor p) / m = 1 for every sample.
-        let [ll, lf, ff, l, f] = [sum(|l, _| l * l), sum(|l, f| l * f), sum(|_, f| f * f), sum(|l, _| l), sum(|_, f| f)];
+        let [ll, lf, ff, l, f] =
+            [sum(|l, _| l * l), sum(|l, f| l * f), sum(|_, f| f * f), sum(|l, _| l), sum(|_, f| f)];
         if samples.is_empty() {
             return None;
         }
@@ -88,8 +89,8 @@ impl Costs {
             (count > 0.0).then(|| (prices.sum::<f64>() / count).exp())
         };
         mean(&|f| f == of)
-            .or_else(|| mean(&|f| f.kind == of.kind && f.ops == of.ops))
             .or_else(|| mean(&|f| f.kind == of.kind && f.format == of.format))
+            .or_else(|| mean(&|f| f.kind == of.kind && f.ops == of.ops))
             .or_else(|| mean(&|f| f.kind == of.kind))
             .or_else(|| mean(&|_| true))
             .unwrap_or(seconds)

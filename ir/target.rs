@@ -95,11 +95,15 @@ impl Target {
     }
 }
 
+/// What passes through a cache between a kernel that writes activations and one that reads them, in multiples of what one
+/// kernel moves: the activations of those between, and weights.
+const PASSING: f64 = 4.0;
+
 impl Machine {
-    /// Bytes per second at which so many bytes of activations are read and written: where they lie.
+    /// Bytes per second at which a kernel that reads and writes so many bytes of activations does that: where they lie.
     pub fn near(&self, bytes: f64) -> f64 {
         match bytes {
-            bytes if bytes < self.near_bytes => self.near_bandwidth,
+            bytes if bytes * PASSING < self.near_bytes => self.near_bandwidth,
             bytes if bytes <= self.cache_bytes => self.cache_bandwidth,
             _ => self.bandwidth,
         }

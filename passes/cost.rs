@@ -33,14 +33,14 @@ pub struct Roofline {
 }
 
 /// What one node does, all workers together.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 struct Work {
     /// Seconds of contraction and attention.
     anchored: f64,
     /// Seconds of everything else.
     scalar: f64,
-    /// Bytes of weights and caches.
-    streamed: f64,
+    /// Bytes of each weight and cache that it reads, and of what it appends.
+    streamed: Vec<(Option<usize>, f64)>,
 }
 
 impl Roofline {
@@ -81,12 +81,18 @@ impl Roofline {
         let (m, threads) = (&self.machine, self.machine.threads.max(1) as f64);
         let rows = kernel.inside.keys().next_back().map_or(1.0, |v| self.rows[*v]);
         let workers = if kernel.kind == KernelKind::Rows { rows.clamp(1.0, threads) } else { threads };
-        let (mut compute, mut streamed, mut near) = (0.0, 0.0, 0.0);
+        let (mut compute, mut streamed, mut near, mut read) = (0.0, 0.0, 0.0, vec![]);
         for (value, (index, place)) in &kernel.inside {
-            let (work, choice) = (self.nodes[*value][*index], &program.values[*value].choices[*index]);
+            let (work, choice) = (&self.nodes[*value][*index], &program.values[*value].choices[*index]);
             let repeats = if *place == Place::Prologue { threads } else { threads / workers };
             compute += work.anchored + work.scalar * repeats;
-            streamed += work.streamed;
+            for (operand, bytes) in &work.streamed {
+                // What several nodes read, a kernel reads once.
+                if operand.is_none_or(|operand| !read.contains(&operand)) {
+                    streamed += bytes;
+                    read.extend(*operand);
+                }
+            }
             // among equals, what could follow an anchor goes with what computes its operands
             let follower = after_anchor(KernelKind::Contract, choice.op.class());
             near += f64::from(u8::from(follower && !choice.operands.iter().any(|o| kernel.inside.contains_key(o))));
@@ -170,14 +176,14 @@ pub fn workload_seconds(model: &Model, machine: &Machine, traffic: &Traffic, mos
     seconds
 }
 
-/// Bytes of weights and caches that a node reads or writes.
-fn streamed(choice: &Choice, types: &[&Type], ty: &Type, rows: f64, step: &Workload) -> f64 {
+/// Bytes of each weight and cache that a node reads, and of what it appends to one.
+fn streamed(choice: &Choice, types: &[&Type], ty: &Type, rows: f64, step: &Workload) -> Vec<(Option<usize>, f64)> {
     let routed = types.iter().find_map(|t| match t {
         Type::Routing { top, experts } => Some(*top as f64 / *experts as f64),
         _ => None,
     });
-    let mut bytes = 0.0;
-    for operand in types {
+    let mut bytes = vec![];
+    for (value, operand) in choice.operands.iter().zip(types) {
         let share = match (choice.op.class(), operand.as_tensor()) {
             (Class::ContractExperts, _) => routed.map_or(1.0, |each| 1.0 - (1.0 - each).powf(rows)),
             (Class::Gather, Some((_, [Dim::N(n), ..]))) => (rows / *n as f64).min(1.0),
@@ -185,14 +191,14 @@ fn streamed(choice: &Choice, types: &[&Type], ty: &Type, rows: f64, step: &Workl
         };
         match operand {
             Type::Cache { .. } if choice.op.class() == Class::Attend => {
-                bytes += step.attended_bytes(operand, &choice.attrs)
+                bytes.push((Some(*value), step.attended_bytes(operand, &choice.attrs)));
             }
-            _ if operand.is_static() => bytes += step.bytes(operand) * share,
+            _ if operand.is_static() => bytes.push((Some(*value), step.bytes(operand) * share)),
             _ => {}
         }
     }
-    match ty {
-        Type::Cache { .. } => bytes + rows * cache_position_bytes(ty).unwrap_or(0) as f64,
-        _ => bytes,
+    if let Type::Cache { .. } = ty {
+        bytes.push((None, rows * cache_position_bytes(ty).unwrap_or(0) as f64));
     }
+    bytes
 }

@@ -329,7 +329,10 @@ mod tests {
         for text in [vec![], (0..1000).map(|i| i % 7).collect()] {
             let prompts = Prompts { text, vocab: 7 };
             assert!(prompts.tokens(3, 2000).iter().all(|t| *t < 7));
-            assert_eq!((prompts.tokens(2, 2000).len(), prompts.tokens(1, 8)), (2000, prompts.tokens(1, 9)[..8].to_vec()));
+            assert_eq!(
+                (prompts.tokens(2, 2000).len(), prompts.tokens(1, 8)),
+                (2000, prompts.tokens(1, 9)[..8].to_vec())
+            );
             assert_ne!(prompts.tokens(1, 8), prompts.tokens(2, 8));
         }
     }

@@ -118,7 +118,8 @@ fn phase(program: &Program, encoder: bool, roof: &Roof, test: &Test, measured: O
     // Of steps that write a token each, the one in the middle stands for all.
     let middle = steps.len() / 2;
     let counted = if test.kind == Kind::Decode { &steps[middle..=middle] } else { &steps[..] };
-    let known: BTreeMap<&str, f64> = measured.iter().flat_map(|t| t.predictions()).map(|p| (p.kernel, p.measured)).collect();
+    let known: BTreeMap<&str, f64> =
+        measured.iter().flat_map(|t| t.predictions()).map(|p| (p.kernel, p.measured)).collect();
     let mut kernels = rows(program, encoder, roof, counted);
     for row in &mut kernels {
         row.measured = known.get(row.kernel.as_str()).copied();

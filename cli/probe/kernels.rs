@@ -12,19 +12,11 @@ use mansard_ir::costs::Costs;
 use mansard_ir::{DType, Error, Result};
 
 /// Formats that stand for others: what is missing among costs is priced as its like.
-const FORMATS: [DType; 8] = [
-    DType::F32,
-    DType::BF16,
-    DType::Q8_0,
-    DType::Q4_0,
-    DType::Q4_1,
-    DType::Q5_0,
-    DType::Q4_K,
-    DType::Q6_K,
-];
+const FORMATS: [DType; 8] =
+    [DType::F32, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q4_K, DType::Q6_K];
 
-/// Weights of a step: beyond any cache of a core, as in real models.
-const BYTES: usize = 96 << 20;
+/// Weights of the layers: beyond any cache of a core, as in small models.
+const BYTES: usize = 64 << 20;
 
 /// A decoder of a common shape. Its kernels' ops stand for those of other decoders: norms before layers and after them, gates,
 /// windows, wide heads.
