@@ -17,6 +17,7 @@ mod retarget;
 mod shadow;
 #[cfg(test)]
 mod tests;
+mod units;
 
 pub use machine::{Copies, Order, Schedule};
 pub use retarget::Code;
