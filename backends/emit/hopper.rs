@@ -11,7 +11,7 @@
 //! conflicts: its place must be a multiple of [`TILE_ALIGN`]. What products and copies do, they do in the asynchronous proxy
 //! (PTX ISA, "Async proxy"): memory that threads wrote must be fenced before.
 
-use super::{Emitter, F32, I1, I32, I64, PTR, Val};
+use super::{Emitter, I1, I32, I64, PTR, Val};
 
 /// Threads that multiply together.
 pub const WARPGROUP: usize = 128;
@@ -69,22 +69,25 @@ impl Emitter {
             "i32" | "!llvm.ptr<3>" => "r",
             _ => "l",
         };
-        let outs = (0..tied.len()).map(|_| "=f".to_owned());
+        let types = |tied: &[Val]| tied.iter().map(|v| v.ty.to_string()).collect::<Vec<String>>();
+        let outs = types(tied).into_iter().map(|ty| format!("={}", of(&ty)));
         let ins = (0..tied.len()).map(|i| i.to_string()).chain(args.iter().map(|(_, ty)| of(ty).to_owned()));
         let constraints: Vec<String> = outs.chain(ins).chain(["~{memory}".to_owned()]).collect();
         let values: Vec<String> = tied.iter().map(Val::to_string).chain(args.iter().map(|(v, _)| v.clone())).collect();
-        let types: Vec<&str> = tied.iter().map(|_| "f32").chain(args.iter().map(|(_, ty)| *ty)).collect();
-        let (constraints, values, types) = (constraints.join(","), values.join(", "), types.join(", "));
+        let all: Vec<String> = types(tied).into_iter().chain(args.iter().map(|(_, ty)| (*ty).to_owned())).collect();
+        let (constraints, values, all) = (constraints.join(","), values.join(", "), all.join(", "));
         let asm = format!(
-            "llvm.inline_asm has_side_effects asm_dialect = att \"{text}\", \"{constraints}\" {values} : ({types}) ->"
+            "llvm.inline_asm has_side_effects asm_dialect = att \"{text}\", \"{constraints}\" {values} : ({all}) ->"
         );
         if tied.is_empty() {
             self.line(format_args!("{asm} ()"));
             return vec![];
         }
-        let (id, results) = (self.fresh(), format!("!llvm.struct<({})>", vec!["f32"; tied.len()].join(", ")));
+        let (id, results) = (self.fresh(), format!("!llvm.struct<({})>", types(tied).join(", ")));
         self.line(format_args!("%{id} = {asm} {results}"));
-        (0..tied.len()).map(|i| self.op(F32, format_args!("llvm.extractvalue %{id}[{i}] : {results}"))).collect()
+        let value =
+            |(i, tied): (usize, &Val)| self.op(tied.ty, format_args!("llvm.extractvalue %{id}[{i}] : {results}"));
+        tied.iter().enumerate().map(value).collect()
     }
 
     /// Makes a barrier at `at`, 8 bytes of shared memory, whose phases end with so many arrivals and the bytes expected.
@@ -165,7 +168,8 @@ impl Emitter {
         });
         self.warp_barrier();
         let [map, draft] = [(map, 1), (draft, 3)].map(|(at, space)| format!("%{}", self.in_space(at, space)));
-        let text = "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [$0], [$1], 128;";
+        let text =
+            "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [$0], [$1], 128;";
         self.assembly(text, &[], &[(map, "!llvm.ptr<1>"), (draft, "!llvm.ptr<3>")]);
     }
 
@@ -216,7 +220,8 @@ impl Emitter {
     /// on that `tile` describes. Adds to `sums`, four a lane for every eight rows of the tile.
     pub fn multiply_tile(&mut self, sums: &[Val], a: &[Val], tile: Val) -> Vec<Val> {
         let (n, count) = (2 * sums.len(), sums.len());
-        let list = |from: usize, count: usize| (from..from + count).map(|i| format!("${i}")).collect::<Vec<_>>().join(", ");
+        let list =
+            |from: usize, count: usize| (from..from + count).map(|i| format!("${i}")).collect::<Vec<_>>().join(", ");
         let text = format!(
             "{{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{}}}, {{{}}}, ${}, \
              p, 1, 1, 0; }}",
@@ -234,9 +239,15 @@ impl Emitter {
         self.act("llvm.nvvm.wgmma.commit_group.sync.aligned", &[]);
     }
 
-    /// Waits for all groups of products, whose sums these are.
-    pub fn await_products(&mut self, sums: &[Val]) -> Vec<Val> {
-        self.assembly("wgmma.wait_group.sync.aligned 0;", sums, &[])
+    /// Waits for all groups of products, whose sums these are. `words` are what later products read: registers of theirs may not
+    /// be written while products run, or the assembler has these wait for one another (C7513). So words stay where they came to until
+    /// the wait is over; then each is combined with `none`, a zero that no compiler knows to be one.
+    pub fn await_products(&mut self, sums: &[Val], words: &mut [Val], none: Val) -> Vec<Val> {
+        let tied: Vec<Val> = sums.iter().copied().chain([none]).collect();
+        let mut sums = self.assembly("wgmma.wait_group.sync.aligned 0;", &tied, &[]);
+        let none = sums.pop().unwrap_or(none);
+        words.iter_mut().for_each(|word| *word = self.xor(*word, none));
+        sums
     }
 }
 

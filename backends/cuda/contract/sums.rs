@@ -50,8 +50,7 @@ impl<'a> Sums<'a> {
     ) -> Sums<'a> {
         let one = e.i64(1);
         let last = e.sub(rows, one);
-        let mut sums =
-            Sums { d, component, tokens, rows: STRIP * strips, parts, base, first, last, memory: vec![] };
+        let mut sums = Sums { d, component, tokens, rows: STRIP * strips, parts, base, first, last, memory: vec![] };
         let bytes = parts * tokens * sums.token_bytes();
         sums.memory = component.dots.iter().map(|_| e.shared(bytes)).collect();
         sums

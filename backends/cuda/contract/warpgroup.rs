@@ -17,7 +17,7 @@ mod strips;
 
 use super::sums::{COLUMNS, SUMS, Sums};
 use super::{Component, Device, each, internal, tile};
-use crate::emit::{Cmp, Emitter, F32, MAP_BYTES, TILE_ALIGN, TILE_ROW, TileMap, Val, WARP, WARPGROUP};
+use crate::emit::{Cmp, Emitter, F32, I32, MAP_BYTES, TILE_ALIGN, TILE_ROW, TileMap, Val, WARP, WARPGROUP};
 use mansard_ir::Result;
 use mansard_ir::layout::{STRIP, row_bytes};
 
@@ -230,6 +230,9 @@ impl<'a> Tile<'a> {
         for dot in &self.component.dots {
             weights.push(self.d.pointer(dot.weight)?);
         }
+        // The sign of a number of tokens.
+        let none = e.shr(rows, 63);
+        let none = e.convert("trunci", none, I32);
         let (weight, strip) = (self.own(e, &weights), e.add(self.base, self.strip));
         let source = strips::Strip::new(e, self.component, (weight, strip), lane);
         let mut carried = source.step(e, zero);
@@ -256,7 +259,8 @@ impl<'a> Tile<'a> {
             let next = e.add(step, one);
             let next = e.min(next, last);
             let mut after = source.step(e, next);
-            after.extend(e.await_products(&sums));
+            let sums = e.await_products(&sums, &mut after, none);
+            after.extend(sums);
             let is_lead = e.cmp(Cmp::Eq, self.lane, zero);
             e.when(is_lead, |e| e.arrive(empty));
             after

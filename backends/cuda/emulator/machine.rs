@@ -438,8 +438,7 @@ unsafe fn run(block: &mut Block, code: &Code, args: &[u64], turns: Order, random
     let mut start = |id: u32| -> Option<Running> {
         let (open, groups) = (vec![], VecDeque::new());
         let (acquired, may_multiply) = (0, false);
-        let mut thread =
-            Box::new(Thread { id, block: at, yielder: ptr::null(), acquired, may_multiply, open, groups });
+        let mut thread = Box::new(Thread { id, block: at, yielder: ptr::null(), acquired, may_multiply, open, groups });
         let own: *mut Thread = &mut *thread;
         let stack = stacks.pop().unwrap_or_else(|| DefaultStack::new(STACK_BYTES).expect("memory for a stack"));
         let coroutine = Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {

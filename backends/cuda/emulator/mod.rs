@@ -18,6 +18,8 @@ mod shadow;
 #[cfg(test)]
 mod tests;
 mod units;
+#[cfg(test)]
+mod units_tests;
 
 pub use machine::{Copies, Order, Schedule};
 pub use retarget::Code;

@@ -81,11 +81,11 @@ impl Code {
     }
 }
 
-/// Slots of results: of a product of a warpgroup a thread has 128 sums at most.
-const RESULTS: usize = 64;
+/// Slots of results: of a product of a warpgroup a thread has 128 sums at most, and a word beside them.
+const RESULTS: usize = 65;
 
-/// The text with calls of functions in place of inline assembly, and what declares these: they are named after the instruction,
-/// and numbered.
+/// The text with calls of functions in place of inline assembly, and what declares these: they are named after the instruction
+/// and what it waits for, and numbered.
 fn without_assembly(text: &str) -> (String, String) {
     let (mut functions, mut out) = (String::new(), String::new());
     for (number, line) in text.lines().enumerate() {
@@ -97,7 +97,8 @@ fn without_assembly(text: &str) -> (String, String) {
         let [_, instruction, _, _, call] = parts.as_slice() else { panic!("odd inline assembly: {line}") };
         let is_name = |word: &&str| ["wgmma.", "tensormap."].iter().any(|name| word.starts_with(name));
         let word = instruction.split([' ', ';']).find(is_name).unwrap_or_else(|| panic!("not emulated: {line}"));
-        let name = format!("emulator.{}.{number}", word.replace("::", "."));
+        let count = instruction.split([' ', ';']).nth(1).filter(|count| count.parse::<usize>().is_ok());
+        let name = format!("emulator.{}.{}.{number}", word.replace("::", "."), count.unwrap_or("0"));
         let (values, types) = call.trim().split_once(" : ").unwrap_or_default();
         let (from, to) = types.split_once(" -> ").unwrap_or_default();
         let declared = if to == "()" { String::new() } else { format!(" -> {to}") };
@@ -162,9 +163,8 @@ impl Retarget<'_> {
         let (b, i64) = (&self.builder, self.context.i64_type());
         let body = self.module.add_function(&format!("emulated.{op:?}"), of.get_type(), Some(Linkage::Internal));
         b.position_at_end(self.context.append_basic_block(body, ""));
-        let [args, rets] = [SLOTS.max(of.count_params() as usize), RESULTS].map(|slots| {
-            b.build_array_alloca(i64, i64.const_int(slots as u64, false), "").expect("slots")
-        });
+        let [args, rets] = [SLOTS.max(of.count_params() as usize), RESULTS]
+            .map(|slots| b.build_array_alloca(i64, i64.const_int(slots as u64, false), "").expect("slots"));
         for (i, parameter) in body.get_param_iter().enumerate() {
             // SAFETY: there are more slots than any intrinsic has arguments.
             let slot = unsafe { b.build_gep(i64, args, &[i64.const_int(i as u64, false)], "") }.expect("a slot");

@@ -145,9 +145,13 @@ impl Shadow {
 
     /// What threads stored there was fenced before copies and products touch it.
     fn fenced(&self, (at, size): (usize, usize), fences: &[u32]) -> Result<(), String> {
-        let unfenced = |stored: &Option<(u16, u32)>| stored.is_some_and(|(by, before)| fences[usize::from(by)] == before);
+        let unfenced =
+            |stored: &Option<(u16, u32)>| stored.is_some_and(|(by, before)| fences[usize::from(by)] == before);
         match self.stored[at..at + size].iter().position(unfenced) {
-            Some(i) => Err(format!("byte {} of shared memory was stored with no fence of the asynchronous proxy after", at + i)),
+            Some(i) => Err(format!(
+                "byte {} of shared memory was stored with no fence of the asynchronous proxy after",
+                at + i
+            )),
             None => Ok(()),
         }
     }
@@ -183,7 +187,10 @@ impl Shadow {
             return Err(format!("race: thread {thread} touches byte {} of shared memory, which a copy writes", at + i));
         }
         if let (true, Some(i)) = (writes, self.reading[at..at + size].iter().position(|reading| *reading > 0)) {
-            return Err(format!("race: thread {thread} writes byte {} of shared memory, which a product reads", at + i));
+            return Err(format!(
+                "race: thread {thread} writes byte {} of shared memory, which a product reads",
+                at + i
+            ));
         }
         for (i, [written, read]) in bytes.iter_mut().enumerate() {
             let what = if writes { "writes" } else { "reads" };

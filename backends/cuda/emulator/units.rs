@@ -35,7 +35,10 @@ pub(super) enum Unit {
     BeginProducts,
     Product,
     CommitProducts,
-    AwaitProducts,
+    /// All groups but the last so many.
+    AwaitProducts {
+        but: u32,
+    },
 }
 
 /// The op of an intrinsic, or of inline assembly as `retarget.rs` calls it.
@@ -69,7 +72,9 @@ pub(super) fn unit(name: &str) -> Option<Unit> {
         "llvm.nvvm.wgmma.commit_group.sync.aligned" => Unit::CommitProducts,
         _ if name.starts_with("emulator.tensormap.cp_fenceproxy") => Unit::PublishMap,
         _ if name.starts_with("emulator.wgmma.mma_async") => Unit::Product,
-        _ if name.starts_with("emulator.wgmma.wait_group") => Unit::AwaitProducts,
+        _ if name.starts_with("emulator.wgmma.wait_group") => {
+            Unit::AwaitProducts { but: name.rsplit('.').nth(1)?.parse().ok()? }
+        }
         _ => return None,
     })
 }
@@ -106,7 +111,11 @@ impl Map {
             return Err(format!("a matrix is described to the copy engine as {bytes:?}"));
         }
         let (base, stride, of_tile) = (long(Map::BASE), long(Map::STRIDE), pair(Map::BOX));
-        if !base.is_multiple_of(16) || !stride.is_multiple_of(16) || of_tile[0] * 2 != TILE_ROW as u32 || of_tile[1] > 256 {
+        if !base.is_multiple_of(16)
+            || !stride.is_multiple_of(16)
+            || of_tile[0] * 2 != TILE_ROW as u32
+            || of_tile[1] > 256
+        {
             return Err(format!("a matrix at {base:#x}, {stride} bytes a row, has tiles of {of_tile:?}"));
         }
         Ok(Map { base, size: pair(Map::SIZE), of_tile, stride })
@@ -158,7 +167,8 @@ struct Product {
     tile: u64,
     /// Sums of each thread, once it is done.
     results: Option<Vec<Vec<u32>>>,
-    committed: bool,
+    /// The number of the group that it was closed in.
+    closed: Option<u32>,
     /// Warps that have waited for it, a bit each.
     waited: u8,
 }
@@ -175,7 +185,9 @@ struct Meeting {
 /// The units of a block.
 pub(super) struct Units {
     bars: BTreeMap<u64, Bar>,
+    /// Products of each warpgroup, and how many groups of them were closed.
     groups: Vec<Vec<Product>>,
+    closed: Vec<u32>,
     /// Of warpgroups, then of warps.
     meetings: Vec<Meeting>,
     next: u32,
@@ -188,7 +200,8 @@ impl Units {
     pub(super) fn new(threads: usize) -> Units {
         let groups = threads / WARPGROUP;
         let meetings = (0..groups + threads / 32).map(|_| Meeting::default()).collect();
-        Units { bars: BTreeMap::new(), groups: (0..groups).map(|_| vec![]).collect(), meetings, next: UNKNOWN + 1 }
+        let (closed, products) = (vec![0; groups], (0..groups).map(|_| vec![]).collect());
+        Units { bars: BTreeMap::new(), groups: products, closed, meetings, next: UNKNOWN + 1 }
     }
 
     /// What a block leaves behind when its threads have ended.
@@ -245,7 +258,9 @@ unsafe fn attempt(thread: &mut Thread, unit: Unit, args: &[u64], rets: *mut u64)
                 let bar = Bar { arrivals, pending: arrivals, bytes: 0, phases: 0, maker: id, epoch, fenced, flights };
                 units.bars.insert(arg(0), bar);
             }
-            Unit::FenceBarriers => units.bars.values_mut().filter(|bar| bar.maker == id).for_each(|bar| bar.fenced = true),
+            Unit::FenceBarriers => {
+                units.bars.values_mut().filter(|bar| bar.maker == id).for_each(|bar| bar.fenced = true)
+            }
             Unit::FenceProxy => (&mut (*block).fences)[id as usize] += 1,
             Unit::Arrive | Unit::Expect => {
                 let bar = units.bar(arg(0), id, epoch)?;
@@ -288,7 +303,12 @@ unsafe fn attempt(thread: &mut Thread, unit: Unit, args: &[u64], rets: *mut u64)
             Unit::CopyTile => copy(thread, [arg(0), arg(1), arg(2)], [arg(3) as u32, arg(4) as u32])?,
             Unit::BeginProducts => thread.may_multiply = true,
             Unit::CommitProducts => {
-                units.groups[id as usize / WARPGROUP].iter_mut().for_each(|product| product.committed = true);
+                let group = id as usize / WARPGROUP;
+                let next = units.closed[group] + 1;
+                // The first of the warpgroup's threads closes it.
+                for product in units.groups[group].iter_mut().filter(|product| product.closed.is_none()) {
+                    (product.closed, units.closed[group]) = (Some(next), next);
+                }
             }
             Unit::Product => {
                 if !thread.may_multiply {
@@ -298,9 +318,9 @@ unsafe fn attempt(thread: &mut Thread, unit: Unit, args: &[u64], rets: *mut u64)
                 let sums = meet(thread, WARPGROUP, args, begin)?;
                 ptr::copy_nonoverlapping(sums.as_ptr(), rets.cast(), sums.len());
             }
-            Unit::AwaitProducts => {
+            Unit::AwaitProducts { but } => {
                 thread.may_multiply = false;
-                let end = |block: &mut Block, args: &[Vec<u64>]| end(block, id as usize / 32, args);
+                let end = |block: &mut Block, args: &[Vec<u64>]| end(block, (id as usize / 32, but), args);
                 let sums = meet(thread, 32, args, end)?;
                 ptr::copy_nonoverlapping(sums.as_ptr(), rets.cast(), sums.len());
             }
@@ -407,7 +427,7 @@ fn begin(block: &mut Block, group: usize, args: &[Vec<u64>]) -> Result<Vec<Vec<u
     let id = block.units.next;
     block.units.next += 1;
     let args = args.iter().map(|args| args[..count + 4].iter().map(|arg| *arg as u32).collect()).collect();
-    block.units.groups[group].push(Product { id, args, tile, results: None, committed: false, waited: 0 });
+    block.units.groups[group].push(Product { id, args, tile, results: None, closed: None, waited: 0 });
     if block.copies == Copies::Early {
         // SAFETY: the tile's place was checked above.
         unsafe { multiply(block, group) };
@@ -454,16 +474,18 @@ unsafe fn multiply(block: &mut Block, group: usize) {
     }
 }
 
-/// A warp has waited for its warpgroup's products that were committed.
-fn end(block: &mut Block, warp: usize, args: &[Vec<u64>]) -> Result<Vec<Vec<u32>>, String> {
+/// A warp has waited for its warpgroup's products in closed groups, but for the last `but`.
+fn end(block: &mut Block, (warp, but): (usize, u32), args: &[Vec<u64>]) -> Result<Vec<Vec<u32>>, String> {
     let (group, own) = (warp * 32 / WARPGROUP, warp % (WARPGROUP / 32));
-    if block.units.groups[group].iter().any(|product| product.committed) {
+    let last = block.units.closed[group].saturating_sub(but);
+    let is_over = |product: &Product| product.closed.is_some_and(|closed| closed <= last);
+    if block.units.groups[group].iter().any(is_over) {
         // SAFETY: places of tiles were checked when products began.
         unsafe { multiply(block, group) };
     }
     let of_lane = |(lane, args): (usize, &Vec<u64>)| {
         let known = |(i, sum): (usize, &u64)| {
-            let of = block.units.groups[group].iter().find(|product| product.committed && product.id == *sum as u32);
+            let of = block.units.groups[group].iter().find(|product| is_over(product) && product.id == *sum as u32);
             of.and_then(|of| of.results.as_ref()).map_or(*sum as u32, |results| results[own * 32 + lane][i])
         };
         args.iter().enumerate().map(known).collect()
@@ -471,7 +493,7 @@ fn end(block: &mut Block, warp: usize, args: &[Vec<u64>]) -> Result<Vec<Vec<u32>
     let rets = args.iter().enumerate().map(of_lane).collect();
     let mut done = vec![];
     block.units.groups[group].retain_mut(|product| {
-        product.waited |= u8::from(product.committed) << own;
+        product.waited |= u8::from(is_over(product)) << own;
         let over = product.waited == 0xf;
         if over {
             done.push((product.tile, 2 * (product.args[0].len() - 4)));

@@ -83,7 +83,8 @@ impl Strip {
         let figures = self.packed.figures(e, int, figures);
         let mut words = [vec![], vec![]];
         // A line of narrow codes has a word of either product, one of bytes has a word of one.
-        let lines: &[(usize, usize)] = if int.bits == 8 { &[(0, 0), (2, 0), (4, 1), (6, 1)] } else { &[(0, 0), (2, 0)] };
+        let lines: &[(usize, usize)] =
+            if int.bits == 8 { &[(0, 0), (2, 0), (4, 1), (6, 1)] } else { &[(0, 0), (2, 0)] };
         for (more, product) in lines {
             let line = e.scaled(first, 1, *more);
             let [codes, ..] = self.packed.places(e, self.at, line, self.group);
