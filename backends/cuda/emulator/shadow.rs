@@ -1,7 +1,6 @@
 //! Who touched which byte of a block's shared memory since threads last met.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 /// Several lanes of a warp, or of several warps.
 const SEVERAL: u16 = u16::MAX;
@@ -110,20 +109,26 @@ impl Shadow {
         self.landed[at..at + size].fill(self.landings.len() as u32);
     }
 
-    /// A product of some threads begins to read; `observed` is by thread.
+    /// A product of some threads begins to read; `observed` is by thread, `known` the copy that they were last found to have
+    /// waited for.
     pub(super) fn begin_read(
         &mut self,
         (at, size): (usize, usize),
-        threads: Range<usize>,
         observed: &[Observed],
         fences: &[u32],
+        known: &mut u32,
     ) -> Result<(), String> {
         let end = self.bytes.len();
         let Some(landed) = self.landed.get(at..at + size) else {
             return Err(format!("a product reads bytes {at}..{} of {end} of shared memory", at + size));
         };
-        let all = &observed[threads];
-        let early = landed.iter().any(|landed| all.iter().any(|observed| !self.awaited(*landed, observed)));
+        let mut early = false;
+        for landed in landed {
+            if landed != known {
+                early |= observed.iter().any(|observed| !self.awaited(*landed, observed));
+                *known = *landed;
+            }
+        }
         if early || self.flying[at..at + size].contains(&true) {
             return Err(format!("race: a product reads byte {at} of shared memory, which a copy writes"));
         }

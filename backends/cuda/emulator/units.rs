@@ -419,10 +419,10 @@ fn begin(block: &mut Block, group: usize, args: &[Vec<u64>]) -> Result<Vec<Vec<u
     if args.iter().any(|args| args[count + 4] != tile) || tile >> 62 != 1 {
         return Err("threads of a warpgroup multiply with different tiles, or one that is not swizzled".into());
     }
+    let (threads, mut known) = (group * WARPGROUP..(group + 1) * WARPGROUP, 0);
     for at in pieces(block, tile, 2 * count).flatten() {
         let offset = at.wrapping_sub(block.shared) as usize;
-        let threads = group * WARPGROUP..(group + 1) * WARPGROUP;
-        block.shadow.begin_read((offset, 16), threads, &block.observed, &block.fences)?;
+        block.shadow.begin_read((offset, 16), &block.observed[threads.clone()], &block.fences, &mut known)?;
     }
     let id = block.units.next;
     block.units.next += 1;
