@@ -12,8 +12,10 @@
 //! Kernels have the calling convention of [`mansard_ir::plan`].
 
 mod device;
+mod hopper;
 
 pub use device::WARP;
+pub use hopper::{MAP_BYTES, MAPS, TILE_ALIGN, TILE_ROW, TileMap, WARPGROUP};
 
 use device::Device;
 use mansard_ir::Target;

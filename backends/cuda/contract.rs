@@ -13,7 +13,10 @@
 mod matrix;
 pub(super) mod product;
 pub(super) mod ring;
+mod sums;
 mod tile;
+mod warpgroup;
+mod widen;
 
 use super::rows::emit_row;
 use super::{Device, THREADS};
@@ -45,6 +48,7 @@ pub(super) fn emit(e: &mut Emitter, mut d: Device<'_>) -> Result<()> {
     let rows = count_of(e, d.k, body.ty(first.dots[0].value))?;
     let (most, range) = (e.i64(PANEL as i64), d.kernel.range);
     let is_few = e.cmp(Cmp::Le, rows, most);
+    let mark = e.shared_mark();
     let ring = if range.min <= PANEL { Ring::of(e, &d, &components)? } else { None };
     match &ring {
         Some(ring) if range.max > PANEL => e.when(is_few, |e| ring.start(e)),
@@ -61,7 +65,11 @@ pub(super) fn emit(e: &mut Emitter, mut d: Device<'_>) -> Result<()> {
         return kernel.many(e);
     }
     let (mut few, mut many) = (Ok(()), Ok(()));
-    e.either(is_few, |e| few = kernel.few(e, &prologue, ring.as_ref()), |e| many = kernel.many(e));
+    e.either(
+        is_few,
+        |e| few = kernel.few(e, &prologue, ring.as_ref()),
+        |e| many = e.shared_over(mark, |e| kernel.many(e)),
+    );
     few.and(many)
 }
 
@@ -118,6 +126,9 @@ impl Contractions<'_> {
 
     /// Any number of tokens: on tensor cores where they multiply such formats, else panel by panel.
     fn many(&self, e: &mut Emitter) -> Result<()> {
+        if warpgroup::suit(self.d, self.components) {
+            return warpgroup::emit(e, self.d, self.components, self.rows);
+        }
         if self.components.iter().all(tile::suits) {
             return tile::emit(e, self.d, self.components, self.rows);
         }

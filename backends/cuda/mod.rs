@@ -19,7 +19,7 @@ mod rows;
 pub mod synthetic;
 mod weights;
 
-use crate::emit::{Emitter, KernelArgs, Val};
+use crate::emit::{Emitter, KernelArgs, MAP_BYTES, MAPS, Val};
 use mansard_ir::kernel::KernelKind;
 use mansard_ir::plan::Kernel;
 use mansard_ir::{Place, Result, ValueId, bail};
@@ -33,9 +33,13 @@ pub const SHARED_LIMIT: usize = 163 << 10;
 /// Bytes of a ring of weights, at most: it is the first to give way where shared memory is scarce.
 const RINGS: [usize; 3] = [64 << 10, 32 << 10, 0];
 
-/// What stands above the kernels of a module: shared memory, whose size is the launch's.
+/// What stands above the kernels of a module: shared memory, whose size is the launch's, and room for what blocks of sm_90a
+/// describe to the copy engine.
 pub const PREAMBLE: &str =
-    "llvm.mlir.global external @shared() {addr_space = 3 : i32, alignment = 128 : i64} : !llvm.array<0 x i8>\n";
+    "llvm.mlir.global external @shared() {addr_space = 3 : i32, alignment = 1024 : i64} : !llvm.array<0 x i8>
+llvm.mlir.global internal @maps() {addr_space = 1 : i32, alignment = 128 : i64} : !llvm.array<65536 x i8>\n";
+
+const _: () = assert!(MAPS * MAP_BYTES == 65536, "the preamble has room for all descriptions");
 
 /// A chip that kernels are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +60,11 @@ impl Chip {
             Chip::Sm80 => "sm_80",
             Chip::Sm90a => "sm_90a",
         }
+    }
+
+    /// It has a copy engine, and products of warpgroups.
+    const fn has_warpgroups(self) -> bool {
+        matches!(self, Chip::Sm90a)
     }
 
     /// A launch may begin before the one before it is done.
@@ -98,7 +107,7 @@ fn emit_with(kernel: &Kernel, chip: Chip, ring_bytes: usize) -> Result<Source> {
     for (value, pointer) in arguments.into_iter().zip(pointers) {
         memory[value.0 as usize] = Some(pointer);
     }
-    let d = Device { kernel, k, memory, ring_bytes };
+    let d = Device { kernel, k, memory, ring_bytes, chip };
     if kind != KernelKind::Contract {
         e.await_launches();
     }
@@ -124,6 +133,7 @@ struct Device<'a> {
     memory: Vec<Option<Val>>,
     /// Room for a ring of weights.
     ring_bytes: usize,
+    chip: Chip,
 }
 
 impl Device<'_> {

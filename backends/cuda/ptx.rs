@@ -31,7 +31,7 @@ pub const VERSION: &str = "9.0";
 const FEATURE: &str = "+ptx90";
 
 /// Intrinsics that the NVPTX backend has instructions for, by prefix.
-const INTRINSICS: [&str; 22] = [
+const INTRINSICS: [&str; 27] = [
     "llvm.nvvm.barrier.cta.sync.aligned.all",
     "llvm.nvvm.bar.warp.sync",
     "llvm.nvvm.read.ptx.sreg.",
@@ -40,6 +40,11 @@ const INTRINSICS: [&str; 22] = [
     "llvm.nvvm.mma.m16n8k",
     "llvm.nvvm.cp.async.",
     "llvm.nvvm.griddepcontrol.",
+    "llvm.nvvm.mbarrier.",
+    "llvm.nvvm.fence.mbarrier_init.",
+    "llvm.nvvm.fence.proxy.",
+    "llvm.nvvm.tensormap.replace.",
+    "llvm.nvvm.wgmma.",
     "llvm.nvvm.ff2bf16x2.rn",
     "llvm.ctpop.",
     "llvm.fabs.",

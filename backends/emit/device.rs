@@ -93,6 +93,14 @@ impl Emitter {
         self.gep_const(base, at)
     }
 
+    /// So many bytes of it at a multiple of `align`, a multiple of 128 itself.
+    pub fn shared_aligned(&mut self, bytes: usize, align: usize) -> Val {
+        if let Some(device) = &mut self.device {
+            device.shared.0 = device.shared.0.next_multiple_of(align);
+        }
+        self.shared(bytes)
+    }
+
     /// Gives back all shared memory that `body` takes. It must end with a barrier.
     pub fn scoped<R>(&mut self, body: impl FnOnce(&mut Emitter) -> R) -> R {
         let before = self.on_device().shared.0;
@@ -101,6 +109,21 @@ impl Emitter {
             device.shared.0 = before;
         }
         result
+    }
+
+    /// Where the next bytes of shared memory would be.
+    pub fn shared_mark(&self) -> usize {
+        self.on_device().shared.0
+    }
+
+    /// Has `body` take shared memory from a mark on, over whatever was taken there: for one of two branches.
+    pub fn shared_over<R>(&mut self, mark: usize, body: impl FnOnce(&mut Emitter) -> R) -> R {
+        self.scoped(|e| {
+            if let Some(device) = &mut e.device {
+                device.shared.0 = mark;
+            }
+            body(e)
+        })
     }
 
     /// The most bytes of shared memory that the function ever uses.
@@ -135,11 +158,7 @@ impl Emitter {
 
     /// Begins to copy 8 or 16 bytes to shared memory; see [`Emitter::await_copies`].
     pub fn copy_async(&mut self, to: Val, from: Val, bytes: usize) {
-        let [to, from] = [(to, 3), (from, 1)].map(|(pointer, space)| {
-            let id = self.fresh();
-            self.line(format_args!("%{id} = llvm.addrspacecast {pointer} : !llvm.ptr to !llvm.ptr<{space}>"));
-            id
-        });
+        let [to, from] = [(to, 3), (from, 1)].map(|(pointer, space)| self.in_space(pointer, space));
         // What is read once has no use for the first-level cache.
         let how = if bytes == 16 { "cg" } else { "ca" };
         self.line(format_args!(

@@ -11,14 +11,15 @@
 //! A product takes 16 columns in any order that both sides have. Lane `4 g + t` brings columns `4 t .. 4 t + 3` of rows `2 g` and
 //! `2 g + 1` of its strip, and the same columns of token `g`: eight bytes of a row, and a word of codes.
 
-use super::super::weights::{self, Packed, Quad};
-use super::{Component, Contraction, Device, Place, each, internal};
+use super::super::weights::{Packed, Quad};
+use super::sums::{COLUMNS, ROWS, SUMS, Sums};
+use super::widen::bf16_pair;
+use super::{Component, Device, each, internal};
 use crate::cpu::contract::Dot;
-use crate::emit::{BF16, Cmp, Emitter, F32, I32, Val, WARP};
+use crate::emit::{Cmp, Emitter, F32, I32, Val, WARP};
 use mansard_ir::formats::IntFormat;
 use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
-use mansard_ir::{DType, Result, ValueId};
-use std::collections::BTreeMap;
+use mansard_ir::{DType, Result};
 
 /// Tokens of a block.
 const TOKENS: usize = 64;
@@ -27,21 +28,14 @@ const TOKENS: usize = 64;
 const STEP: usize = 64;
 const DEPTH: usize = 16;
 
-/// Products of a step, one after the other, and tokens of one.
+/// Products of a step, one after the other.
 const PRODUCTS: usize = STEP / DEPTH;
-const COLUMNS: usize = 8;
 
 /// Steps in shared memory: a power of two.
 const SLOTS: usize = 4;
 
 /// Bytes from token to token there: four rows of a product lie in different banks.
 const TOKEN_BYTES: usize = 2 * STEP + 32;
-
-/// Rows of a strip that a lane has.
-const ROWS: usize = 2;
-
-/// Sums of a product that a lane has.
-const SUMS: usize = 4;
 
 /// Registers of a warp's fragment.
 const WORDS: usize = 4;
@@ -120,19 +114,16 @@ struct Tile<'a> {
     d: &'a Device<'a>,
     component: &'a Component,
     shape: Shape,
-    /// The block's first strip, and this warp's.
-    base: Val,
+    /// This warp's first strip, and its number in the block.
     strip: Val,
-    /// Its first token, and the last of the step: what lies beyond is computed as it is.
-    first: Val,
-    last: Val,
+    own: Val,
     /// `lane / 4` and `lane % 4`; which quarter of the columns is the warp's.
     group: Val,
     pair: Val,
     quarter: Val,
-    /// Shared memory: steps of activations, then sums `f32[quarters][tokens][rows]` of each contraction.
+    /// Steps of activations in shared memory.
     steps: Val,
-    sums: Vec<Val>,
+    sums: Sums<'a>,
 }
 
 impl<'a> Tile<'a> {
@@ -144,36 +135,15 @@ impl<'a> Tile<'a> {
         (block, first, rows): (Val, Val, Val),
     ) -> Result<Tile<'a>> {
         let (lane, warp) = e.lane_and_warp();
-        let (four, one, quarters) = (e.i64(4), e.i64(1), e.i64(shape.quarters as i64));
+        let (four, quarters) = (e.i64(4), e.i64(shape.quarters as i64));
         let base = e.scaled(block, shape.of_block(e, component), 0);
         let (number, quarter) = (e.div(warp, quarters), e.rem(warp, quarters));
         let own = e.scaled(number, Shape::of_warp(component), 0);
-        let mut tile = Tile {
-            d,
-            component,
-            shape,
-            base,
-            strip: e.add(base, own),
-            first,
-            last: e.sub(rows, one),
-            group: e.div(lane, four),
-            pair: e.rem(lane, four),
-            quarter,
-            steps: e.shared(SLOTS * TOKENS * TOKEN_BYTES),
-            sums: vec![],
-        };
-        let bytes = shape.quarters * TOKENS * tile.sum_bytes(e);
-        tile.sums = component.dots.iter().map(|_| e.shared(bytes)).collect();
-        Ok(tile)
-    }
-
-    /// Rows of a block, and bytes from token to token of its sums.
-    fn rows(&self, e: &Emitter) -> usize {
-        STRIP * self.shape.of_block(e, self.component)
-    }
-
-    fn sum_bytes(&self, e: &Emitter) -> usize {
-        4 * (self.rows(e) + 4)
+        let steps = e.shared(SLOTS * TOKENS * TOKEN_BYTES);
+        let strips = shape.of_block(e, component);
+        let sums = Sums::new(e, d, component, (TOKENS, strips, shape.quarters), (base, first, rows));
+        let (group, pair) = (e.div(lane, four), e.rem(lane, four));
+        Ok(Tile { d, component, shape, strip: e.add(base, own), own, group, pair, quarter, steps, sums })
     }
 
     fn emit(&self, e: &mut Emitter) -> Result<()> {
@@ -207,9 +177,14 @@ impl<'a> Tile<'a> {
             after
         });
         result?;
-        self.leave(e, &carried[words..]);
+        let strips = Shape::of_warp(self.component);
+        for (unit, sums) in carried[words..].chunks_exact(TOKENS / COLUMNS * SUMS).enumerate() {
+            let own = e.scaled(self.own, 1, unit % strips);
+            let to = self.sums.memory[unit / strips];
+            self.sums.leave(e, (to, self.quarter, own), (self.group, self.pair), sums);
+        }
         e.barrier();
-        self.results(e)?;
+        self.sums.results(e)?;
         e.barrier();
         Ok(())
     }
@@ -223,8 +198,8 @@ impl<'a> Tile<'a> {
             let number = e.scaled(thread, 1, before);
             let parts = e.i64(PARTS as i64);
             let (own, part) = (e.div(number, parts), e.rem(number, parts));
-            let token = e.add(self.first, own);
-            let token = e.min(token, self.last);
+            let token = e.add(self.sums.first, own);
+            let token = e.min(token, self.sums.last);
             let [from, to] = [(base, token, stride), (self.steps, own, TOKEN_BYTES)].map(|(base, token, stride)| {
                 let row = e.row(base, token, stride);
                 e.row(row, part, COPIED)
@@ -328,13 +303,10 @@ impl<'a> Tile<'a> {
             }
             (only, _) => only.unwrap_or(Quad { column: line, codes: vec![] }),
         };
-        let rows: Vec<[Val; 2]> = (0..ROWS)
-            .map(|row| {
-                let min = figures.mins.as_ref().map(|mins| mins[row]);
-                bf16_of_codes(e, int, quad.codes[row], (figures.scales[row], min))
-            })
-            .collect();
-        vec![rows[0][0], rows[1][0], rows[0][1], rows[1][1]]
+        let columns = [0, 16].map(|from| {
+            (0..ROWS).map(|row| bf16_pair(e, int, (quad.codes[row], from), &figures, row)).collect::<Vec<Val>>()
+        });
+        columns.concat()
     }
 
     /// Multiplies the warp's part of a step.
@@ -356,81 +328,4 @@ impl<'a> Tile<'a> {
             }
         }
     }
-
-    /// Stores a warp's sums where every thread of the block finds them.
-    fn leave(&self, e: &mut Emitter, acc: &[Val]) {
-        let bytes = self.sum_bytes(e);
-        let own = e.sub(self.strip, self.base);
-        for (unit, sums) in acc.chunks_exact(TOKENS / COLUMNS * SUMS).enumerate() {
-            let strips = Shape::of_warp(self.component);
-            let to = e.row(self.sums[unit / strips], self.quarter, TOKENS * bytes);
-            let to = e.row(to, own, 4 * STRIP);
-            let to = e.gep_const(to, unit % strips * 4 * STRIP);
-            let to = e.row(to, self.group, 4 * ROWS);
-            let to = e.row(to, self.pair, 2 * bytes);
-            for (i, sum) in sums.iter().enumerate() {
-                let (tile, row, token) = (i / SUMS, i % SUMS / 2, i % 2);
-                let to = e.gep_const(to, (tile * COLUMNS + token) * bytes + 4 * row);
-                e.store(*sum, to, 4);
-            }
-        }
-    }
-
-    /// The epilogue, a row of the block a thread, token by token.
-    fn results(&self, e: &mut Emitter) -> Result<()> {
-        let (contraction, mut result) = (Contraction { d: self.d, component: self.component }, Ok(()));
-        let (rows, bytes) = (self.rows(e), self.sum_bytes(e));
-        let strips = e.i64((self.component.n.div_ceil(STRIP) * STRIP) as i64);
-        e.strided(TOKENS * rows, |e, i| {
-            let size = e.i64(rows as i64);
-            let (token, row) = (e.div(i, size), e.rem(i, size));
-            let mut values: BTreeMap<ValueId, Val> = BTreeMap::new();
-            for (dot, sums) in self.component.dots.iter().zip(&self.sums) {
-                let from = e.row(*sums, token, bytes);
-                let from = e.row(from, row, 4);
-                let parts = (0..self.shape.quarters).map(|quarter| {
-                    let at = e.gep_const(from, quarter * TOKENS * bytes);
-                    e.load(at, F32, 4)
-                });
-                let parts: Vec<Val> = parts.collect();
-                values.insert(dot.value, parts.into_iter().reduce(|a, b| e.add(a, b)).unwrap_or(from));
-            }
-            let (token, before, one) = (e.add(self.first, token), e.scaled(self.base, STRIP, 0), e.i64(1));
-            let (column, end) = (e.add(before, row), e.sub(strips, one));
-            let (there, wanted) = (e.cmp(Cmp::Lt, column, strips), e.cmp(Cmp::Le, token, self.last));
-            let (column, counts) = (e.min(column, end), e.and(there, wanted));
-            let place = Place { token: e.min(token, self.last), element: column, column, counts };
-            result = contraction.epilogue(e, values, place);
-        });
-        result
-    }
-}
-
-/// Four codes as reals in two pairs of bf16: `(code - zero) * scale`, with a minimum `code * scale + min`.
-fn bf16_of_codes(e: &mut Emitter, int: IntFormat, codes: Val, (scale, min): (Val, Option<Val>)) -> [Val; 2] {
-    // 2^23 has its lowest digit at 1: a byte there is an integer added to it, without a conversion.
-    const UNIT: i64 = 0x4b00_0000;
-    let (signed, zero) = weights::offset(int);
-    let (codes, zero) = if signed {
-        let flip = e.int(I32, 0x8080_8080_u32.cast_signed().into());
-        (e.xor(codes, flip), 128.0)
-    } else {
-        (codes, f32::from(zero))
-    };
-    let reals = [0, 8, 16, 24].map(|by| {
-        let (byte, unit, low) = (e.shr(codes, by), e.int(I32, UNIT), e.int(I32, 255));
-        let byte = e.and(byte, low);
-        let real = e.or(byte, unit);
-        let (real, offset) = (e.convert("bitcast", real, F32), e.float(F32, 8_388_608.0 + zero));
-        let code = e.sub(real, offset);
-        match min {
-            Some(min) => e.fma(code, scale, min),
-            None => e.mul(code, scale),
-        }
-    });
-    [0, 2].map(|first| {
-        let both = e.intrinsic("llvm.nvvm.ff2bf16x2.rn", &[reals[first + 1], reals[first]], BF16.x(2));
-        let word = e.bitcast(both, I32.x(1));
-        e.extract(word, 0)
-    })
 }

@@ -1,7 +1,8 @@
 //! The emulated GPU: blocks, threads that wait for one another, and what each intrinsic does.
 
 use super::retarget::Code;
-use super::shadow::Shadow;
+use super::shadow::{Observed, Shadow};
+use super::units::{self, Unit, Units};
 use crate::cuda::{SHARED_LIMIT, THREADS};
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
@@ -61,6 +62,8 @@ pub(super) enum Op {
     RoundPair,
     /// What concerns launches that overlap: here one ends before the next begins.
     Nothing,
+    /// Of Hopper's units, with so many arguments.
+    Unit(Unit, usize),
 }
 
 /// A product of matrix fragments.
@@ -72,8 +75,8 @@ pub(super) enum Matrix {
     Bytes { signed: bool },
 }
 
-/// The op of an intrinsic, by name.
-pub(super) fn op(name: &str) -> Option<Op> {
+/// The op of an intrinsic with so many arguments, by name.
+pub(super) fn op(name: &str, arguments: usize) -> Option<Op> {
     Some(match name {
         "llvm.nvvm.read.ptx.sreg.tid.x" => Op::Thread,
         "llvm.nvvm.read.ptx.sreg.ctaid.x" => Op::Block,
@@ -93,7 +96,7 @@ pub(super) fn op(name: &str) -> Option<Op> {
         "llvm.nvvm.cp.async.wait.group" => Op::AwaitCopies,
         "llvm.nvvm.ff2bf16x2.rn" => Op::RoundPair,
         "llvm.nvvm.griddepcontrol.wait" | "llvm.nvvm.griddepcontrol.launch.dependents" => Op::Nothing,
-        _ => return None,
+        _ => Op::Unit(units::unit(name)?, arguments),
     })
 }
 
@@ -110,25 +113,33 @@ struct Warp {
     rets: Box<[Slots; 32]>,
 }
 
-struct Block {
+pub(super) struct Block {
     id: u32,
     blocks: u32,
     threads: u32,
     /// Where its shared memory begins.
-    shared: u64,
-    shadow: Shadow,
+    pub(super) shared: u64,
+    pub(super) shadow: Shadow,
     warps: Vec<Warp>,
     waiting: u32,
     ops: *const [Op],
-    copies: Copies,
-    progress: u64,
-    fault: Option<String>,
+    pub(super) copies: Copies,
+    pub(super) units: Units,
+    /// By thread: what it has waited for, and how often it has fenced the asynchronous proxy.
+    pub(super) observed: Vec<Observed>,
+    pub(super) fences: Vec<u32>,
+    pub(super) progress: u64,
+    pub(super) fault: Option<String>,
 }
 
-struct Thread {
-    id: u32,
-    block: *mut Block,
+pub(super) struct Thread {
+    pub(super) id: u32,
+    pub(super) block: *mut Block,
     yielder: *const Yielder<(), ()>,
+    /// The description of a matrix that it has acquired.
+    pub(super) acquired: u64,
+    /// It has fenced its registers for products.
+    pub(super) may_multiply: bool,
     /// Copies that no group holds yet, and groups that were not waited for.
     open: Vec<Flight>,
     groups: VecDeque<Vec<Flight>>,
@@ -158,7 +169,7 @@ pub(super) unsafe extern "C" fn call(id: u32, args: *const u64, rets: *mut u64) 
         let thread = &mut *CURRENT.with(Cell::get);
         let block = thread.block;
         let op = (&*(*block).ops)[id as usize];
-        if !matches!(op, Op::Load | Op::Store) {
+        if !matches!(op, Op::Load | Op::Store | Op::Unit(Unit::TryWait, _)) {
             (*block).progress += 1;
         }
         let arg = |i: usize| *args.add(i);
@@ -188,13 +199,14 @@ pub(super) unsafe extern "C" fn call(id: u32, args: *const u64, rets: *mut u64) 
                 *rets = half(0) << 16 | half(1);
             }
             Op::Nothing => {}
+            Op::Unit(unit, arguments) => units::call(thread, (unit, arguments), args, rets),
         }
     }
 }
 
 impl Thread {
     /// Lets others run.
-    unsafe fn pause(&mut self) {
+    pub(super) unsafe fn pause(&mut self) {
         // SAFETY: the yielder is that of the coroutine that runs.
         unsafe { (*self.yielder).suspend(()) };
         CURRENT.with(|current| current.set(self));
@@ -222,12 +234,13 @@ unsafe fn barrier(thread: &mut Thread) {
 }
 
 /// Records an access to shared memory.
-unsafe fn watch(thread: &mut Thread, at: u64, size: usize, writes: bool) {
+pub(super) unsafe fn watch(thread: &mut Thread, at: u64, size: usize, writes: bool) {
     // SAFETY: as in `call`.
     let block = unsafe { &mut *thread.block };
-    let offset = at.wrapping_sub(block.shared);
+    let (offset, id) = (at.wrapping_sub(block.shared), thread.id as usize);
     if offset < SHARED_LIMIT as u64 && block.fault.is_none() {
-        block.fault = block.shadow.access(thread.id, offset as usize, size, writes).err();
+        let of_thread = (&block.observed[id], block.fences[id]);
+        block.fault = block.shadow.touch(thread.id, (offset as usize, size), writes, of_thread).err();
     }
 }
 
@@ -370,17 +383,20 @@ pub(super) unsafe fn launch(
     });
     for place in order(blocks as usize, turns, &mut random) {
         // Not zero: NaNs, whatever is read of it.
-        let mut memory = vec![u128::MAX; SHARED_LIMIT / 16];
+        let mut memory = vec![u128::MAX; 2 * WINDOW / 16];
         let mut block = Box::new(Block {
             id: place as u32,
             blocks,
             threads: THREADS as u32,
-            shared: memory.as_mut_ptr() as u64,
+            shared: (memory.as_mut_ptr() as u64).next_multiple_of(WINDOW as u64),
             shadow: Shadow::new(shared, THREADS / 32),
             warps: (0..THREADS / 32).map(|_| Warp::new()).collect(),
             waiting: 0,
             ops: code.ops(),
             copies: schedule.copies,
+            units: Units::new(THREADS),
+            observed: vec![Observed::new(); THREADS],
+            fences: vec![0; THREADS],
             progress: 0,
             fault: None,
         });
@@ -407,6 +423,9 @@ fn order(count: usize, order: Order, random: &mut Random) -> Vec<usize> {
     all
 }
 
+/// What shared memory begins at a multiple of, so that descriptors of products may hold the lower 18 bits of an address.
+const WINDOW: usize = 1 << 18;
+
 /// Of a thread's stack: host code that nobody optimized keeps all its values there. Pages are taken when touched.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -418,7 +437,8 @@ unsafe fn run(block: &mut Block, code: &Code, args: &[u64], turns: Order, random
     let (at, entry, args) = (ptr::from_mut(block), code.entry(), args.as_ptr() as usize);
     let mut start = |id: u32| -> Option<Running> {
         let (open, groups) = (vec![], VecDeque::new());
-        let mut thread = Box::new(Thread { id, block: at, yielder: ptr::null(), open, groups });
+        let (acquired, may_multiply) = (0, false);
+        let mut thread = Box::new(Thread { id, block: at, yielder: ptr::null(), acquired, may_multiply, open, groups });
         let own: *mut Thread = &mut *thread;
         let stack = stacks.pop().unwrap_or_else(|| DefaultStack::new(STACK_BYTES).expect("memory for a stack"));
         let coroutine = Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {
@@ -462,7 +482,7 @@ unsafe fn run(block: &mut Block, code: &Code, args: &[u64], turns: Order, random
     // Threads that have not ended cannot be unwound through generated code.
     std::mem::forget(threads);
     STACKS.set(stacks);
-    match fault.or_else(|| block.fault.take()) {
+    match fault.or_else(|| block.fault.take()).or_else(|| block.units.left()) {
         Some(fault) => Err(fault),
         None => Ok(()),
     }

@@ -17,6 +17,9 @@ mod retarget;
 mod shadow;
 #[cfg(test)]
 mod tests;
+mod units;
+#[cfg(test)]
+mod units_tests;
 
 pub use machine::{Copies, Order, Schedule};
 pub use retarget::Code;

@@ -38,7 +38,8 @@ impl Code {
         let shared = "llvm.mlir.addressof @shared : !llvm.ptr<3>";
         assert!(source.text.contains(shared), "no place of shared memory");
         let text = source.text.replace(shared, "llvm.call @emulator.shared() : () -> !llvm.ptr<3>");
-        let text = format!("{PREAMBLE}llvm.func @emulator.shared() -> !llvm.ptr<3>\n{text}");
+        let (functions, text) = without_assembly(&text);
+        let text = format!("{PREAMBLE}llvm.func @emulator.shared() -> !llvm.ptr<3>\n{functions}{text}");
         let mlir = Mlir::new().unwrap_or_else(|e| panic!("{e}"));
         let module = mlir.lower_text("emulated", &text, context).unwrap_or_else(|e| panic!("{e}"));
         let machine = host();
@@ -80,6 +81,33 @@ impl Code {
     }
 }
 
+/// Slots of results: of a product of a warpgroup a thread has 128 sums at most, and a word beside them.
+const RESULTS: usize = 65;
+
+/// The text with calls of functions in place of inline assembly, and what declares these: they are named after the instruction
+/// and what it waits for, and numbered.
+fn without_assembly(text: &str) -> (String, String) {
+    let (mut functions, mut out) = (String::new(), String::new());
+    for (number, line) in text.lines().enumerate() {
+        let Some((result, asm)) = line.split_once("llvm.inline_asm ") else {
+            out += &format!("{line}\n");
+            continue;
+        };
+        let parts: Vec<&str> = asm.split('"').collect();
+        let [_, instruction, _, _, call] = parts.as_slice() else { panic!("odd inline assembly: {line}") };
+        let is_name = |word: &&str| ["wgmma.", "tensormap."].iter().any(|name| word.starts_with(name));
+        let word = instruction.split([' ', ';']).find(is_name).unwrap_or_else(|| panic!("not emulated: {line}"));
+        let count = instruction.split([' ', ';']).nth(1).filter(|count| count.parse::<usize>().is_ok());
+        let name = format!("emulator.{}.{}.{number}", word.replace("::", "."), count.unwrap_or("0"));
+        let (values, types) = call.trim().split_once(" : ").unwrap_or_default();
+        let (from, to) = types.split_once(" -> ").unwrap_or_default();
+        let declared = if to == "()" { String::new() } else { format!(" -> {to}") };
+        functions += &format!("llvm.func @{name}{from}{declared}\n");
+        out += &format!("{result}llvm.call @{name}({values}) : {types}\n");
+    }
+    (functions, out)
+}
+
 fn host() -> TargetMachine {
     Target::initialize_native(&InitializationConfig::default()).expect("a native target");
     let triple = TargetMachine::get_default_triple();
@@ -109,8 +137,9 @@ impl Retarget<'_> {
             let name = function.get_name().to_string_lossy().into_owned();
             if function.count_basic_blocks() > 0 {
                 kernels.push(function);
-            } else if name.starts_with("llvm.nvvm.") || name == "emulator.shared" {
-                let op = machine::op(&name).unwrap_or_else(|| panic!("`{name}` is not emulated"));
+            } else if function != call && (name.starts_with("llvm.nvvm.") || name.starts_with("emulator.")) {
+                let arguments = function.count_params() as usize;
+                let op = machine::op(&name, arguments).unwrap_or_else(|| panic!("`{name}` is not emulated"));
                 let body = self.body(call, &function, op);
                 function.replace_all_uses_with(body);
                 // SAFETY: nothing uses the declaration any more.
@@ -134,9 +163,8 @@ impl Retarget<'_> {
         let (b, i64) = (&self.builder, self.context.i64_type());
         let body = self.module.add_function(&format!("emulated.{op:?}"), of.get_type(), Some(Linkage::Internal));
         b.position_at_end(self.context.append_basic_block(body, ""));
-        let slots = i64.const_int(SLOTS as u64, false);
-        let args = b.build_array_alloca(i64, slots, "").expect("slots");
-        let rets = b.build_array_alloca(i64, slots, "").expect("slots");
+        let [args, rets] = [SLOTS.max(of.count_params() as usize), RESULTS]
+            .map(|slots| b.build_array_alloca(i64, i64.const_int(slots as u64, false), "").expect("slots"));
         for (i, parameter) in body.get_param_iter().enumerate() {
             // SAFETY: there are more slots than any intrinsic has arguments.
             let slot = unsafe { b.build_gep(i64, args, &[i64.const_int(i as u64, false)], "") }.expect("a slot");
