@@ -33,7 +33,7 @@ fn tolerance(format: &str) -> f64 {
 #[test]
 fn every_format() {
     for format in FORMATS.iter().filter(|f| f.int.is_some() || f.dtype.is_float()) {
-        let (x, format) = (if format.int.is_some() { "a8" } else { "f32" }, format.name);
+        let (x, format) = (if format.dtype.is_integer() { "a8" } else { "f32" }, format.name);
         let body = format!(
             "graph @k(%x: {x}[t, 512], %w: {format}[40, 512]) stage planned {{range}} {{
                %y = matmul %x, %w

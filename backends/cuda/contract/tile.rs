@@ -15,7 +15,7 @@ use super::super::weights::{self, Packed, Quad};
 use super::{Component, Contraction, Device, Place, each, internal};
 use crate::cpu::contract::Dot;
 use crate::emit::{BF16, Cmp, Emitter, F32, I32, Val, WARP};
-use mansard_ir::formats::IntFormat;
+use mansard_ir::formats::{IntFormat, Zero};
 use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
 use mansard_ir::{DType, Result, ValueId};
 use std::collections::BTreeMap;
@@ -410,6 +410,10 @@ impl<'a> Tile<'a> {
 fn bf16_of_codes(e: &mut Emitter, int: IntFormat, codes: Val, (scale, min): (Val, Option<Val>)) -> [Val; 2] {
     // 2^23 has its lowest digit at 1: a byte there is an integer added to it, without a conversion.
     const UNIT: i64 = 0x4b00_0000;
+    if int.zero == Zero::E4M3 {
+        let reals = weights::reals_of_codes(e, int, codes).map(|code| e.mul(code, scale));
+        return bf16_pairs(e, reals);
+    }
     let (signed, zero) = weights::offset(int);
     let (codes, zero) = if signed {
         let flip = e.int(I32, 0x8080_8080_u32.cast_signed().into());
@@ -428,6 +432,11 @@ fn bf16_of_codes(e: &mut Emitter, int: IntFormat, codes: Val, (scale, min): (Val
             None => e.mul(code, scale),
         }
     });
+    bf16_pairs(e, reals)
+}
+
+/// Rounds four reals to two pairs of bf16.
+fn bf16_pairs(e: &mut Emitter, reals: [Val; 4]) -> [Val; 2] {
     [0, 2].map(|first| {
         let both = e.intrinsic("llvm.nvvm.ff2bf16x2.rn", &[reals[first + 1], reals[first]], BF16.x(2));
         let word = e.bitcast(both, I32.x(1));
