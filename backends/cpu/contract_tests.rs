@@ -147,7 +147,7 @@ fn vectors_of_a_heads_width_stand_beside_every_head() {
 
 #[test]
 fn gate_and_up_meet_in_the_epilogue() {
-    for (x, w) in [("a8", "q4_1"), ("f32", "f32")] {
+    for (x, w) in [("a8", "q4_1"), ("f32", "f32"), ("f32", "e4m3_g32")] {
         let body = format!(
             "graph @k(%x: {x}[t, 96], %g: {w}[80, 96], %u: {w}[80, 96]) stage planned {{range}} {{
                %a = matmul %x, %g
@@ -191,7 +191,7 @@ fn bias_activation_and_residual() {
 
 #[test]
 fn experts() {
-    for (x, w) in [("f32", "f32"), ("a8", "q8_0"), ("a8", "q4_1"), ("bf16", "bf16")] {
+    for (x, w) in [("f32", "f32"), ("a8", "q8_0"), ("a8", "q4_1"), ("bf16", "bf16"), ("f32", "e4m3_g32")] {
         let body = format!(
             "graph @k(%x: {x}[t, 64], %g: {w}[4, 48, 64], %u: {w}[4, 48, 64], %r: routing[t, 2, 4]) stage planned {{range}} {{
                %a = matmul_experts %x, %g, %r
