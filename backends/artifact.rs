@@ -13,7 +13,7 @@ use crate::cuda::{THREADS, synthetic};
 use crate::link::Image;
 use crate::pack;
 use mansard_ir::artifact::{
-    Code, DATA_ALIGN, FORMAT_VERSION, METADATA_KEY, Manifest, Provenance, PtxCode, SECTION_ALIGN, Synthetic,
+    Code, Cubin, DATA_ALIGN, FORMAT_VERSION, METADATA_KEY, Manifest, Provenance, PtxCode, SECTION_ALIGN, Synthetic,
     TOKENIZER_SECTION, WEIGHTS_PREFIX,
 };
 use mansard_ir::file::MappedFile;
@@ -138,6 +138,8 @@ enum Content<'a> {
     Text(&'a str),
     /// Padded with line ends.
     Ptx(&'a str),
+    /// Machine code of a GPU, padded with zeros.
+    Cubin(&'a [u8]),
     /// PTX of the kernel that makes weights up.
     Synthetic(String),
     /// Recipe of that index.
@@ -153,6 +155,10 @@ fn sections<'a>(contents: &Contents<'a>) -> Result<Vec<Section<'a>>> {
     for (chip, ptx) in contents.ptx {
         let bytes = ptx.text.len().next_multiple_of(SECTION_ALIGN);
         sections.push(Section { name: format!("code/{chip}"), bytes, content: Content::Ptx(&ptx.text) });
+        if let Some((cubin, _)) = &ptx.cubin {
+            let bytes = cubin.len().next_multiple_of(SECTION_ALIGN);
+            sections.push(Section { name: cubin_section(chip), bytes, content: Content::Cubin(cubin) });
+        }
     }
     if let Some(tokenizer) = contents.info.tokenizer.as_ref().filter(|t| !t.json.is_empty()) {
         let bytes = tokenizer.json.len().next_multiple_of(SECTION_ALIGN);
@@ -183,9 +189,10 @@ impl Content<'_> {
     fn stream(&self, contents: &Contents<'_>, threads: usize, sink: &mut pack::Sink<'_>) -> Result<()> {
         match self {
             Content::Image(image) => sink(&image.bytes),
-            Content::Text(text) => sink(&padded_to_section(text, b' ')),
-            Content::Ptx(text) => sink(&padded_to_section(text, b'\n')),
-            Content::Synthetic(text) => sink(&padded_to_section(text, b'\n')),
+            Content::Text(text) => sink(&padded_to_section(text.as_bytes(), b' ')),
+            Content::Ptx(text) => sink(&padded_to_section(text.as_bytes(), b'\n')),
+            Content::Cubin(code) => sink(&padded_to_section(code, 0)),
+            Content::Synthetic(text) => sink(&padded_to_section(text.as_bytes(), b'\n')),
             Content::Pack(index) => {
                 let Some(recipe) = contents.plan.packs.get(*index) else {
                     bail!(Internal, "the plan has no recipe for it");
@@ -197,8 +204,13 @@ impl Content<'_> {
     }
 }
 
-fn padded_to_section(text: &str, with: u8) -> Vec<u8> {
-    let mut bytes = text.as_bytes().to_vec();
+/// The section of a chip's machine code.
+fn cubin_section(chip: &str) -> String {
+    format!("cubin/{chip}")
+}
+
+fn padded_to_section(content: &[u8], with: u8) -> Vec<u8> {
+    let mut bytes = content.to_vec();
     bytes.resize(bytes.len().next_multiple_of(SECTION_ALIGN), with);
     bytes
 }
@@ -226,6 +238,7 @@ fn manifest(contents: &Contents<'_>, sections: &[Section<'_>]) -> Result<Manifes
         version: ptx::VERSION.into(),
         threads: THREADS,
         shared_bytes: ptx.shared_bytes.clone(),
+        cubin: ptx.cubin.as_ref().map(|(_, version)| Cubin { section: cubin_section(chip), version: version.clone() }),
     };
     let zeros: BTreeMap<String, String> = sections.iter().map(|s| (s.name.clone(), "0".repeat(64))).collect();
     let mut model = contents.info.clone();

@@ -3,7 +3,7 @@
 //! Nothing here calls a library: exponentials, sines and the error function are polynomials after range reduction, with
 //! errors of a few units in the last place over the range that the callers use.
 
-use crate::emit::{BF16, Emitter, F32, I1, I16, I32, Ty, Val};
+use crate::emit::{BF16, Emitter, F16, F32, I1, I16, I32, Ty, Val};
 use mansard_ir::{Kind, Node, Result};
 
 /// Emits an elementwise node over vectors (or scalars) of f32.
@@ -90,6 +90,25 @@ pub fn bf16_pair(e: &mut Emitter, pairs: Val) -> [Val; 2] {
     let upper = e.int(pairs.ty, -0x1_0000);
     let halves = [e.shl(pairs, 16), e.and(pairs, upper)];
     halves.map(|bits| e.convert("bitcast", bits, F32))
+}
+
+/// The four 8-bit floats (e4m3) in each 32 bits, as f32 of a 256th: each is an f16 of the same mantissa whose exponent counts
+/// from 2^-8 below, and what is denormal in one is denormal in the other.
+pub fn e4m3_quad(e: &mut Emitter, words: Val) -> [Val; 4] {
+    let lower = e.shl(words, 8);
+    let [even, odd] = [lower, words].map(|upper| {
+        let (sign, rest) = (e.int(words.ty, 0x8000_8000_u32.cast_signed().into()), e.int(words.ty, 0x3f80_3f80));
+        let sign = e.and(upper, sign);
+        let magnitude = e.shr(upper, 1);
+        let magnitude = e.and(magnitude, rest);
+        e.or(sign, magnitude)
+    });
+    [(even, 0), (odd, 0), (even, 16), (odd, 16)].map(|(pair, by)| {
+        let half = if by > 0 { e.shr(pair, by) } else { pair };
+        let half = e.convert("trunci", half, I16);
+        let half = e.convert("bitcast", half, F16);
+        e.convert("extf", half, F32)
+    })
 }
 
 /// `e^x`: zero below -87.3, about 1.7e38 above 88.

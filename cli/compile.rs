@@ -1,11 +1,12 @@
 //! `mansard compile`: a model file becomes an artifact, or any layer of it becomes text.
 
-use crate::{costs, eval, report, sass};
+use crate::{costs, eval, report};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use mansard::budget::{self, Budget, Outcome};
 use mansard::driver::{self, CompileOptions, Progress, Summary};
 use mansard::machine::MachineFile;
+use mansard::sass;
 use mansard_backends::cuda::ptx::{self, CHIPS};
 use mansard_backends::{self as backends, Layer};
 use mansard_ir::artifact::Provenance;
@@ -40,6 +41,9 @@ pub struct Arguments {
     /// With --max-kld: formats that take the least predicted time, or, for comparison, the fewest bytes whatever the time
     #[arg(long, value_name = "AIM", default_value = "joint", requires = "max_kld")]
     precision: budget::Aim,
+    /// Store machine code for the GPUs of --target beside their PTX; needs NVIDIA's ptxas
+    #[arg(long, conflicts_with_all = ["emit", "stop_after"])]
+    cubin: bool,
     /// Time tile shapes on this machine and choose by that
     #[arg(long, conflicts_with_all = ["emit", "stop_after", "tuning"])]
     tune: bool,
@@ -164,6 +168,8 @@ enum Quant {
     /// 6 bits, 8-bit scale per 16
     #[value(name = "q6_k")]
     Q6K,
+    /// 8-bit floats (e4m3), one scale per 128, or per 32 where rows do not fill 128; the vocabulary's matrices in int8
+    Fp8,
     /// 4-bit floats, a power of two per 32
     Mxfp4,
     /// 4-bit floats, an 8-bit float per 16 and an f32 per row
@@ -187,6 +193,7 @@ impl Quant {
             Quant::Q4K => Some(DType::Q4_K),
             Quant::Q5K => Some(DType::Q5_K),
             Quant::Q6K => Some(DType::Q6_K),
+            Quant::Fp8 => Some(DType::E4M3_G128),
             Quant::Mxfp4 => Some(DType::MXFP4),
             Quant::Nvfp4 => Some(DType::NVFP4),
         }
@@ -309,6 +316,12 @@ fn quantizer(name: &str) -> Result<Option<Quantizer>> {
 pub fn run(arguments: &Arguments) -> Result<()> {
     let mut options = arguments.choices.options()?;
     options.tune = arguments.tune;
+    if arguments.cubin {
+        if options.chips.is_empty() {
+            bail!(Usage, "--cubin is for GPUs: expected --target with {}", CHIPS.join(" or "));
+        }
+        options.assembler = Some(sass::assembler()?);
+    }
     if let Some(path) = &arguments.tuning {
         options.tuning = tuning(path)?;
     }

@@ -1,7 +1,7 @@
 //! From a model file to an artifact, stage by stage.
 
 use crate::machine::MachineFile;
-use crate::{quantize, tune};
+use crate::{quantize, sass, tune};
 use mansard_backends as backends;
 use mansard_frontend as frontend;
 use mansard_ir::artifact::{Provenance, Quality};
@@ -20,6 +20,8 @@ pub struct CompileOptions {
     pub targets: Vec<String>,
     /// GPUs that the artifact holds PTX for beside: `sm_80`, `sm_90a`.
     pub chips: Vec<String>,
+    /// NVIDIA's assembler: the artifact holds machine code beside PTX (`--cubin`).
+    pub assembler: Option<PathBuf>,
     /// The machine that decisions are priced on; `None`: the figures stated for the targets.
     pub machine: Option<MachineFile>,
     /// Weights as f32, whatever the file holds (`--quant none`, and before they are rounded or quantized otherwise).
@@ -67,6 +69,7 @@ impl Default for CompileOptions {
         CompileOptions {
             targets: vec!["native".into()],
             chips: vec![],
+            assembler: None,
             machine: None,
             float_weights: false,
             weights: None,
@@ -210,7 +213,11 @@ pub fn compile(
         stages.begin("generate PTX", options.chips.len());
     }
     for (index, chip) in options.chips.iter().enumerate() {
-        ptx.push((chip.clone(), backends::cuda::ptx::compile(&plan.kernels, chip)?));
+        let mut code = backends::cuda::ptx::compile(&plan.kernels, chip)?;
+        if let Some(ptxas) = &options.assembler {
+            code.cubin = Some(sass::assembled(ptxas, &code.text, chip)?);
+        }
+        ptx.push((chip.clone(), code));
         stages.progress.advance(index + 1);
     }
     stages.begin("quantize", 0);

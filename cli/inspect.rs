@@ -85,6 +85,10 @@ fn model(artifact: &Artifact) -> String {
     for ptx in &artifact.manifest().ptx {
         let bytes = artifact.section(&ptx.section).map_or(0, <[u8]>::len);
         out += &format!("  {:24} PTX {}, {}\n", ptx.chip, ptx.version, report::bytes(bytes));
+        if let Some(cubin) = &ptx.cubin {
+            let bytes = artifact.section(&cubin.section).map_or(0, <[u8]>::len);
+            out += &format!("  {:24} machine code of CUDA {}, {}\n", ptx.chip, cubin.version, report::bytes(bytes));
+        }
     }
     for image in code {
         let runs = missing(image).unwrap_or_else(|| "runs here".into());

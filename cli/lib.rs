@@ -11,4 +11,5 @@ pub mod check;
 pub mod driver;
 pub mod machine;
 mod quantize;
+pub mod sass;
 mod tune;

@@ -23,7 +23,6 @@ mod opt;
 mod probe;
 mod report;
 mod run;
-mod sass;
 mod serve;
 mod stream;
 mod verify;

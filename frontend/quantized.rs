@@ -244,8 +244,12 @@ fn format(bits: usize, zero: Zero, group: usize) -> std::result::Result<DType, S
     };
     let found = FORMATS.iter().filter(fits).max_by_key(|f| f.block);
     found.map(|f| f.dtype).ok_or_else(|| {
-        let points = if zero == Zero::Point { " with zero points" } else { "" };
-        format!("codes of {bits} bits{points} in groups of {group}")
+        let codes = match zero {
+            Zero::E4M3 => "8-bit floats".to_owned(),
+            Zero::Point => format!("codes of {bits} bits with zero points"),
+            _ => format!("codes of {bits} bits"),
+        };
+        format!("{codes} in groups of {group}")
     })
 }
 

@@ -89,6 +89,18 @@ pub struct PtxCode {
     pub threads: usize,
     /// Bytes of shared memory of a block; `shared_bytes[i]` is `program.kernels[i]`'s.
     pub shared_bytes: Vec<usize>,
+    /// The same, assembled beforehand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cubin: Option<Cubin>,
+}
+
+/// Machine code of a GPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cubin {
+    /// Section that holds an ELF file, padded with zeros.
+    pub section: String,
+    /// Version of the assembler, which is that of its CUDA: `13.0.88`.
+    pub version: String,
 }
 
 /// How to make weights up ([`crate::synthetic`]).

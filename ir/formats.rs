@@ -3,7 +3,8 @@
 //! A quantized format stores blocks of `block` elements in `block_bytes` bytes. Inside a block every `group` consecutive
 //! elements share one scale; `real = scale * (code - zero)` where the zero point is fixed or each group has one, `real =
 //! scale * code + min` where each group has its own minimum. Codes are unsigned, so that `u8 x s8` dot products apply to
-//! all of them; of 4-bit floats it is their index in a table of small integers that is stored.
+//! all of them; of 4-bit floats it is their index in a table of small integers that is stored. Codes of 8-bit floats are
+//! these floats: they are multiplied with floats.
 //!
 //! Source of the GGUF block layouts: the GGUF specification and the `ggml` quantization reference.
 
@@ -50,6 +51,8 @@ pub enum DType {
     INT8_G128,
     MXFP4,
     NVFP4,
+    E4M3_G32,
+    E4M3_G128,
 }
 
 /// What a code stands for.
@@ -63,6 +66,8 @@ pub enum Zero {
     Point,
     /// `real = scale * E2M1[code]`: 4-bit floats, whose scale is stored halved so that they are integers.
     E2M1,
+    /// `real = scale * e4m3(code) / 256`: 8-bit floats, read as f16 of the same mantissa, whose exponents count from 2^-8 below.
+    E4M3,
 }
 
 /// Twice the values of 4-bit floats (sign, two bits of exponent, one of mantissa) by code.
@@ -84,12 +89,23 @@ pub fn e4m3(byte: u8) -> f32 {
     if byte < 128 { magnitude } else { -magnitude }
 }
 
+/// The byte is no number.
+pub const fn is_e4m3_nan(byte: u8) -> bool {
+    byte & 127 == 127
+}
+
+/// What scales of [`Zero::E4M3`] are stored times.
+pub const E4M3_UNIT: f32 = 256.0;
+
+/// Largest value of an 8-bit float.
+pub const E4M3_TOP: f32 = 448.0;
+
 /// The 8-bit float nearest to a real, ties to even, the largest for what is beyond: the inverse of [`e4m3`].
 pub fn to_e4m3(x: f32) -> u8 {
-    let magnitude = x.abs().min(448.0);
+    let magnitude = x.abs().min(E4M3_TOP);
     let exponent = ((magnitude.to_bits() >> 23) as i32 - 127).max(-6);
     // At least 8 of them unless the exponent is the least; the sixteenth carries into the exponent.
-    let steps = (magnitude / 2f32.powi(exponent - 3)).round_ties_even() as u8;
+    let steps = (magnitude * f32::from_bits((130 - exponent) as u32 * (1 << 23))).round_ties_even() as u8;
     ((((exponent + 6) as u8) << 3) + steps) | if x < 0.0 { 128 } else { 0 }
 }
 
@@ -99,7 +115,7 @@ impl Zero {
         match self {
             Zero::Fixed(zero) => Some(zero),
             Zero::E2M1 => Some(E2M1_ZERO),
-            Zero::Min | Zero::Point => None,
+            Zero::Min | Zero::Point | Zero::E4M3 => None,
         }
     }
 
@@ -115,6 +131,9 @@ impl Zero {
             Zero::Min => scale * f32::from(code) + min,
             Zero::Point => scale * (f32::from(code) - min),
             Zero::E2M1 => scale * f32::from(E2M1[usize::from(code & 15)]),
+            Zero::E4M3 => {
+                scale * half::f16::from_bits(u16::from(code & 128) << 8 | u16::from(code & 127) << 7).to_f32()
+            }
         }
     }
 }
@@ -187,6 +206,11 @@ impl DType {
     /// The format of its rows in model files: another one for what only packing takes apart.
     pub fn in_file(self) -> DType {
         if self == DType::Q8_PLANES { DType::Q8_0 } else { self }
+    }
+
+    /// A weight format whose codes are integers, so that int8 activations can be multiplied with them.
+    pub fn is_integer(self) -> bool {
+        self.int().is_some_and(|int| int.zero != Zero::E4M3)
     }
 
     /// Planes of int8 codes that activations of this dtype have.
@@ -288,7 +312,7 @@ const fn quant(
 pub const CACHED: [DType; 6] = [DType::F32, DType::F16, DType::BF16, DType::I8, DType::FP8, DType::I4];
 
 /// The table, in the order of [`DType`].
-pub static FORMATS: [Format; 29] = [
+pub static FORMATS: [Format; 31] = [
     row(DType::F32, "f32", 1, 4, "IEEE single precision"),
     row(DType::F16, "f16", 1, 2, "IEEE half precision"),
     row(DType::BF16, "bf16", 1, 2, "the upper half of f32"),
@@ -476,6 +500,24 @@ pub static FORMATS: [Format; 29] = [
         split::two_scales,
         "4-bit floats (e2m1), one scale per 16",
     ),
+    quant(
+        DType::E4M3_G32,
+        "e4m3_g32",
+        (32, 34),
+        (8, 32, Zero::E4M3),
+        &[(0, 0.57)],
+        split::e4m3,
+        "8-bit floats (e4m3), one f16 scale per 32",
+    ),
+    quant(
+        DType::E4M3_G128,
+        "e4m3_g128",
+        (128, 130),
+        (8, 128, Zero::E4M3),
+        &[(0, 0.57)],
+        split::e4m3,
+        "8-bit floats (e4m3), one f16 scale per 128",
+    ),
 ];
 
 #[cfg(test)]
@@ -486,6 +528,7 @@ mod tests {
     fn eight_bit_floats_are_their_own_nearest() {
         for byte in (0..=255).filter(|byte| byte & 127 != 127 && *byte != 128) {
             assert_eq!(to_e4m3(e4m3(byte)), byte);
+            assert_eq!(Zero::E4M3.real(byte, E4M3_UNIT, 0.0), e4m3(byte));
         }
         let rounded = [17.0, 19.0, -1000.0, 0.001, 0.0009, 1e-9, 1.96875].map(|x| e4m3(to_e4m3(x)));
         assert_eq!(rounded, [16.0, 20.0, -448.0, 1.0 / 512.0, 0.0, 0.0, 2.0]);

@@ -11,7 +11,7 @@
 //! its place in each.
 
 use crate::file::MappedFile;
-use crate::formats::{DType, Zero, e4m3};
+use crate::formats::{DType, E4M3_UNIT, Zero, e4m3, is_e4m3_nan};
 use crate::quantize::join;
 use crate::{Result, bail};
 use half::{bf16, f16};
@@ -157,6 +157,7 @@ impl Grid {
             match int.zero {
                 Zero::Point => Ok((scale, f32::from(zero.unwrap_or(0)))),
                 Zero::E2M1 => Ok((0.5 * scale, 0.0)),
+                Zero::E4M3 => Ok((E4M3_UNIT * scale, 0.0)),
                 Zero::Fixed(fixed) if zero.is_none_or(|zero| zero == u16::from(fixed)) => Ok((scale, 0.0)),
                 _ => bail!(Input, "the zero point of group {group} is {zero:?}, expected one that {dtype} has"),
             }
@@ -171,8 +172,18 @@ impl Grid {
             if int.group < format.block {
                 second = figures(first + int.group)?.0;
             }
+            let magnitude = match int.zero {
+                Zero::E2M1 => 7,
+                Zero::E4M3 => 127,
+                _ => 0,
+            };
+            if magnitude == 127
+                && let Some(column) = codes.iter().position(|code| is_e4m3_nan(*code))
+            {
+                bail!(Input, "column {} is no number", first + column);
+            }
             // Zeros may have any scale.
-            if int.zero == Zero::E2M1 && codes.iter().all(|code| code & 7 == 0) {
+            if magnitude > 0 && codes.iter().all(|code| code & magnitude == 0) {
                 out.fill(0);
                 continue;
             }

@@ -20,7 +20,7 @@ mod table;
 
 pub use table::{Needs, Prepared, QUANTIZERS, Quantizer};
 
-use crate::formats::{DType, Format, IntFormat, Split, Zero};
+use crate::formats::{DType, E4M3_UNIT, Format, IntFormat, Split, Zero, to_e4m3};
 use crate::{Result, bail};
 use half::f16;
 
@@ -34,7 +34,7 @@ struct Writer {
 }
 
 /// What reals can be quantized to.
-static WRITERS: [Writer; 17] = [
+static WRITERS: [Writer; 19] = [
     writer(DType::Q4_0, one_group, blocks::q4_0),
     writer(DType::Q4_1, one_group, blocks::q4_1),
     writer(DType::Q5_0, one_group, blocks::q5_0),
@@ -52,6 +52,8 @@ static WRITERS: [Writer; 17] = [
     writer(DType::INT8_G128, one_group, blocks::q8_0),
     writer(DType::MXFP4, float_groups, blocks::q4_0),
     writer(DType::NVFP4, float_groups, blocks::q4_1),
+    writer(DType::E4M3_G32, one_group, blocks::e4m3),
+    writer(DType::E4M3_G128, one_group, blocks::e4m3),
 ];
 
 const fn writer(dtype: DType, figures: fn(Reals<'_>, IntFormat, &mut [u8]), codes: fn(&[u8], &mut [u8])) -> Writer {
@@ -230,7 +232,7 @@ impl Line {
         let zero = match int.zero {
             Zero::Fixed(zero) => f32::from(zero),
             Zero::Point => min,
-            Zero::Min | Zero::E2M1 => 0.0,
+            Zero::Min | Zero::E2M1 | Zero::E4M3 => 0.0,
         };
         Line { int, figures: (scale, min), inverse, zero, high: top(int) }
     }
@@ -240,6 +242,7 @@ impl Line {
     fn nearest(&self, x: f32) -> u8 {
         match self.int.zero {
             Zero::E2M1 => float4::nearest(x * self.inverse),
+            Zero::E4M3 => to_e4m3(x * self.inverse * E4M3_UNIT),
             Zero::Min => round(((x - self.figures.1) * self.inverse).clamp(0.0, self.high)) as u8,
             _ => round((x * self.inverse + self.zero).clamp(0.0, self.high)) as u8,
         }

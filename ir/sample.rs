@@ -8,7 +8,7 @@
 //! and quantized weights, and stays in a range where f32 and f64 agree: it is meant for comparing two evaluations of it.
 
 use crate::eval::{Cache, Routing, Step, Tensor, Value};
-use crate::formats::{DType, Zero};
+use crate::formats::{DType, Zero, is_e4m3_nan};
 use crate::graph::{Attrs, Graph, ValueId};
 use crate::model::{Call, Model, ModelInfo, Source, Weight, WeightTable};
 use crate::ops::sample::{WIDTHS, WINDOWS, attention_attrs, cached, kept, weight_dtypes};
@@ -186,6 +186,9 @@ fn bytes(dtype: DType, rows: usize, columns: usize, random: &mut Random) -> Resu
             _ => {
                 out.extend((0..format.block_bytes).map(|_| random.bits() as u8));
                 let points = format.int.is_some_and(|int| int.zero == Zero::Point);
+                if format.int.is_some_and(|int| int.zero == Zero::E4M3) {
+                    out[start..].iter_mut().filter(|byte| is_e4m3_nan(**byte)).for_each(|byte| *byte -= 1);
+                }
                 for (i, (offset, unit)) in format.scales.iter().enumerate() {
                     let scale = amplitude * unit * (0.5 + random.unit() as f32 / 2.0);
                     let figure = if points && i == 1 { *unit } else { scale };
@@ -380,7 +383,7 @@ impl Builder {
         let dtypes = weight_dtypes(k, random.chance(0.4));
         let dtype = if dtypes.is_empty() { DType::F32 } else { random.pick(&dtypes) };
         let w = self.weight(Type::tensor(dtype, [Dim::N(n), Dim::N(k)]), random)?;
-        let integer = dtype.int().is_some() && random.chance(0.5);
+        let integer = dtype.is_integer() && random.chance(0.5);
         let x = if integer { self.graph.push("quantize", &[x], Attrs::none())? } else { x };
         self.graph.push("matmul", &[x, w], Attrs::none())
     }

@@ -9,7 +9,7 @@
 //! about `1 / columns` and activations stay in range. Everything is a function of a word's number, so a GPU, or any number of
 //! threads, make the same bytes in any order.
 
-use crate::formats::{DType, IntFormat, Zero};
+use crate::formats::{DType, E4M3_UNIT, IntFormat, Zero};
 use crate::layout::{StripLayout, packed_bytes};
 use crate::plan::WeightSpec;
 use crate::planes::{GROUP, PlanesLayout};
@@ -99,6 +99,8 @@ fn strip(dtype: DType, columns: usize) -> Result<Vec<[u32; 2]>> {
     let word = |word: usize| match 4 * word % layout.chunk_bytes {
         at if at < layout.mins => [0, both(scale.to_bits().into())],
         at if int.zero.has_mins() && at < layout.high => [0, both(second.to_bits().into())],
+        // 8-bit floats below 2: half of their exponents, and all numbers.
+        _ if int.zero == Zero::E4M3 => [0xbfbf_bfbf, 0],
         _ => RANDOM,
     };
     Ok((0..words).map(word).collect())
@@ -107,13 +109,17 @@ fn strip(dtype: DType, columns: usize) -> Result<Vec<[u32; 2]>> {
 /// The scale of uniform codes, and the minimum or zero point beside it.
 fn figures(int: IntFormat, columns: usize) -> (f16, f16) {
     let codes = f32::from(1u16 << int.bits);
-    // Of uniform codes, and of the integers that 4-bit floats are.
-    let deviation = if int.zero == Zero::E2M1 { 5.85 } else { codes / 12f32.sqrt() };
+    // Of uniform codes, of the integers that 4-bit floats are, and of f16 that are 8-bit floats below 2.
+    let deviation = match int.zero {
+        Zero::E2M1 => 5.85,
+        Zero::E4M3 => 0.6 / E4M3_UNIT,
+        _ => codes / 12f32.sqrt(),
+    };
     let scale = 1.0 / (deviation * (columns as f32).sqrt());
     let second = match int.zero {
         Zero::Min => -scale * (codes - 1.0) / 2.0,
         Zero::Point => codes / 2.0,
-        Zero::Fixed(_) | Zero::E2M1 => 0.0,
+        Zero::Fixed(_) | Zero::E2M1 | Zero::E4M3 => 0.0,
     };
     (f16::from_f32(scale), f16::from_f32(second))
 }
@@ -178,6 +184,8 @@ mod tests {
             DType::INT4_G64,
             DType::UINT4_G32,
             DType::MXFP4,
+            DType::E4M3_G32,
+            DType::E4M3_G128,
         ];
         for dtype in [DType::F32, DType::BF16, DType::F16].into_iter().chain(quantized) {
             let ty = format!("{dtype}[{rows}, {columns}]");

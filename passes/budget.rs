@@ -164,7 +164,7 @@ const ARITHMETIC: [DType; 4] = [DType::F32, DType::BF16, DType::Q8_0, DType::Q4_
 fn arithmetic(format: DType) -> DType {
     match format {
         DType::Q8_0 => DType::Q8_0,
-        _ if format.int().is_some() => DType::Q4_0,
+        _ if format.is_integer() => DType::Q4_0,
         DType::BF16 => DType::BF16,
         _ => DType::F32,
     }

@@ -288,7 +288,7 @@ fn rounding(x: &Type, weight: &Type, widening: bool) -> Option<&'static str> {
     let (leaves, pairs) = (x.rows() == Some(Dim::R), matches!(shape.last(), Some(Dim::N(k)) if k % 2 == 0));
     match weight {
         DType::BF16 if pairs && !leaves => Some("round_bf16"),
-        _ if weight.int().is_none() => None,
+        _ if !weight.is_integer() => None,
         _ if leaves => Some("quantize_fine"),
         _ => Some("quantize"),
     }

@@ -49,7 +49,7 @@ pub fn store(model: &mut Model, to: DType, options: &Options) -> Result<Vec<Stri
     let mut types = BTreeMap::new();
     for (name, (role, ty)) in &roles {
         let Some((from, [.., Dim::N(columns)])) = ty.as_tensor() else { continue };
-        let Some(format) = format(*role, to) else {
+        let Some(format) = format(*role, to, *columns) else {
             // Under the names of one layer only.
             *kept.entry(format!("`{}` {from}", short(name))).or_default() += 1;
             continue;
@@ -85,12 +85,14 @@ pub(crate) fn made(role: Role, format: DType, options: &Options) -> String {
     }
 }
 
-/// The format of a matrix under a request; `None`: it stays as it is.
-fn format(role: Role, to: DType) -> Option<DType> {
+/// The format of a matrix with rows of `columns` under a request; `None`: it stays as it is. 8-bit floats are asked for
+/// without a word about groups.
+fn format(role: Role, to: DType, columns: usize) -> Option<DType> {
+    let to = if to == DType::E4M3_G128 && !columns.is_multiple_of(128) { DType::E4M3_G32 } else { to };
     match (role, to.int()) {
         (Role::Quantized | Role::Folded, _) => None,
         (_, None) | (Role::Product, _) => Some(to),
-        (Role::Vocabulary, Some(int)) => Some(if int.bits < 8 { DType::Q8_0 } else { to }),
+        (Role::Vocabulary, Some(int)) => Some(if int.bits < 8 || !to.is_integer() { DType::Q8_0 } else { to }),
         (Role::Table | Role::Router, Some(_)) => None,
     }
 }

@@ -22,7 +22,7 @@ mod weights;
 pub use measure::copy_bandwidth;
 pub use memory::DeviceMemory;
 pub use plan::MemoryPlan;
-pub use select::{Choice, choose, needed_driver};
+pub use select::{Choice, choose, cubin, needed_driver};
 
 use mansard_ir::Result;
 use std::fmt;

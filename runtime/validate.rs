@@ -61,6 +61,11 @@ pub fn validate(artifact: &Artifact) -> Result<()> {
         if found != expected {
             bail!(Input, "PTX for {}: expected {expected} kernels, found {found}", ptx.chip);
         }
+        if let Some(cubin) = &ptx.cubin
+            && artifact.section(&cubin.section).is_none_or(|code| !code.starts_with(b"\x7fELF"))
+        {
+            bail!(Input, "machine code for {}: expected an ELF file in section `{}`", ptx.chip, cubin.section);
+        }
     }
     variants(program)?;
     if program.outputs.is_empty() {

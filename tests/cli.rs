@@ -591,6 +591,7 @@ fn code_for_gpus_is_shown() {
     compile(2, "run code of this CPU: name one too", &["--target", "sm_90a", "--tune", "-o", "/tmp/m"]);
     compile(4, "is NVIDIA's assembler's to make", &["--target", "sm_80", "--emit", "object"]);
     compile(2, "--emit ptx and sass are for GPUs", &["--emit", "ptx"]);
+    compile(2, "--cubin is for GPUs: expected --target with sm_80 or sm_90a", &["--cubin", "-o", "/tmp/m"]);
     compile(2, "found `sm_80` twice", &["--target", "sm_80,sm_80", "--emit", "ptx"]);
     compile(4, "unknown target `sm_70`", &["--target", "sm_70", "--emit", "ptx"]);
 }

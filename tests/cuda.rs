@@ -87,7 +87,7 @@ fn assemble(ptxas: &Path, kernels: &[Kernel], chip: &str) -> String {
     let mut table = String::new();
     let folder = tempfile::tempdir().unwrap();
     for kernels in kernels.chunks(TOGETHER) {
-        let Ptx { text, shared_bytes } = ptx::compile(kernels, chip).unwrap_or_else(|e| panic!("{chip}: {e}"));
+        let Ptx { text, shared_bytes, .. } = ptx::compile(kernels, chip).unwrap_or_else(|e| panic!("{chip}: {e}"));
         let source = folder.path().join("kernels.ptx");
         std::fs::write(&source, &text).unwrap();
         let cubin = folder.path().join("kernels.cubin");
@@ -246,6 +246,29 @@ fn the_kernels_of_real_models_assemble() {
         let kernels = kernels(driver::import(&path, &options).unwrap(), &options).unwrap();
         assemble(&ptxas, &distinct(kernels), "sm_90a");
     }
+}
+
+/// With an assembler at hand, machine code lies beside PTX, and the same again gives the same.
+#[test]
+fn artifacts_hold_machine_code_where_asked_for() {
+    let Some(ptxas) = tool("ptxas") else { return };
+    let options =
+        CompileOptions { chips: CHIPS.map(String::from).into(), assembler: Some(ptxas), ..CompileOptions::default() };
+    let (_folder, artifact) = compiled(&here().join("goldens/llama"), &options).unwrap();
+    let (_again_folder, again) = compiled(&here().join("goldens/llama"), &options).unwrap();
+    for ptx in &artifact.manifest().ptx {
+        let cubin = ptx.cubin.as_ref().unwrap();
+        assert!(cubin.version.starts_with("13."), "{cubin:?}");
+        let code = artifact.section(&cubin.section).unwrap();
+        assert!(code.starts_with(b"\x7fELF") && code == again.section(&cubin.section).unwrap());
+        for kernel in &artifact.manifest().program.kernels {
+            let name = format!(".text.{}\0", kernel.name);
+            assert!(code.windows(name.len()).any(|at| at == name.as_bytes()), "{}: no `{}`", ptx.chip, kernel.name);
+        }
+    }
+    let wrong = CompileOptions { assembler: Some("/bin/false".into()), ..options };
+    let error = compiled(&here().join("goldens/llama"), &wrong).unwrap_err();
+    assert!(error.to_string().contains("/bin/false"), "{error}");
 }
 
 /// One artifact holds code for a CPU and PTX beside it; what runs on the CPU is none the wiser.

@@ -24,7 +24,8 @@ fn seeds() -> std::ops::Range<u64> {
 const TARGETS: [&str; 2] = ["native", "x86-64-v3"];
 
 /// What matrices are stored as: mostly the formats that the model has.
-const WEIGHTS: [Option<DType>; 6] = [None, None, Some(DType::BF16), None, Some(DType::Q8_0), Some(DType::NVFP4)];
+const WEIGHTS: [Option<DType>; 6] =
+    [None, Some(DType::E4M3_G128), Some(DType::BF16), None, Some(DType::Q8_0), Some(DType::NVFP4)];
 
 fn check(seed: u64) -> Result<Agreement, String> {
     let target = TARGETS[seed as usize % TARGETS.len()];

@@ -105,7 +105,7 @@ pub(crate) fn components(body: &Graph) -> Result<Vec<Component>> {
                 let (n, columns) = (extent(shape.len() - 2), extent(shape.len() - 1));
                 let routing = node.operands.get(2).copied();
                 let activations = body.ty(node.operands[0]).dtype().unwrap_or(DType::F32);
-                if activations.planes().is_some() != dtype.int().is_some() && activations != DType::BF16 {
+                if activations.planes().is_some() != dtype.is_integer() && activations != DType::BF16 {
                     let x = body.ty(node.operands[0]);
                     bail!(Unsupported, "no product of {x} and {dtype} weights: int8 meets integer formats only");
                 }

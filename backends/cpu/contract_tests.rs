@@ -33,7 +33,7 @@ fn tolerance(format: &str) -> f64 {
 #[test]
 fn every_format() {
     for format in FORMATS.iter().filter(|f| f.int.is_some() || f.dtype.is_float()) {
-        let (x, format) = (if format.int.is_some() { "a8" } else { "f32" }, format.name);
+        let (x, format) = (if format.dtype.is_integer() { "a8" } else { "f32" }, format.name);
         let body = format!(
             "graph @k(%x: {x}[t, 512], %w: {format}[40, 512]) stage planned {{range}} {{
                %y = matmul %x, %w
@@ -147,7 +147,7 @@ fn vectors_of_a_heads_width_stand_beside_every_head() {
 
 #[test]
 fn gate_and_up_meet_in_the_epilogue() {
-    for (x, w) in [("a8", "q4_1"), ("f32", "f32")] {
+    for (x, w) in [("a8", "q4_1"), ("f32", "f32"), ("f32", "e4m3_g32")] {
         let body = format!(
             "graph @k(%x: {x}[t, 96], %g: {w}[80, 96], %u: {w}[80, 96]) stage planned {{range}} {{
                %a = matmul %x, %g
@@ -191,7 +191,7 @@ fn bias_activation_and_residual() {
 
 #[test]
 fn experts() {
-    for (x, w) in [("f32", "f32"), ("a8", "q8_0"), ("a8", "q4_1"), ("bf16", "bf16")] {
+    for (x, w) in [("f32", "f32"), ("a8", "q8_0"), ("a8", "q4_1"), ("bf16", "bf16"), ("f32", "e4m3_g32")] {
         let body = format!(
             "graph @k(%x: {x}[t, 64], %g: {w}[4, 48, 64], %u: {w}[4, 48, 64], %r: routing[t, 2, 4]) stage planned {{range}} {{
                %a = matmul_experts %x, %g, %r

@@ -4,11 +4,12 @@
 //! result[strip * rows + row][lane] = sum over k of x[row][k] * w[strip * 16 + lane][k]
 //! ```
 //!
-//! [`integer`] multiplies int8 activations with packed codes, [`float`] widens weights; [`isa`] holds the one instruction
+//! [`integer`] multiplies int8 activations with packed codes, [`float`] and [`float8`] widen weights; [`isa`] holds the one instruction
 //! that machines differ in.
 
 pub mod amx;
 mod float;
+mod float8;
 mod integer;
 pub(super) mod isa;
 pub mod unpack;
@@ -45,6 +46,10 @@ pub fn tile(e: &mut Emitter, target: &Target, dtype: DType, k: usize, strips: &[
     let zero = e.float(F32.x(STRIP), 0.0);
     let accumulators = vec![zero; strips.len() * rows.count];
     match dtype.int() {
+        Some(int) if !dtype.is_integer() => {
+            let weights = Weights { target, int, layout: StripLayout::new(dtype, k) };
+            float8::tile(e, weights, k, strips, rows, &accumulators)
+        }
         Some(int) => integer::tile(e, target, (int, StripLayout::new(dtype, k)), k, strips, rows, &accumulators),
         None => float::tile(e, target, dtype, k, strips, rows, &accumulators),
     }

@@ -10,6 +10,7 @@
 //! Contractions that meet in the epilogue are computed one after the other for the same outputs. An operand prologue is
 //! computed by every block for itself, panel by panel, into shared memory.
 
+pub(super) mod experts;
 mod matrix;
 pub(super) mod product;
 pub(super) mod ring;
@@ -22,11 +23,11 @@ use super::rows::emit_row;
 use super::{Device, THREADS};
 use crate::cpu::contract::{Before, Component, Dot, before, components};
 use crate::cpu::{count_of, head::panels};
-use crate::emit::{Cmp, Emitter, F32, I32, I64, Scalar, Val};
+use crate::emit::{Cmp, Emitter, F32, Scalar, Val};
 use crate::math;
-use mansard_ir::layout::{A8, STRIP, StripLayout, row_bytes};
+use mansard_ir::layout::{STRIP, StripLayout, row_bytes};
 use mansard_ir::ops::Class;
-use mansard_ir::{Dim, Error, Graph, Kind, Result, Type, ValueId, bail};
+use mansard_ir::{Dim, Error, Graph, Kind, Result, ValueId};
 use ring::Ring;
 use std::collections::BTreeMap;
 
@@ -344,66 +345,6 @@ impl Contraction<'_> {
         let row = e.row(base, place.token, stride);
         Ok(e.row(row, place.element, bytes))
     }
-
-    /// One strip of the expert that entry `entry` (token * top + j) was routed to.
-    fn entry(&self, e: &mut Emitter, (chosen, stride, top): (Val, usize, usize), entry: Val, strip: Val) -> Result<()> {
-        let count = e.i64(top as i64);
-        let (token, j) = (e.div(entry, count), e.rem(entry, count));
-        let expert = e.row(chosen, token, stride);
-        let expert = e.row(expert, j, 4);
-        let expert = e.load(expert, I32, 4);
-        let expert = e.convert("extui", expert, I64);
-        let strips = self.component.n.div_ceil(STRIP);
-        let operands = |e: &mut Emitter, dot: &Dot| -> Result<(Val, Vec<Val>)> {
-            let stride = row_bytes(self.body().ty(dot.x)).ok_or_else(|| internal(self.body()))?;
-            let base = self.d.pointer(dot.x)?;
-            let mut x = e.row(base, token, stride);
-            // Every entry has activations of its own, or a token's share them.
-            if self.body().ty(dot.x).as_tensor().is_some_and(|(_, shape)| shape.len() == 3) {
-                let bytes = dot.activations.format().block_bytes;
-                let width =
-                    dot.activations.planes().map_or(dot.k * bytes, |planes| dot.k / A8::GROUP * A8::LINE * planes);
-                x = e.row(x, j, width);
-            }
-            let first = e.scaled(expert, strips, 0);
-            let index = e.add(first, strip);
-            let weight = self.d.pointer(dot.weight)?;
-            Ok((e.row(weight, index, StripLayout::new(dot.dtype, dot.k).bytes), vec![x]))
-        };
-        let first = e.scaled(strip, STRIP, 0);
-        let before = e.scaled(j, self.component.n, 0);
-        self.outputs(e, (1, None), &operands, |e, _, row, counts| {
-            let column = e.add(first, row);
-            Place { token, element: e.add(before, column), column, counts }
-        })
-    }
-}
-
-/// Emits an `experts` kernel: blocks share the strips of all entries, each a token and one of its experts.
-pub(super) fn emit_experts(e: &mut Emitter, d: Device<'_>) -> Result<()> {
-    let body = &d.kernel.body;
-    let components: Vec<Component> = components(body)?.into_iter().filter(|c| !c.dots.is_empty()).collect();
-    let routing = components.first().and_then(|c| c.dots[0].routing).ok_or_else(|| internal(body))?;
-    let (Type::Routing { top, .. }, Some(stride)) = (body.ty(routing), row_bytes(body.ty(routing))) else {
-        return Err(internal(body));
-    };
-    if let Some(odd) = components.iter().find(|c| !c.n.is_multiple_of(STRIP)) {
-        bail!(Unsupported, "experts with {} output rows: a multiple of {STRIP} is needed", odd.n);
-    }
-    let chosen = d.pointer(routing)?;
-    let tokens = count_of(e, d.k, body.ty(routing))?;
-    let entries = e.scaled(tokens, *top, 0);
-    let counts = strips(&components);
-    let strips = e.i64(counts.iter().sum::<usize>() as i64);
-    let (items, mut result) = (e.mul(entries, strips), Ok(()));
-    e.for_loop((d.k.thread, items, d.k.threads), &[], |e, index, _| {
-        let (entry, strip) = (e.div(index, strips), e.rem(index, strips));
-        result = each(e, &components, &counts, strip, |e, component, strip| {
-            Contraction { d: &d, component }.entry(e, (chosen, stride, *top), entry, strip)
-        });
-        vec![]
-    });
-    result
 }
 
 const _: () = assert!(STRIP * PANEL <= THREADS, "every output of a panel has a thread");

@@ -113,7 +113,7 @@ fn emit_with(kernel: &Kernel, chip: Chip, ring_bytes: usize) -> Result<Source> {
     }
     match kind {
         KernelKind::Contract => contract::emit(&mut e, d),
-        KernelKind::Experts => contract::emit_experts(&mut e, d),
+        KernelKind::Experts => contract::experts::emit(&mut e, d),
         KernelKind::Attend => attend::emit(&mut e, d),
         KernelKind::Pool => pool::emit(&mut e, d),
         KernelKind::Rows => rows::emit(&mut e, d),

@@ -85,6 +85,8 @@ pub struct Ptx {
     pub text: String,
     /// Bytes of shared memory of each kernel's blocks, in order.
     pub shared_bytes: Vec<usize>,
+    /// The same as machine code, and the version of the assembler, where one was at hand.
+    pub cubin: Option<(Vec<u8>, String)>,
 }
 
 /// The text of some kernels as one module.
@@ -102,7 +104,7 @@ fn module_text(kernels: &[Kernel], chip: &str) -> Result<(String, Vec<usize>)> {
 pub fn compile(kernels: &[Kernel], chip: &str) -> Result<Ptx> {
     let (text, shared_bytes) = module_text(kernels, chip)?;
     let text = String::from_utf8_lossy(&lower(&text, chip, Layer::Asm)?).trim_end_matches('\0').to_owned();
-    Ok(Ptx { text, shared_bytes })
+    Ok(Ptx { text, shared_bytes, cubin: None })
 }
 
 /// Some kernels for people to read; [`Layer::Asm`] is PTX.

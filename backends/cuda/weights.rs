@@ -11,6 +11,7 @@
 
 use crate::cpu::dot::{part_at, zero_point};
 use crate::emit::{BF16, Cmp, Emitter, F16, F32, I8, I16, I32, I64, Val};
+use crate::math::e4m3_quad;
 use mansard_ir::formats::{IntFormat, Zero};
 use mansard_ir::layout::{A8, STRIP, StripLayout, code_bytes, high_bytes};
 use mansard_ir::planes::PlanesLayout;
@@ -204,6 +205,21 @@ pub fn offset(int: IntFormat) -> (bool, u8) {
     }
 }
 
+/// What the four codes of a row stand for, but for its scale and minimum.
+pub fn reals_of_codes(e: &mut Emitter, int: IntFormat, codes: Val) -> [Val; 4] {
+    if int.zero == Zero::E4M3 {
+        return e4m3_quad(e, codes);
+    }
+    let (signed, zero) = offset(int);
+    let zero = e.int(I32, zero.into());
+    [24, 16, 8, 0].map(|by| {
+        let code = e.shl(codes, by);
+        let code = if signed { e.sar(code, 24) } else { e.shr(code, 24) };
+        let code = e.sub(code, zero);
+        e.convert("sitofp", code, F32)
+    })
+}
+
 /// Bit 4 of each byte of a quad's codes: 4 bits a row of a 64-bit word, of which a lane has those of its rows.
 fn fifth_bits(e: &mut Emitter, high: Val, quad: Val, (place, rows): (Val, usize)) -> Vec<Val> {
     let at = e.row(high, quad, 8);
@@ -357,7 +373,7 @@ fn code_element(e: &mut Emitter, p: Packed, int: IntFormat, strip: Val, row: Val
         e.convert("extf", x, F32)
     };
     let scale = figure(e, p.layout.scales);
-    let code = e.convert("sitofp", code, F32);
+    let code = if int.zero == Zero::E4M3 { e4m3_quad(e, code)[0] } else { e.convert("sitofp", code, F32) };
     let real = e.mul(code, scale);
     if !int.zero.has_mins() {
         return real;

@@ -13,7 +13,7 @@ ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 PART = 60 << 20
 CHIPS = "sm_80,sm_90a"
 GOLDENS = ["llama", "qwen3", "gemma3", "mixtral", "gpt2", "bert"]
-FORMATS = ["bf16", "int8", "int4-g32"]
+FORMATS = ["bf16", "fp8", "int8", "int4-g32"]
 PROMPT = list(range(1, 65))
 
 

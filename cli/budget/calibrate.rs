@@ -92,7 +92,7 @@ impl Calibration {
         let weights = stored.and_then(|f| sensitivity.errors.get(&f.to_string())).copied().unwrap_or(0.0);
         let activations = match computed {
             Some(DType::BF16) => BF16_ERROR,
-            Some(format) if format.int().is_some() && !vocabulary => self.int8_activations,
+            Some(format) if format.is_integer() && !vocabulary => self.int8_activations,
             _ => 0.0,
         };
         sensitivity.per_error * (weights + activations)

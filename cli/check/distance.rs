@@ -123,7 +123,7 @@ fn rounding(dtype: DType, group: usize) -> f64 {
         DType::F32 => 0.0,
         DType::F16 => 2f64.powi(-11),
         DType::BF16 => 2f64.powi(-8),
-        DType::FP8 => 2f64.powi(-4),
+        DType::FP8 | DType::E4M3_G32 | DType::E4M3_G128 => 2f64.powi(-4),
         DType::I8 => codes(8.0, group),
         _ => {
             let format = dtype.format();

@@ -5,7 +5,7 @@
 //! | GPTQ | `qweight w[k / 8, n]` | `scales [k / g, n]` | `qzeros w[k / g, n / 8]`, less one in version 1 |
 //! | AWQ | `qweight w[k, n / 8]`, neighbours in order 0 4 1 5 2 6 3 7 | `scales [k / g, n]` | `qzeros w[k / g, n / 8]`, likewise |
 //! | compressed-tensors | `weight_packed w[n, k / 8]` or `u8[n, k / 2]`, `weight i8[n, k]` or `f8[n, k]` | `weight_scale [n, k / g]` | `weight_zero_point w[n / 8, k / g]` |
-//! | fp8 | `weight f8[n, k]` | `weight_scale_inv [n / rows, k / columns]` | - |
+//! | fp8 | `weight f8[n, k]` | `weight_scale_inv [n / rows, k / columns]`, else `weight_scale` of all or `[n]` | - |
 //!
 //! Sources: AutoGPTQ 0.7.1, `nn_modules/qlinear/qlinear_cuda_old.py` (pack); AutoAWQ 0.2.9, `utils/packing_utils.py`;
 //! compressed-tensors 0.20.0, `compressors/pack_quantized`, `naive_quantized`, `nvfp4`, `mxfp4`; transformers,
@@ -13,9 +13,9 @@
 
 use super::{Module, Raw, Settings, format, groups};
 use crate::checkpoint::Tensor;
+use mansard_ir::Result;
 use mansard_ir::formats::{DType, Zero};
 use mansard_ir::grid::{Code, Grid, Groups};
-use mansard_ir::{Result, bail};
 
 /// Where neighbour `i` lies in a word of AWQ's.
 const AWQ_ORDER: [u8; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
@@ -80,23 +80,16 @@ pub fn compressed(_: &Settings, module: &mut Module<'_>) -> Result<Tensor> {
         "U8" => (4, 2 * width),
         _ => (8, width),
     };
-    // One scale for all, for each row, or for each group of a row.
-    let count: usize = scales.shape.iter().product();
-    let (strides, group) = match scales.shape[..] {
-        _ if count == 1 => ((0, 0), k),
-        [rows] | [rows, 1] if rows == n => ((1, 0), k),
-        [rows, count] if rows == n && count > 0 && k.is_multiple_of(count) => ((count, 1), k / count),
-        _ => return Err(scales.error(&format!("scales for {n} rows of {k}"), &format!("shape {:?}", scales.shape))),
-    };
+    let (strides, group) = sharing(&scales, (n, k))?;
     let listed = module.find("weight_g_idx")?.filter(|raw| raw.dtype == "I32");
     let groups = groups(k, group, listed)?;
     let codes = raw.ints(bits, (false, false), width)?;
     let points = module.find("weight_zero_point")?;
     let (code, zero) = match (raw.dtype.as_str(), bits, points.is_some()) {
-        ("F8_E4M3", ..) => (Code::E4M3, None),
-        ("U8", ..) => (Code::E2M1, Some(Zero::E2M1)),
-        (_, _, true) => (Code::Int(0), Some(Zero::Point)),
-        (_, bits, false) => (Code::Int(1 << (bits - 1)), Some(Zero::Fixed(1 << (bits - 1)))),
+        ("F8_E4M3", ..) => (Code::E4M3, Zero::E4M3),
+        ("U8", ..) => (Code::E2M1, Zero::E2M1),
+        (_, _, true) => (Code::Int(0), Zero::Point),
+        (_, bits, false) => (Code::Int(1 << (bits - 1)), Zero::Fixed(1 << (bits - 1))),
     };
     let zeros = match points {
         Some(points) if matches!(code, Code::Int(_)) => {
@@ -115,8 +108,17 @@ pub fn compressed(_: &Settings, module: &mut Module<'_>) -> Result<Tensor> {
     if let Some(global) = module.find("weight_global_scale")? {
         scales.divisor = global.value()?;
     }
-    let kept = zero.map_or_else(|| Err("8-bit floats".into()), |zero| format(bits, zero, group));
-    Ok(tensor(Grid { codes, code, scales, zeros, groups }, (n, k), kept))
+    Ok(tensor(Grid { codes, code, scales, zeros, groups }, (n, k), format(bits, zero, group)))
+}
+
+/// Strides of scales, and the columns that share one: all of the matrix, those of a row, or those of a group of a row.
+fn sharing(scales: &Raw, (n, k): (usize, usize)) -> Result<((usize, usize), usize)> {
+    match scales.shape[..] {
+        _ if scales.shape.iter().product::<usize>() == 1 => Ok(((0, 0), k)),
+        [rows] | [rows, 1] if rows == n => Ok(((1, 0), k)),
+        [rows, count] if rows == n && count > 0 && k.is_multiple_of(count) => Ok(((count, 1), k / count)),
+        _ => Err(scales.error(&format!("scales for {n} rows of {k}"), &format!("shape {:?}", scales.shape))),
+    }
 }
 
 /// Bits and columns of `weight_packed`, by `weight_shape`.
@@ -141,18 +143,25 @@ fn packed(module: &mut Module<'_>, raw: &Raw, (n, width): (usize, usize)) -> Res
 pub fn fp8(settings: &Settings, module: &mut Module<'_>) -> Result<Tensor> {
     let raw = module.codes()?;
     let (n, k) = raw.matrix()?;
-    let Some((rows, columns)) = settings.block else {
-        bail!(Unsupported, "fp8 without `weight_block_size`");
+    let (scales, group) = match settings.block {
+        Some((rows, columns)) => {
+            let scales = module.take("weight_scale_inv")?;
+            let across = k.div_ceil(columns);
+            scales.expect(&[n.div_ceil(rows), across])?;
+            (scales.scales((across, 1), rows)?, columns)
+        }
+        None => {
+            let scales = module.take("weight_scale")?;
+            let (strides, group) = sharing(&scales, (n, k))?;
+            (scales.scales(strides, 1)?, group)
+        }
     };
-    let scales = module.take("weight_scale_inv")?;
-    let across = k.div_ceil(columns);
-    scales.expect(&[n.div_ceil(rows), across])?;
-    let grid = Grid {
-        codes: raw.ints(8, (false, false), k)?,
-        code: Code::E4M3,
-        scales: scales.scales((across, 1), rows)?,
-        zeros: None,
-        groups: Groups::Of(columns),
-    };
-    Ok(tensor(grid, (n, k), Err("8-bit floats".into())))
+    let codes = raw.ints(8, (false, false), k)?;
+    let grid = Grid { codes, code: Code::E4M3, scales, zeros: None, groups: Groups::Of(group) };
+    // The last block of a row may be cut short.
+    let kept = format(8, Zero::E4M3, group).and_then(|dtype| match dtype.bytes(k) {
+        Some(_) => Ok(dtype),
+        None => format(8, Zero::E4M3, k),
+    });
+    Ok(tensor(grid, (n, k), kept))
 }

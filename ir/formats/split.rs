@@ -65,6 +65,11 @@ pub fn q8_0(b: &[u8], s: Split<'_>) {
     }
 }
 
+pub fn e4m3(b: &[u8], s: Split<'_>) {
+    s.scales[0] = f16(b);
+    s.codes.copy_from_slice(&b[2..]);
+}
+
 pub fn q2_k(b: &[u8], s: Split<'_>) {
     let (d, dmin) = (f16(&b[80..]), f16(&b[82..]));
     for (g, packed) in b[..16].iter().enumerate() {

@@ -257,12 +257,12 @@ fn planes(o: &[&Type], dtype: DType) -> Rule {
     Ok(Type::tensor(dtype, with_dims(lead, rest)))
 }
 
-/// A contraction's activations are f32, or bf16 over bf16 or an integer format, or int8 planes over an integer format.
+/// A contraction's activations are f32, or bf16 over bf16 or codes, or int8 planes over codes that are integers.
 fn contraction(x: &Type, w: DType) -> Result<(Dim, Vec<usize>)> {
     let (dtype, _) = x.as_tensor().unwrap_or((DType::I32, &[]));
     match dtype {
         DType::F32 if w.is_float() || w.int().is_some() => rows(x),
-        DType::A8 | DType::A16 if w.int().is_some() => rows(x),
+        DType::A8 | DType::A16 if w.is_integer() => rows(x),
         DType::BF16 if w == DType::BF16 || w.int().is_some() => rows(x),
         _ => bail!(Input, "{dtype} activations do not go with {w} weights"),
     }

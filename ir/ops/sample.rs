@@ -21,8 +21,12 @@ const HEADS: [usize; 6] = [1, 2, 3, 4, 6, 8];
 
 /// Formats a weight with rows of `k` can be stored in.
 pub fn weight_dtypes(k: usize, float: bool) -> Vec<DType> {
-    let all = crate::formats::FORMATS.iter().filter(|f| if float { f.dtype.is_float() } else { f.int.is_some() });
-    all.filter(|f| k.is_multiple_of(f.block)).map(|f| f.dtype).collect()
+    weights(k, |dtype| if float { dtype.is_float() } else { dtype.int().is_some() })
+}
+
+fn weights(k: usize, is: impl Fn(DType) -> bool) -> Vec<DType> {
+    let all = crate::formats::FORMATS.iter().filter(|f| is(f.dtype) && k.is_multiple_of(f.block));
+    all.map(|f| f.dtype).collect()
 }
 
 fn activation(dtype: DType, lead: Dim, rest: &[usize]) -> Type {
@@ -65,7 +69,7 @@ fn dtype_for(r: &mut Random, x: DType, k: usize) -> DType {
         return DType::BF16;
     }
     let float = x == DType::F32 && r.chance(0.4);
-    let choices = weight_dtypes(k, float);
+    let choices = if x == DType::F32 { weight_dtypes(k, float) } else { weights(k, DType::is_integer) };
     if choices.is_empty() { DType::F32 } else { r.pick(&choices) }
 }
 

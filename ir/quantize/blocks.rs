@@ -36,6 +36,10 @@ pub fn q8_0(codes: &[u8], out: &mut [u8]) {
     }
 }
 
+pub fn e4m3(codes: &[u8], out: &mut [u8]) {
+    out[2..].copy_from_slice(codes);
+}
+
 pub fn q4_k(codes: &[u8], out: &mut [u8]) {
     for (codes, out) in codes.chunks_exact(64).zip(out[16..].chunks_exact_mut(32)) {
         nibbles(codes, out);

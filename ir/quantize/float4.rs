@@ -11,13 +11,10 @@
 //! NVFP4", appendix B.
 
 use super::Reals;
-use crate::formats::{E2M1, IntFormat, e4m3, to_e4m3};
+use crate::formats::{E2M1, E4M3_TOP, IntFormat, e4m3, to_e4m3};
 
 /// Largest value of e2m1.
 const TOP: f32 = 6.0;
-
-/// Largest value of e4m3.
-const E4M3_TOP: f32 = 448.0;
 
 /// What e4m3 scales are multiples of, such that the largest is right for the largest of `reals`.
 pub fn outer_scale(reals: &[f32]) -> f32 {

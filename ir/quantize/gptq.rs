@@ -212,7 +212,7 @@ impl<'a> Row<'a> {
     /// with figures of their own.
     fn refit(&mut self, part: &Part, group: usize) {
         let (int, n) = (self.blocks.int, self.reals.len());
-        if self.blocks.format.block != int.group || int.zero == Zero::E2M1 {
+        if self.blocks.format.block != int.group || matches!(int.zero, Zero::E2M1 | Zero::E4M3) {
             return;
         }
         let range = group * int.group..(group + 1) * int.group;

@@ -5,7 +5,7 @@
 //! order: the same reals give the same bytes everywhere.
 
 use super::{Reals, round, top};
-use crate::formats::{IntFormat, Zero};
+use crate::formats::{E4M3_TOP, E4M3_UNIT, IntFormat, Zero, e4m3, to_e4m3};
 
 /// Lanes that sums are taken in.
 const LANES: usize = 16;
@@ -15,6 +15,7 @@ pub fn of_group(reals: Reals<'_>, int: IntFormat) -> (f32, f32) {
     match int.zero {
         Zero::Fixed(zero) => (symmetric(reals, int, zero), 0.0),
         Zero::Point => with_zero_point(reals, int),
+        Zero::E4M3 => (of_floats(reals), 0.0),
         Zero::Min | Zero::E2M1 => with_minimum(reals, int),
     }
 }
@@ -23,6 +24,20 @@ pub fn of_group(reals: Reals<'_>, int: IntFormat) -> (f32, f32) {
 fn candidates(int: IntFormat) -> impl Iterator<Item = f32> {
     let (first, step, count) = if int.bits <= 5 { (-1.0, 0.5, 9) } else { (-0.5, 0.5, 4) };
     (0..count).map(move |i| first + step * i as f32)
+}
+
+/// `real = scale * q / 256` with 8-bit floats `q`: the largest value becomes one of the last few of these, since only where
+/// values lie between two powers of two is left to choose.
+fn of_floats(reals: Reals<'_>) -> f32 {
+    const TOPS: [f32; 4] = [E4M3_TOP, 384.0, 320.0, 256.0];
+    let largest = reals.values.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let error = |scale: f32| -> f32 {
+        let off = |(x, weight): (&f32, &f32)| weight * (x - scale * e4m3(to_e4m3(x / scale))).powi(2);
+        reals.values.iter().zip(reals.importance).map(off).sum()
+    };
+    let scales = TOPS.map(|top| largest / top).into_iter().filter(|scale| scale.is_normal());
+    let best = scales.map(|scale| (error(scale), scale)).min_by(|a, b| a.0.total_cmp(&b.0));
+    best.map_or(0.0, |(_, scale)| scale * E4M3_UNIT)
 }
 
 /// `real = scale * q` with `q` in `-zero ..= top - zero`.

@@ -59,6 +59,8 @@ fn errors_are_near_the_least_possible() {
         (DType::INT8_G128, 6.3e-3),
         (DType::MXFP4, 0.115),
         (DType::NVFP4, 0.09),
+        (DType::E4M3_G32, 0.026),
+        (DType::E4M3_G128, 0.0265),
         (DType::Q4_K, 0.083),
         (DType::Q5_K, 0.043),
         (DType::Q6_K, 0.02),

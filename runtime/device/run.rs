@@ -11,7 +11,7 @@
 
 use super::layout::StepLayout;
 use super::plan::MemoryPlan;
-use super::{Address, DeviceMemory, Driver, Entry, Facts, Function, Recorded, Shape, choose, grid, weights};
+use super::{Address, DeviceMemory, Driver, Entry, Facts, Function, Recorded, Shape, choose, cubin, grid, weights};
 use crate::artifact::Artifact;
 use crate::code::BoundVariant;
 use crate::memory::{Arena, Memory};
@@ -173,7 +173,8 @@ fn load(driver: &dyn Driver, artifact: &Artifact, code: &PtxCode, arities: &[Opt
         );
     }
     let waits = waiting(&String::from_utf8_lossy(text));
-    let functions = driver.load(text, &entries).at(|| format!("code for {}", code.chip))?;
+    let machine_code = cubin(code, driver.facts()).and_then(|cubin| artifact.section(&cubin.section));
+    let functions = driver.load(machine_code.unwrap_or(text), &entries).at(|| format!("code for {}", code.chip))?;
     let kernels = functions.into_iter().zip(&entries).zip(&program.kernels).map(|((function, entry), spec)| Kernel {
         function,
         shape: Shape {

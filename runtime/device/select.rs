@@ -1,7 +1,7 @@
 //! Which device a command runs on, and which of an artifact's code a GPU takes.
 
 use super::Facts;
-use mansard_ir::artifact::PtxCode;
+use mansard_ir::artifact::{Cubin, PtxCode};
 use mansard_ir::{Error, Kind, Result, bail};
 use std::fmt;
 use std::str::FromStr;
@@ -111,6 +111,15 @@ pub fn choose<'a>(codes: &'a [PtxCode], facts: &Facts) -> Result<&'a PtxCode> {
     Ok(code)
 }
 
+/// The chip's machine code, where a GPU that takes its PTX can run that, too: it is of the same major version as the chip, and
+/// the driver knows CUDA's of the assembler.
+pub fn cubin<'a>(code: &'a PtxCode, facts: &Facts) -> Option<&'a Cubin> {
+    let cubin = code.cubin.as_ref()?;
+    let cuda = cubin.version.split('.').next()?.parse::<u32>().ok()?;
+    let same = chip_number(&code.chip)? / 10 == facts.capability.0;
+    (same && cuda <= facts.driver.0).then_some(cubin)
+}
+
 /// `sm_80` runs on everything from 8.0 on, `sm_90a` on 9.0 alone.
 fn suits(chip: &str, (major, minor): (u32, u32)) -> bool {
     let own = 10 * major + minor;
@@ -132,6 +141,7 @@ mod tests {
             version: "9.0".into(),
             threads: 256,
             shared_bytes: vec![],
+            cubin: None,
         }
     }
 
@@ -145,6 +155,18 @@ mod tests {
         let chip = |capability| choose(&both, &gpu(capability, (13, 0))).unwrap().chip.as_str();
         assert_eq!([(8, 0), (8, 9), (9, 0), (10, 0)].map(chip), ["sm_80", "sm_80", "sm_90a", "sm_80"]);
         assert!(choose(&both[..1], &gpu((9, 0), (13, 2))).is_ok());
+    }
+
+    #[test]
+    fn machine_code_is_for_chips_of_one_major_version() {
+        let with = |version: &str| Some(Cubin { section: "cubin/sm_80".into(), version: version.into() });
+        let fits = |code: &PtxCode, capability, driver| cubin(code, &gpu(capability, driver)).is_some();
+        let old = PtxCode { cubin: with("13.2.1"), ..code("sm_80") };
+        assert!(fits(&old, (8, 0), (13, 0)) && fits(&old, (8, 9), (14, 1)));
+        assert!(!fits(&old, (9, 0), (13, 0)) && !fits(&old, (10, 0), (13, 0)));
+        assert!(!fits(&PtxCode { cubin: with("14.0.1"), ..code("sm_80") }, (8, 0), (13, 2)));
+        assert!(fits(&PtxCode { cubin: with("13.0.88"), ..code("sm_90a") }, (9, 0), (13, 0)));
+        assert!(!fits(&code("sm_90a"), (9, 0), (13, 0)));
     }
 
     #[test]

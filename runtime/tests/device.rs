@@ -6,7 +6,7 @@ mod gpu;
 mod support;
 
 use gpu::{Blocks, Gpu, Kernels, Uses, facts};
-use mansard_ir::artifact::PtxCode;
+use mansard_ir::artifact::{Cubin, PtxCode};
 use mansard_runtime::device::{Address, Driver, Entry, Facts, Shape};
 use mansard_runtime::{
     Engine, EngineOptions, GenerateOptions, Logits, Model, Rows, SamplerOptions, SequenceId, Work, generate,
@@ -75,21 +75,36 @@ const PTX: &str = "\
 ";
 
 fn model(with_ptx: bool) -> Model {
-    let mut parts = support::counting_parts();
-    if with_ptx {
-        let code = PtxCode {
-            section: "code/sm_90a".into(),
-            chip: "sm_90a".into(),
-            version: "9.0".into(),
-            threads: 256,
-            shared_bytes: vec![0, 64 << 10, 128, 0],
-        };
-        parts.manifest.ptx.push(code);
-        let mut text = PTX.as_bytes().to_vec();
-        text.resize(text.len().next_multiple_of(64), b'\n');
-        parts.sections.push(("code/sm_90a".into(), text));
-    }
+    let mut parts = if with_ptx { parts() } else { support::counting_parts() };
     Model::open(parts.write().path()).unwrap()
+}
+
+/// The model that counts, with PTX.
+fn parts() -> support::Parts {
+    let mut parts = support::counting_parts();
+    let code = PtxCode {
+        section: "code/sm_90a".into(),
+        chip: "sm_90a".into(),
+        version: "9.0".into(),
+        threads: 256,
+        shared_bytes: vec![0, 64 << 10, 128, 0],
+        cubin: None,
+    };
+    parts.manifest.ptx.push(code);
+    let mut text = PTX.as_bytes().to_vec();
+    text.resize(text.len().next_multiple_of(64), b'\n');
+    parts.sections.push(("code/sm_90a".into(), text));
+    parts
+}
+
+/// The same with machine code beside PTX: `begins` is what it begins with.
+fn with_machine_code(begins: &[u8]) -> mansard_ir::Result<Model> {
+    let mut parts = parts();
+    let mut code = [begins, PTX.as_bytes()].concat();
+    code.resize(code.len().next_multiple_of(64), 0);
+    parts.manifest.ptx[0].cubin = Some(Cubin { section: "cubin/sm_90a".into(), version: "13.0.88".into() });
+    parts.sections.push(("cubin/sm_90a".into(), code));
+    Model::open(parts.write().path())
 }
 
 fn gpu_with(facts: Facts) -> Arc<Gpu> {
@@ -227,6 +242,23 @@ fn code_that_the_gpu_does_not_run_is_refused() {
     let error = Engine::on_device(model(false).artifact().clone(), &options(), gpu, &mut |_, _| {}).err().unwrap();
     assert_eq!(error.message(), "the artifact has no code for GPUs");
     assert!(error.advice().unwrap().contains("--target native,sm_90a"));
+}
+
+#[test]
+fn machine_code_is_taken_where_it_fits() {
+    let model = with_machine_code(b"\x7fELF").unwrap();
+    for (driver, cubins) in [((13, 0), 1), ((14, 1), 1)] {
+        let gpu = gpu_with(Facts { driver, ..facts() });
+        let mut engine = Engine::on_device(model.artifact().clone(), &options(), gpu.clone(), &mut |_, _| {}).unwrap();
+        let sequence = engine.new_sequence();
+        engine.step(&[Work { sequence, tokens: &[1], rows: Rows::Last }]).unwrap();
+        assert_eq!(gpu.uses().cubins, cubins);
+    }
+    let gpu = gpu_with(facts());
+    drop(engine_on(&gpu, &options()).unwrap());
+    assert_eq!(gpu.uses().cubins, 0, "PTX, where there is nothing else");
+    let error = with_machine_code(b"PELF").err().unwrap();
+    assert!(error.exit_code() == 3 && error.to_string().contains("expected an ELF file in section `cubin/sm_90a`"));
 }
 
 #[test]

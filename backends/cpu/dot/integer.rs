@@ -113,6 +113,11 @@ impl Figures {
         Figures { scale, min }
     }
 
+    /// Adds a group's sum, of what its codes alone stand for.
+    pub fn scaled(self, e: &mut Emitter, sum: Val, acc: Val) -> Val {
+        e.fma(sum, self.scale, acc)
+    }
+
     /// The reals of 16 rows with these codes, less a zero point that all share.
     pub fn reals(self, e: &mut Emitter, codes: Val) -> Val {
         match self.min {

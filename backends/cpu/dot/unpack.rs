@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! signed   code - zero                    signed bytes, a line of 64 for each quad of columns
-//! widen    scale * (code - zero) + min    rounded to bf16, a line of 16 pairs for each pair of columns
+//! widen    scale * (code - zero) + min    or scale times an 8-bit float, rounded to bf16, a line of 16 pairs for each pair of columns
 //! ```
 //!
 //! A code of 4 bits names one of 16 numbers: the f32 of 16 rows are one look-up.
 
 use super::integer::{UnitAt, Weights};
 use crate::emit::{BF16, Emitter, F32, I32, Val};
-use mansard_ir::formats::{E2M1, Zero};
+use crate::math::e4m3_quad;
+use mansard_ir::formats::{E2M1, IntFormat, Zero};
 use mansard_ir::layout::{A8, STRIP};
 
 /// Unpacks a strip to `panel` as signed bytes.
@@ -34,7 +35,11 @@ pub fn widen(e: &mut Emitter, weights: Weights<'_>, k: usize, strip: Val, panel:
         for part in 0..weights.units() {
             let unit = weights.unit(strip, line, part);
             let figures = weights.unit_figures(e, strip, (line, part));
-            let columns = if weights.int.bits == 4 { looked_up(e, &unit) } else { converted(e, &unit) };
+            let columns = match weights.int {
+                IntFormat { bits: 4, .. } => looked_up(e, &unit),
+                IntFormat { zero: Zero::E4M3, .. } => floats(e, &unit),
+                _ => converted(e, &unit),
+            };
             for (column, codes) in columns {
                 let reals = codes.map(|codes| figures.reals(e, codes));
                 let pair = pairs(e, reals);
@@ -79,6 +84,17 @@ fn converted(e: &mut Emitter, unit: &UnitAt<'_>) -> Vec<(usize, [Val; 2])> {
         }
     }
     columns
+}
+
+/// As [`converted`], of 8-bit floats.
+fn floats(e: &mut Emitter, unit: &UnitAt<'_>) -> Vec<(usize, [Val; 2])> {
+    let quads = (0..unit.lines()).flat_map(|quad| {
+        let line = unit.packed(e, quad);
+        let words = e.bitcast(line, I32.x(STRIP));
+        let [a, b, c, d] = e4m3_quad(e, words);
+        [(4 * quad, [a, b]), (4 * quad + 2, [c, d])]
+    });
+    quads.collect()
 }
 
 /// As [`converted`], of codes of 4 bits.

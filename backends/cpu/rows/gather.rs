@@ -130,6 +130,7 @@ fn unpack_row(e: &mut Emitter, int: IntFormat, k: usize, at: StripRow, to: Val) 
         let to = e.row(to, unit, int.unit() * 4);
         for (quad, codes) in codes(e, int, unit, at).into_iter().enumerate() {
             let codes = match int.zero {
+                Zero::E4M3 => codes,
                 Zero::Fixed(zero) => {
                     let zero = e.int(codes.ty, zero as i64);
                     e.sub(codes, zero)
@@ -137,7 +138,7 @@ fn unpack_row(e: &mut Emitter, int: IntFormat, k: usize, at: StripRow, to: Val) 
                 Zero::E2M1 => twice_e2m1(e, codes),
                 Zero::Min | Zero::Point => codes,
             };
-            let reals = e.convert("sitofp", codes, F32);
+            let reals = if int.zero == Zero::E4M3 { e4m3(e, codes) } else { e.convert("sitofp", codes, F32) };
             let mut reals = e.mul(reals, scale);
             if let Some(min) = min {
                 reals = e.add(reals, min);
@@ -161,6 +162,12 @@ fn twice_e2m1(e: &mut Emitter, codes: Val) -> Val {
     let negative = e.cmp(Cmp::Ne, sign, zero);
     let negated = e.sub(zero, magnitude);
     e.select(negative, negated, magnitude)
+}
+
+/// Some 8-bit floats, of a 256th.
+fn e4m3(e: &mut Emitter, codes: Val) -> Val {
+    let quads = math::e4m3_quad(e, codes);
+    quads[0]
 }
 
 /// The codes of one unit of the row, a quad of k at a time, as `i32`.

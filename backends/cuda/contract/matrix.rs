@@ -40,7 +40,7 @@ const SUMS: usize = 4;
 /// Tensor cores multiply what every contraction of a component does: int8 with codes in units of 32, or bf16.
 pub(super) fn suits(component: &Component) -> bool {
     component.dots.iter().all(|dot| match dot.dtype.int() {
-        Some(int) => int.unit() == A8::GROUP && dot.activations != DType::BF16,
+        Some(int) => int.unit() == A8::GROUP && dot.activations.planes().is_some(),
         None => dot.dtype == DType::BF16 && dot.activations == DType::BF16 && dot.k.is_multiple_of(16),
     })
 }

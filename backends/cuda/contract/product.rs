@@ -162,6 +162,8 @@ impl Product<'_> {
                 let acc = &mut acc[t * ROWS..][..ROWS];
                 if self.dot.activations == DType::BF16 {
                     self.widened(e, int, figures, quad, *row, acc);
+                } else if !self.dot.dtype.is_integer() {
+                    self.exact(e, int, figures, quad, *row, acc);
                 } else {
                     for plane in 0..self.dot.planes {
                         self.quad(e, int, figures, quad, (*row, plane), acc);
@@ -223,16 +225,12 @@ impl Product<'_> {
         row: Val,
         acc: &mut [Val],
     ) {
-        let (signed, zero) = weights::offset(int);
-        let zero = e.int(I32, zero.into());
-        for byte in 0..4 {
+        let x = [0, 1, 2, 3].map(|byte| {
             let column = e.scaled(quad.column, 1, byte);
-            let x = self.real(e, row, column);
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let code = e.shl(quad.codes[r], 24 - 8 * byte as i64);
-                let code = if signed { e.sar(code, 24) } else { e.shr(code, 24) };
-                let code = e.sub(code, zero);
-                let code = e.convert("sitofp", code, F32);
+            self.real(e, row, column)
+        });
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (code, x) in weights::reals_of_codes(e, int, quad.codes[r]).into_iter().zip(x) {
                 let real = match &figures.mins {
                     Some(mins) => e.fma(code, figures.scales[r], mins[r]),
                     None => e.mul(code, figures.scales[r]),
@@ -241,6 +239,27 @@ impl Product<'_> {
                 let real = weights::widened(e, real);
                 *acc = e.fma(real, x, *acc);
             }
+        }
+    }
+
+    /// A quad of 8-bit floats times f32 activations: their products, then the scale.
+    fn exact(
+        &self,
+        e: &mut Emitter,
+        int: IntFormat,
+        figures: &Figures,
+        quad: &weights::Quad,
+        row: Val,
+        acc: &mut [Val],
+    ) {
+        let at = e.row(row, quad.column, 4);
+        let x = e.load(at, F32.x(4), 16);
+        let x = [0, 1, 2, 3].map(|column| e.extract(x, column));
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let nothing = e.float(F32, 0.0);
+            let codes = weights::reals_of_codes(e, int, quad.codes[r]).into_iter().zip(x);
+            let sum = codes.fold(nothing, |sum, (code, x)| e.fma(code, x, sum));
+            *acc = e.fma(sum, figures.scales[r], *acc);
         }
     }
 }

@@ -35,8 +35,8 @@ fn check(name: &str, formats: &[(&str, DType)]) {
         let weight = of(&kept);
         assert_eq!(weight.dtype_shape().0, *dtype, "{name}: {module}");
         let (found, stated) = (weight.read_all().unwrap(), of(&floats).read_all().unwrap());
-        // Scales of nvfp4 are products, rounded to f16.
-        let off = if *dtype == DType::NVFP4 { 1.0 / 2048.0 } else { 0.0 };
+        // Scales of nvfp4 are products, those of 8-bit floats are stored as f32: both are rounded to f16.
+        let off = if *dtype == DType::NVFP4 || !dtype.is_integer() { 1.0 / 2048.0 } else { 0.0 };
         let near = |(a, b): (&f32, &f32)| (a - b).abs() <= off * b.abs();
         assert!(found.iter().zip(&stated).all(near), "{name}: {module}");
     }
@@ -76,9 +76,15 @@ fn compressed_tensors() {
 }
 
 #[test]
+fn floats_of_8_bits() {
+    for name in ["compressed_fp8", "fp8", "fp8_whole"] {
+        check(name, &all(DType::E4M3_G32));
+    }
+}
+
+#[test]
 fn what_no_format_holds_is_read_as_reals() {
-    for (name, reason) in
-        [("gptq_act_order", "an order of their own"), ("fp8", "8-bit floats"), ("compressed_fp8", "8-bit floats")]
+    for (name, reason) in [("gptq_act_order", "an order of their own"), ("fp8_narrow", "8-bit floats in groups of 16")]
     {
         agrees(name, &reals(&folder(name)), 3e-6);
         let error = open(&folder(name), &Options::default()).unwrap_err();

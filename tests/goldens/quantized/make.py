@@ -241,14 +241,19 @@ def compressed(module, w):
     }[module]()
 
 
-def fp8_blocks(module, w):
-    real, codes, scales = fp8(w, (32, 16))
+def fp8_blocks(module, w, block):
+    real, codes, scales = fp8(w, block)
     return real, {"weight": (codes, "F8_E4M3"), "weight_scale_inv": scales}
 
 
 def fp8_channels(module, w):
     real, codes, scales = fp8(w, (1, w.shape[1]))
     return real, {"weight": (codes, "F8_E4M3"), "weight_scale": scales}
+
+
+def fp8_whole(module, w):
+    real, codes, scales = fp8(w, w.shape)
+    return real, {"weight": (codes, "F8_E4M3"), "weight_scale": scales.reshape(())}
 
 
 def main():
@@ -262,7 +267,11 @@ def main():
     write("compressed", 5, settings | {"format": "mixed-precision"}, compressed)
     write("compressed_fp8", 6, settings | {"format": "float-quantized"}, fp8_channels)
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 16]}
-    write("fp8", 7, settings, fp8_blocks)
+    write("fp8", 7, settings, lambda module, w: fp8_blocks(module, w, (16, 32)))
+    settings |= {"weight_block_size": [32, 16]}
+    write("fp8_narrow", 8, settings, lambda module, w: fp8_blocks(module, w, (32, 16)))
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    write("fp8_whole", 9, settings, fp8_whole)
 
 
 main()
