@@ -14,6 +14,7 @@
 //! A [`Batcher`] is driven by whoever holds it; [`crate::Service`] drives one on a thread.
 
 mod advance;
+mod choose;
 mod draft;
 mod pieces;
 mod request;
@@ -72,6 +73,9 @@ pub struct Batcher {
     piece: usize,
     told_piece: usize,
     most_running: usize,
+    /// Threads that choose tokens, and of how many.
+    choosers: usize,
+    vocab: usize,
     share: bool,
     /// Most tokens guessed at once: as many as asked for, and no more than leave an answer as it is.
     guesses: usize,
@@ -118,6 +122,8 @@ impl Batcher {
         let mut stats = Stats::new();
         stats.blocks_total = engine.caches.free().1;
         Ok(Batcher {
+            choosers: engine.threads().min(std::thread::available_parallelism().map_or(1, |n| n.get())),
+            vocab: engine.artifact().manifest().model.vocab,
             bounds: Bounds { limits, beside: piece, many },
             piece,
             told_piece: pieces::longest(piece.min(limits.rows)),

@@ -319,6 +319,36 @@ fn synthetic(path: &Path, seed: u64) -> (tempfile::TempDir, Arc<Artifact>) {
     compiled(path, &CompileOptions { synthetic_seed: Some(seed), ..CompileOptions::default() }).unwrap()
 }
 
+/// A vocabulary so large that several threads choose tokens: each is what it is alone, and by one thread.
+#[test]
+fn threads_share_what_is_chosen() {
+    let (_folder, path) = config(&[("\"vocab_size\": 256", "\"vocab_size\": 65536")]);
+    let (_files, artifact) = synthetic(&path, 9);
+    let ask = |seed: u64| {
+        let sampler = SamplerOptions { seed, top_k: 50 * (seed as usize % 2), min_p: 0.01, ..SamplerOptions::plain() };
+        let options = GenerateOptions { max_tokens: 8, sampler, stop_tokens: Some(vec![]), shift: None };
+        let prompt = (0..20).map(|i| 1 + i * seed as u32).collect();
+        Ask { prompt, options, choices: 1 + seed as usize % 3 }
+    };
+    let alone = |seed| {
+        let options = EngineOptions { threads: Some(1), positions: Some(2048), ..EngineOptions::default() };
+        let engine = Engine::new(artifact.clone(), &options).unwrap();
+        let mut batcher = Batcher::new(engine, None, &BatchOptions::default()).unwrap();
+        let (_, heard) = submit(&mut batcher, ask(seed).request(0));
+        while batcher.step() {}
+        heard.lock().unwrap().clone()
+    };
+    let mut batcher = batcher(&artifact, 4096, &BatchOptions::default());
+    let together: Vec<_> = (0..8).map(|seed| submit(&mut batcher, ask(seed).request(0)).1).collect();
+    while batcher.step() {}
+    for (seed, heard) in together.iter().enumerate() {
+        let (heard, alone) = (heard.lock().unwrap(), alone(seed as u64));
+        assert!(heard.is_done(1 + seed % 3) && heard.choices == alone.choices, "{heard:?}, alone {alone:?}");
+    }
+    assert_eq!(batcher.stats().generated_tokens, (0..8).map(|seed| 8 * (1 + seed % 3)).sum::<u64>());
+    is_empty(&mut batcher);
+}
+
 /// Contexts that are full go on.
 #[test]
 fn any_schedule_with_shifts() {

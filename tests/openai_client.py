@@ -64,6 +64,17 @@ assert [c.index for c in both.choices] == [0, 1] and both.choices[0].text == "He
 read = client.completions.create(model=model, prompt="Hello", max_tokens=0, echo=True, logprobs=2).choices[0]
 assert read.text == "Hello" and read.logprobs.token_logprobs[0] is None and len(read.logprobs.token_logprobs) == 5
 
+asked = dict(model=model, prompt=["Hello", "G"], max_tokens=4, temperature=0, echo=True, logprobs=2)
+at_once = client.completions.create(**asked).choices
+parts = [c.choices[0] for c in client.completions.create(**asked, stream=True)]
+for index, one in enumerate(at_once):
+    mine = [part for part in parts if part.index == index]
+    assert "".join(part.text for part in mine) == one.text
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        streamed = [value for part in mine if part.logprobs for value in getattr(part.logprobs, name)]
+        assert streamed == getattr(one.logprobs, name), (name, streamed, one.logprobs)
+    assert one.logprobs.token_logprobs[0] is None and len(one.logprobs.tokens) == len(["Hello", "G"][index]) + 4
+
 schema = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"],
           "additionalProperties": False}
 answer = client.chat.completions.create(

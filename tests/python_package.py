@@ -1,7 +1,9 @@
 """The Python package as a user meets it: python_package.py GENERATOR ENCODER, two tiny artifacts; exits with 0 where all is well."""
 
 import gc
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -64,6 +66,24 @@ assert [token.id for token in biased if token.id >= 0] == [65] * 12
 stop = said[3:5]
 stopped = model.generate("Hello", stop=[stop], **greedy)
 assert stopped.text() == said.split(stop)[0] and stopped.finish is mansard.Finish.STOP_TEXT
+
+# Answers that look as they have to.
+free = dict(max_tokens=200, temperature=1.0, top_k=0, min_p=0.0, top_p=1.0)
+place = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"], "additionalProperties": False}
+unspaced = {token: -1000.0 for token in model.encode(" \n\r\t", special=False)}
+for seed, schema in enumerate((place, json.dumps(place))):
+    said_of = json.loads(model.generate("Where?", schema=schema, seed=seed, logit_bias=unspaced, **free).text())
+    assert said_of["city"] in ("Rome", "Oslo"), said_of
+assert re.fullmatch("[0-9]{3}-[a-f]{2}", model.chat([{"role": "user", "content": "Hi"}], regex="[0-9]{3}-[a-f]{2}", **free).text())
+assert model.generate("Where?", grammar='start: "to " ("Rome" | "Oslo")', **free).text() in ("to Rome", "to Oslo")
+assert model.generate("Where?", json=True, choices=2, **dict(free, max_tokens=3)).texts()[1].startswith("{")
+raises(mansard.UsageError, lambda: model.generate("x", schema={"type": "nothing"}), "the schema")
+raises(mansard.UsageError, lambda: model.generate("x", schema={"type": "integer", "minimum": 3, "maximum": 2}), "the schema")
+raises(mansard.UsageError, lambda: model.generate("x", schema="{"), "not JSON")
+raises(mansard.UsageError, lambda: model.generate("x", schema={"type": model}), "JSON")
+raises(mansard.UsageError, lambda: model.generate("x", regex="("), "the regular expression")
+raises(mansard.UsageError, lambda: model.generate("x", grammar="start: nothing"), "the grammar")
+raises(mansard.UsageError, lambda: model.generate("x", json=True, regex="a"), "at most one")
 
 # Many at once: each is what it is alone.
 alone = [model.generate(f"Question {i}", **greedy).text() for i in range(8)]

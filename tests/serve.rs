@@ -122,7 +122,6 @@ fn requests_that_make_no_sense_are_refused() {
     completion(json!({"prompt": vec!["a"; 129]})).refused(400, &["1 to 128 prompts, found 129"]);
     completion(json!({"prompt": []})).refused(400, &["at least one token"]);
     completion(json!({"prompt": ["a", ""]})).refused(400, &["at least one token"]);
-    completion(json!({"echo": true, "logprobs": 1, "stream": true})).refused(400, &["`echo` with `logprobs`"]);
     completion(json!({"prompt": [1, 999]})).refused(400, &["tokens below 256, found 999"]);
     completion(json!({"max_tokens": 0})).refused(400, &["1 to 100 tokens, found 0"]);
     completion(json!({"max_tokens": 101})).refused(400, &["found 101"]);

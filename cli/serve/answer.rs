@@ -32,6 +32,8 @@ pub struct Answer {
     /// Prompts, where they are to be told; and whether their tokens are counted.
     echoed: Vec<Vec<u32>>,
     counted: Vec<bool>,
+    /// Prompts are told with their log probabilities.
+    prompts_told: bool,
     /// Token counts of all choices so far.
     pub usage: Usage,
     app: Arc<App>,
@@ -62,8 +64,9 @@ impl Answer {
         let (sender, events) = unbounded_channel();
         let choices = ask.requests.first().map_or(0, |request| request.choices);
         let (left, counted) = (choices * ask.requests.len(), vec![false; ask.requests.len()]);
-        let told = ask.requests.iter().filter(|_| ask.echo);
-        let echoed = told.map(|request| request.prompt.clone()).collect();
+        let prompts_told = ask.echo && ask.requests.iter().any(|request| request.logprobs.is_some());
+        let echoed = ask.requests.iter().filter(|_| ask.echo);
+        let echoed = echoed.map(|request| request.prompt.clone()).collect();
         let mut handles = vec![];
         for (index, request) in ask.requests.into_iter().enumerate() {
             let sender = sender.clone();
@@ -79,6 +82,7 @@ impl Answer {
             choices,
             echoed,
             counted,
+            prompts_told,
             usage: Usage::default(),
             app: app.clone(),
             id: id(ask.endpoint),
@@ -99,6 +103,7 @@ impl Answer {
         let until = self.deadline.min(Instant::now() + patience);
         match tokio::time::timeout_at(until, self.events.recv()).await {
             Ok(Some((_, Event::Failed(error)))) => Err(error.into()),
+            Ok(Some((_, Event::Prompt(_)))) if !self.prompts_told => Ok(Next::Silence),
             Ok(Some((prompt, Event::Prompt(told)))) => Ok(Next::Prompt(prompt, told)),
             Ok(Some((prompt, mut event))) => {
                 if let Event::Token { choice, .. } | Event::Done { choice, .. } = &mut event {
@@ -129,7 +134,7 @@ impl Answer {
     /// # Errors
     /// As [`Answer::next`].
     pub async fn whole(mut self) -> ApiResult<Value> {
-        let mut choices: Vec<Choice> = (0..self.left).map(|choice| self.beginning(choice)).collect::<ApiResult<_>>()?;
+        let mut choices = self.beginnings()?;
         while self.left > 0 {
             match self.next(self.app.max_time).await? {
                 Next::Event(Event::Token { choice, token, text, logprobs }) => {
@@ -144,9 +149,7 @@ impl Answer {
                     choices[choice].finish = Some(reason(finish));
                 }
                 Next::Prompt(prompt, told) => {
-                    for choice in &mut choices[prompt * self.choices..][..self.choices] {
-                        choice.tell_prompt(&told);
-                    }
+                    self.choices_of(prompt).for_each(|choice| choices[choice].tell_prompt(&told));
                 }
                 _ => {}
             }
@@ -156,6 +159,19 @@ impl Answer {
         let mut body = self.envelope(false, choices);
         body["usage"] = usage(&self.usage);
         Ok(body)
+    }
+
+    /// All choices before their first token.
+    ///
+    /// # Errors
+    /// Where prompts that are to be told cannot be decoded.
+    pub fn beginnings(&self) -> ApiResult<Vec<Choice>> {
+        (0..self.left).map(|choice| self.beginning(choice)).collect()
+    }
+
+    /// Choices of a prompt.
+    fn choices_of(&self, prompt: usize) -> std::ops::Range<usize> {
+        prompt * self.choices..(prompt + 1) * self.choices
     }
 
     /// A choice before its first token: empty, or with its prompt.
@@ -168,18 +184,28 @@ impl Answer {
             begun.text += &decoder.push(*token)?;
         }
         begun.text += &decoder.finish()?;
-        begun.logprobs.extend(begun.untold.pop_front().map(|(token, offset)| Told::First(token, offset)));
+        let first = begun.untold.pop_front().filter(|_| self.prompts_told);
+        begun.logprobs.extend(first.map(|(token, offset)| Told::First(token, offset)));
         Ok(begun)
     }
 
-    /// The text of a prompt, where it is to be told in a stream.
-    pub fn echo(&self, choice: usize) -> ApiResult<Option<Value>> {
-        if self.echoed.is_empty() {
-            return Ok(None);
-        }
-        let text = self.beginning(choice)?.text;
-        let choice = json!({"index": choice, "text": text, "logprobs": null, "finish_reason": null});
-        Ok(Some(self.envelope(true, vec![choice])))
+    /// The text of a prompt, where a stream tells it at once.
+    pub fn echo(&self, index: usize, choice: &Choice) -> Option<Value> {
+        let at_once = !self.echoed.is_empty() && !self.prompts_told;
+        at_once.then(|| self.piece(index, &choice.text, &[], None))
+    }
+
+    /// The next piece of a prompt for each of its choices, with its log probabilities.
+    pub fn prompt_chunks(&self, prompt: usize, told: &[Logprobs], choices: &mut [Choice]) -> Vec<Value> {
+        let piece = |index: usize| {
+            let choice = &mut choices[index];
+            choice.tell_prompt(told);
+            let told = std::mem::take(&mut choice.logprobs);
+            let start = told.first().map_or(choice.text.len(), |told| told.place().1);
+            let end = choice.untold.front().map_or(choice.text.len(), |(_, offset)| *offset);
+            self.piece(index, &choice.text[start..end], &told, None)
+        };
+        self.choices_of(prompt).map(piece).collect()
     }
 
     fn choice(&self, index: usize, choice: &Choice) -> Value {
@@ -197,13 +223,21 @@ impl Answer {
     }
 
     /// One event of a stream.
-    pub fn chunk(&self, event: Event) -> Value {
+    pub fn chunk(&self, event: Event, choices: &mut [Choice]) -> Value {
         let (index, text, logprobs, finish) = match event {
             Event::Token { choice, text, logprobs, .. } => (choice, text, logprobs, None),
             Event::Done { choice, finish, text, .. } => (choice, text, None, Some(reason(finish))),
             Event::Failed(_) | Event::Prompt(_) => (0, String::new(), None, None),
         };
-        let logprobs = self.logprobs(&logprobs.into_iter().map(|logprobs| Told::Row(logprobs, 0)).collect::<Vec<_>>());
+        let before = choices[index].text.len();
+        choices[index].text += &text;
+        let told: Vec<Told> = logprobs.into_iter().map(|logprobs| Told::Row(logprobs, before)).collect();
+        self.piece(index, &text, &told, finish)
+    }
+
+    /// A piece of a choice, as a stream tells it.
+    fn piece(&self, index: usize, text: &str, told: &[Told], finish: Option<&str>) -> Value {
+        let logprobs = self.logprobs(told);
         let choice = match self.endpoint {
             Endpoint::Chat => {
                 json!({"index": index, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": finish})
@@ -246,7 +280,7 @@ impl Answer {
 
     /// In the form of the endpoint; null where none were asked for.
     fn logprobs(&self, tokens: &[Told]) -> Value {
-        if tokens.iter().all(|told| matches!(told, Told::First(..))) {
+        if tokens.is_empty() {
             return Value::Null;
         }
         let text = |token: u32| {
@@ -304,7 +338,7 @@ impl Told {
 
 /// A choice on its way.
 #[derive(Clone, Default)]
-struct Choice {
+pub struct Choice {
     text: String,
     /// Tokens of the prompt that is told, whose log probabilities have not come yet.
     untold: VecDeque<(u32, usize)>,

@@ -2,10 +2,10 @@
 
 use super::Arguments;
 use super::access::Keys;
-use super::grammar::Grammars;
 use super::metrics::Http;
 use crate::device;
 use crate::report::OpenArguments;
+use mansard_grammar::Grammars;
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::{Result, bail};
 use mansard_runtime::{

@@ -209,13 +209,10 @@ impl Body {
     /// Whether the prompt is part of the answer.
     fn echo(&self, endpoint: Endpoint) -> ApiResult<bool> {
         let echo = self.echo.unwrap_or(false);
-        let streamed = self.stream.unwrap_or(false) && self.logprobs.as_ref().is_some_and(|value| !value.is_null());
-        let wrong = match endpoint {
-            Endpoint::Chat => "`echo` is of completions",
-            Endpoint::Completion if streamed => "`echo` with `logprobs` is not supported in a stream",
-            Endpoint::Completion => return Ok(echo),
-        };
-        if echo { Err(ApiError::field("echo", wrong).code("unsupported")) } else { Ok(false) }
+        if echo && endpoint == Endpoint::Chat {
+            return Err(ApiError::field("echo", "`echo` is of completions").code("unsupported"));
+        }
+        Ok(echo)
     }
 
     fn prompts(&self, app: &App, endpoint: Endpoint) -> ApiResult<Vec<Vec<u32>>> {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import threading
+from json import dumps
 from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypedDict, Union
 
 import numpy as np
@@ -254,21 +255,30 @@ class Model:
         stop: Sequence[str] = (),
         ignore_end: bool = False,
         logprobs: Optional[int] = None,
+        json: bool = False,
+        schema: Union[str, bool, Mapping[str, Any], None] = None,
+        regex: Optional[str] = None,
+        grammar: Optional[str] = None,
         client: int = 0,
     ) -> Answer:
-        """Continues a text, or token ids. Comes back at once; what is asked for together runs together."""
+        """Continues a text, or token ids. Comes back at once; what is asked for together runs together.
+
+        At most one of these says what the answer has to look like: json (any object), schema (JSON of a JSON schema), regex (in
+        Rust's syntax, for the whole answer), grammar (context-free, in Lark's form)."""
         if isinstance(stop, str):
             raise UsageError("stop: expected a list of texts, found one")
         ids = _ids(self.encode(prompt) if isinstance(prompt, str) else prompt)
+        form, described = _format(json, schema, regex, grammar)
         options = ffi.new("mansard_options *")
         check(lib.mansard_options_default(options))
         named = {
             "max_tokens": max_tokens, "choices": choices, "temperature": temperature, "top_k": top_k, "top_p": top_p,
             "min_p": min_p, "typical": typical, "repetition_penalty": repetition_penalty, "seed": seed, "client": client,
             "frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty, "ignore_end": ignore_end,
-            "logprobs": -1 if logprobs is None else logprobs, "bias_count": len(logit_bias or {}), "stop_count": len(stop),
+            "format": form, "logprobs": -1 if logprobs is None else logprobs, "bias_count": len(logit_bias or {}), "stop_count": len(stop),
         }  # fmt: skip
         texts = [ffi.new("char[]", _bytes(text)) for text in stop]
+        pattern = ffi.new("char[]", _bytes(described))
         try:
             for name, value in named.items():
                 if value is not None:
@@ -278,7 +288,7 @@ class Model:
         except (OverflowError, TypeError) as error:
             raise UsageError(f"an option that is out of range: {error}") from None
         stops = ffi.new("char *[]", texts)
-        options.bias_tokens, options.biases, options.stop = biased, biases, stops
+        options.bias_tokens, options.biases, options.stop, options.grammar = biased, biases, stops, pattern
         service = self._running()
         request = _made("mansard_request *", lambda place: lib.mansard_submit(service, ids, len(ids), options, place))
         return Answer(request, choices, logprobs is not None)
@@ -356,6 +366,30 @@ class Model:
                 options = self._engine_options
                 self._engine = _made("mansard_engine *", lambda place: lib.mansard_engine_new(model, options, place))
             return self._engine
+
+
+def _format(
+    json: bool, schema: Union[str, bool, Mapping[str, Any], None], regex: Optional[str], grammar: Optional[str]
+) -> Tuple[int, str]:
+    """What an answer has to look like, as C takes it."""
+    if schema is not None and not isinstance(schema, str):
+        try:
+            schema = dumps(schema)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"schema: expected what JSON can say: {error}") from None
+    given = [
+        (form, text)
+        for form, text in (
+            (lib.MANSARD_JSON, "" if json else None),
+            (lib.MANSARD_SCHEMA, schema),
+            (lib.MANSARD_REGEX, regex),
+            (lib.MANSARD_LARK, grammar),
+        )
+        if text is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"expected at most one of json, schema, regex and grammar, found {len(given)}")
+    return given[0] if given else (lib.MANSARD_TEXT, "")
 
 
 def _made(kind: str, make: Callable[[Any], int]) -> Any:

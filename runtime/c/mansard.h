@@ -23,12 +23,28 @@
 // For mansard_model_open: trust the weights, that is, do not check their hashes. Everything else is always checked.
 #define MANSARD_TRUST_WEIGHTS 1
 
+// For an answer's format: any text.
+#define MANSARD_TEXT 0
+
+// For an answer's format: any JSON object.
+#define MANSARD_JSON 1
+
+// For an answer's format: JSON of the schema in `grammar`.
+#define MANSARD_SCHEMA 2
+
+// For an answer's format: what the regular expression in `grammar` matches from its beginning to its end; in Rust's syntax,
+// without look-around.
+#define MANSARD_REGEX 3
+
+// For an answer's format: what the context-free grammar in `grammar` generates, which is in Lark's form.
+#define MANSARD_LARK 4
+
 // For mansard_next: wait as long as it takes.
 #define MANSARD_FOREVER 4294967295
 
 // The version of this interface: the major one times 65536, which changes when something is removed or means something else,
-// and the minor one, which changes when something is added.
-#define MANSARD_ABI_VERSION 65536
+// or a structure has more fields, and the minor one, which changes when something else is added.
+#define MANSARD_ABI_VERSION 131072
 
 // What became of a call. Whatever is not MANSARD_OK leaves a message, see mansard_error.
 typedef enum {
@@ -172,6 +188,11 @@ typedef struct {
   uint32_t ignore_end;
   // Log probabilities that are told with each token: its own and those of so many of the likeliest; -1 for none.
   int32_t logprobs;
+  // What an answer has to look like: MANSARD_TEXT, MANSARD_JSON... Tokens that cannot go on like that are not drawn. The model
+  // must have a vocabulary of bytes, which byte-level BPE and SentencePiece are.
+  uint32_t format;
+  // The schema, regular expression or grammar that `format` speaks of; not read for MANSARD_TEXT and MANSARD_JSON.
+  const char *grammar;
   // Who asks: those who have fewest answers on their way come first.
   uint64_t client;
 } mansard_options;

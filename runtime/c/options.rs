@@ -3,13 +3,26 @@
 
 use crate::memory::{Place, list, text};
 use crate::status::{Failure, Result, guard, mansard_status};
+use mansard_grammar::Format;
 use mansard_runtime::{
-    BatchOptions, EngineOptions, GenerateOptions, Request, SamplerOptions, ServiceOptions, WeightPages,
+    BatchOptions, Constraint, EngineOptions, GenerateOptions, Request, SamplerOptions, ServiceOptions, WeightPages,
 };
 use std::ffi::c_char;
 
 /// For mansard_model_open: trust the weights, that is, do not check their hashes. Everything else is always checked.
 pub const MANSARD_TRUST_WEIGHTS: u32 = 1;
+
+/// For an answer's format: any text.
+pub const MANSARD_TEXT: u32 = 0;
+/// For an answer's format: any JSON object.
+pub const MANSARD_JSON: u32 = 1;
+/// For an answer's format: JSON of the schema in `grammar`.
+pub const MANSARD_SCHEMA: u32 = 2;
+/// For an answer's format: what the regular expression in `grammar` matches from its beginning to its end; in Rust's syntax,
+/// without look-around.
+pub const MANSARD_REGEX: u32 = 3;
+/// For an answer's format: what the context-free grammar in `grammar` generates, which is in Lark's form.
+pub const MANSARD_LARK: u32 = 4;
 
 /// How a model is run. All zero: all physical cores, weights read where they are mapped.
 #[repr(C)]
@@ -85,6 +98,11 @@ pub struct mansard_options {
     pub ignore_end: u32,
     /// Log probabilities that are told with each token: its own and those of so many of the likeliest; -1 for none.
     pub logprobs: i32,
+    /// What an answer has to look like: MANSARD_TEXT, MANSARD_JSON... Tokens that cannot go on like that are not drawn. The model
+    /// must have a vocabulary of bytes, which byte-level BPE and SentencePiece are.
+    pub format: u32,
+    /// The schema, regular expression or grammar that `format` speaks of; not read for MANSARD_TEXT and MANSARD_JSON.
+    pub grammar: *const c_char,
     /// Who asks: those who have fewest answers on their way come first.
     pub client: u64,
 }
@@ -121,17 +139,44 @@ impl Default for mansard_options {
             stop_count: 0,
             ignore_end: 0,
             logprobs: -1,
+            format: MANSARD_TEXT,
+            grammar: std::ptr::null(),
             client: 0,
         }
     }
 }
 
 impl mansard_options {
-    /// The request for an answer to `prompt`.
+    /// What the answer has to look like; `None` for any text.
+    ///
+    /// # Safety
+    /// `grammar` is as its description says.
+    unsafe fn format(&self) -> Result<Option<Format>> {
+        // SAFETY: the caller's word.
+        let grammar = || unsafe { text("grammar", self.grammar) }.map(String::from);
+        Ok(Some(match self.format {
+            MANSARD_TEXT => return Ok(None),
+            MANSARD_JSON => Format::Json,
+            MANSARD_SCHEMA => Format::Schema(grammar()?),
+            MANSARD_REGEX => Format::Regex(grammar()?),
+            MANSARD_LARK => Format::Lark(grammar()?),
+            other => {
+                return Err(Failure::usage(format!("format: expected MANSARD_TEXT to MANSARD_LARK, found {other}")));
+            }
+        }))
+    }
+
+    /// The request for an answer to `prompt`, kept to its format by `constraint`.
     ///
     /// # Safety
     /// What its pointers point to is as their descriptions say.
-    pub unsafe fn request(&self, prompt: &[u32]) -> Result<Request> {
+    pub unsafe fn request(
+        &self,
+        prompt: &[u32],
+        constraint: impl FnOnce(&Format) -> Result<Box<dyn Constraint>>,
+    ) -> Result<Request> {
+        // SAFETY: the caller's word.
+        let constraint = unsafe { self.format() }?.as_ref().map(constraint).transpose()?;
         // SAFETY: the caller's word.
         let (tokens, biases, stop) = unsafe {
             (
@@ -165,7 +210,7 @@ impl mansard_options {
         let options =
             GenerateOptions { max_tokens: self.max_tokens as usize, sampler, stop_tokens, ..Default::default() };
         let (choices, client) = (self.choices as usize, self.client);
-        Ok(Request { choices, stop, logprobs, client, ..Request::new(prompt.to_vec(), options) })
+        Ok(Request { choices, stop, logprobs, constraint, client, ..Request::new(prompt.to_vec(), options) })
     }
 }
 

@@ -10,7 +10,7 @@ use crate::event::{Kept, Shown, mansard_event, mansard_kind};
 use crate::handles::{Handle, Table, get, insert, remove};
 use crate::memory::{Place, list, maybe};
 use crate::options::mansard_options;
-use crate::service::{mansard_service, submit};
+use crate::service::{constraint, mansard_service, submit};
 use crate::status::{Failure, Result, guard, mansard_status};
 use mansard_runtime::{Event, Request, Sink};
 use std::cell::Cell;
@@ -118,7 +118,7 @@ pub unsafe extern "C" fn mansard_submit(
 ) -> mansard_status {
     guard(|| {
         // SAFETY: the caller's word.
-        let (asked, place) = unsafe { (ask(tokens, count, options)?, Place::new("request", request)?) };
+        let (asked, place) = unsafe { (ask(service, tokens, count, options)?, Place::new("request", request)?) };
         place.put(insert(waited(service, asked)?)?);
         Ok(())
     })
@@ -141,7 +141,7 @@ pub unsafe extern "C" fn mansard_submit_to(
 ) -> mansard_status {
     guard(|| {
         // SAFETY: the caller's word.
-        let (asked, place) = unsafe { (ask(tokens, count, options)?, Place::new("request", request)?) };
+        let (asked, place) = unsafe { (ask(service, tokens, count, options)?, Place::new("request", request)?) };
         let (told, gate) = (Told::new(sink, user)?, Arc::new(Gate::default()));
         let choices = asked.choices;
         let handle = submit(service, asked, teller(told, gate.clone(), choices))?;
@@ -167,7 +167,7 @@ pub unsafe extern "C" fn mansard_generate(
     guard(|| {
         not_in_a_callback()?;
         // SAFETY: the caller's word.
-        let asked = unsafe { ask(tokens, count, options) }?;
+        let asked = unsafe { ask(service, tokens, count, options) }?;
         let told = Told::new(sink, user)?;
         let Asked { handle: _handle, events: Events::Waited(events) } = waited(service, asked)? else { return Ok(()) };
         let events = events.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -250,11 +250,16 @@ impl Asked {
 
 /// # Safety
 /// As mansard_submit's.
-unsafe fn ask(tokens: *const u32, count: usize, options: *const mansard_options) -> Result<Request> {
+unsafe fn ask(
+    service: *mut mansard_service,
+    tokens: *const u32,
+    count: usize,
+    options: *const mansard_options,
+) -> Result<Request> {
     // SAFETY: the caller's word.
     let (prompt, options) = unsafe { (list("tokens", tokens, count)?, maybe("options", options)?) };
     // SAFETY: the caller's word.
-    unsafe { options.copied().unwrap_or_default().request(prompt) }
+    unsafe { options.copied().unwrap_or_default().request(prompt, |format| constraint(service, format)) }
 }
 
 /// A request whose events are waited for.

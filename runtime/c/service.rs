@@ -7,8 +7,9 @@ use crate::model::mansard_model;
 use crate::options::mansard_service_options;
 use crate::request::not_in_a_callback;
 use crate::status::{Failure, Result, guard, mansard_status};
-use mansard_runtime::{Batcher, Refused, Request, Service, Sink};
-use std::sync::{PoisonError, RwLock};
+use mansard_grammar::{Format, Grammars};
+use mansard_runtime::{Batcher, Constraint, Model, Refused, Request, Service, Sink};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 /// A model that many requests share, from any thread.
@@ -16,11 +17,19 @@ pub struct mansard_service {
     _private: (),
 }
 
+/// A service and the model that it runs.
+pub struct Running {
+    service: RwLock<Service>,
+    model: Arc<Model>,
+    /// Made when first asked for.
+    grammars: OnceLock<Grammars>,
+}
+
 impl Handle for mansard_service {
-    type Object = RwLock<Service>;
+    type Object = Running;
     const NAME: &'static str = "service";
-    fn table() -> &'static Table<RwLock<Service>> {
-        static SERVICES: Table<RwLock<Service>> = Table::new(3);
+    fn table() -> &'static Table<Running> {
+        static SERVICES: Table<Running> = Table::new(3);
         &SERVICES
     }
 }
@@ -46,7 +55,7 @@ pub unsafe extern "C" fn mansard_service_start(
         let engine = model.engine(&options.engine.options(positions))?;
         let options = options.options();
         let service = Service::start(Batcher::new(engine, tokens, &options.batch)?, &options)?;
-        place.put(insert(RwLock::new(service))?);
+        place.put(insert(Running { service: RwLock::new(service), model, grammars: OnceLock::new() })?);
         Ok(())
     })
 }
@@ -57,8 +66,12 @@ pub unsafe extern "C" fn mansard_service_start(
 pub extern "C" fn mansard_service_drain(service: *mut mansard_service, milliseconds: u32) -> mansard_status {
     guard(|| {
         not_in_a_callback()?;
-        let service = get(service)?;
-        service.write().unwrap_or_else(PoisonError::into_inner).drain(Duration::from_millis(milliseconds.into()));
+        let running = get(service)?;
+        running
+            .service
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .drain(Duration::from_millis(milliseconds.into()));
         Ok(())
     })
 }
@@ -73,12 +86,18 @@ pub extern "C" fn mansard_service_free(service: *mut mansard_service) -> mansard
     })
 }
 
+/// What keeps an answer of a service to a format.
+pub fn constraint(service: *mut mansard_service, format: &Format) -> Result<Box<dyn Constraint>> {
+    let running = get(service)?;
+    Ok(Grammars::kept(&running.grammars, &running.model)?.constraint(format)?)
+}
+
 /// Takes a request in.
 pub fn submit(service: *mut mansard_service, request: Request, sink: Sink) -> Result<mansard_runtime::Handle> {
     let closed = || Failure::new(mansard_status::MANSARD_CLOSED, "the service takes no more requests");
-    let service = get(service)?;
+    let running = get(service)?;
     // While it is being drained, it takes none: waiting for that could be for this very thread.
-    let service = service.try_read().map_err(|_| closed())?;
+    let service = running.service.try_read().map_err(|_| closed())?;
     service.submit(request, sink).map_err(|refused| match refused {
         Refused::Busy(wait) => {
             let message = format!("too many requests wait: try again in {} s", wait.as_secs().max(1));

@@ -7,8 +7,8 @@ use std::ffi::{CString, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The version of this interface: the major one times 65536, which changes when something is removed or means something else,
-/// and the minor one, which changes when something is added.
-pub const MANSARD_ABI_VERSION: u32 = 0x0001_0000;
+/// or a structure has more fields, and the minor one, which changes when something else is added.
+pub const MANSARD_ABI_VERSION: u32 = 0x0002_0000;
 
 /// What became of a call. Whatever is not MANSARD_OK leaves a message, see mansard_error.
 #[repr(C)]

@@ -1,4 +1,5 @@
-/* What C programs do with mansard.h, right and wrong: abi MODEL. MODEL counts: after token n comes n + 1, modulo 8.
+/* What C programs do with mansard.h, right and wrong: abi MODEL BYTES. MODEL counts: after token n comes n + 1, modulo 8; so
+ * does BYTES, whose tokens are bytes: the end, 1 2 3 4 { } ".
  * Exits with 0 where everything is as mansard.h says. Built and run by c.rs, with valgrind where there is one. */
 #include "mansard.h"
 #include <math.h>
@@ -34,8 +35,9 @@ static mansard_options greedy(uint32_t max_tokens) {
 
 static void opening(const char *path) {
   CHECK(mansard_abi_version() == MANSARD_ABI_VERSION && strlen(mansard_version()) >= 5);
-  FAILS(mansard_model_open(MANSARD_ABI_VERSION + 65536, path, 0, &model), MANSARD_UNSUPPORTED, "mansard.h 1.0");
-  FAILS(mansard_model_open(MANSARD_ABI_VERSION + 1, path, 0, &model), MANSARD_UNSUPPORTED, "mansard.h 1.0");
+  FAILS(mansard_model_open(MANSARD_ABI_VERSION + 65536, path, 0, &model), MANSARD_UNSUPPORTED, "mansard.h 2.0");
+  FAILS(mansard_model_open(MANSARD_ABI_VERSION - 65536, path, 0, &model), MANSARD_UNSUPPORTED, "mansard.h 2.0");
+  FAILS(mansard_model_open(MANSARD_ABI_VERSION + 1, path, 0, &model), MANSARD_UNSUPPORTED, "mansard.h 2.0");
   FAILS(mansard_model_open(MANSARD_ABI_VERSION, NULL, 0, &model), MANSARD_USAGE, "path: expected a pointer, found null");
   FAILS(mansard_model_open(MANSARD_ABI_VERSION, path, 0, NULL), MANSARD_USAGE, "model");
   FAILS(mansard_model_open(MANSARD_ABI_VERSION, path, 8, &model), MANSARD_USAGE, "flags");
@@ -342,6 +344,41 @@ static void refusals(mansard_service *service) {
   }
 }
 
+static void formats(mansard_service *service, const char *bytes) {
+  mansard_request *request;
+  mansard_options options = greedy(8);
+  options.format = MANSARD_JSON;
+  FAILS(mansard_submit(service, PROMPT, 3, &options, &request), MANSARD_UNSUPPORTED, "vocabulary of bytes");
+
+  OK(mansard_model_open(MANSARD_ABI_VERSION, bytes, 0, &model));
+  OK(mansard_service_start(model, NULL, &service));
+  OK(mansard_model_free(model));
+  const struct { uint32_t format; const char *grammar, *said; } fine[] = {
+    {MANSARD_TEXT, "(", "4{}\""}, {MANSARD_JSON, NULL, "{}"}, {MANSARD_REGEX, "[1-4]{2}", "41"},
+    {MANSARD_SCHEMA, "{\"type\": \"integer\", \"minimum\": 12, \"maximum\": 13}", "12"}, {MANSARD_LARK, "start: \"4\" \"3\"", "43"},
+  };
+  for (size_t i = 0; i < sizeof fine / sizeof *fine; i++) {
+    struct heard heard;
+    prepare(&heard);
+    options.format = fine[i].format, options.grammar = fine[i].grammar, options.choices = 1;
+    OK(mansard_generate(service, PROMPT, 3, &options, hear, &heard));
+    CHECK(!strcmp(heard.text, fine[i].said) && heard.done.finish == MANSARD_STOP_TOKEN);
+  }
+  const struct { uint32_t format; const char *grammar, *words; } wrong[] = {
+    {MANSARD_SCHEMA, "{", "the schema: not JSON"}, {MANSARD_SCHEMA, "{\"type\": \"nothing\"}", "the schema: "},
+    {MANSARD_SCHEMA, "{\"type\": \"integer\", \"minimum\": 3, \"maximum\": 2}", "the schema: "},
+    {MANSARD_REGEX, "(", "the regular expression: "}, {MANSARD_LARK, "start: nothing", "the grammar: "},
+    {MANSARD_REGEX, NULL, "grammar: expected a pointer, found null"}, {9, "", "format: expected MANSARD_TEXT to MANSARD_LARK, found 9"},
+  };
+  for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+    options.format = wrong[i].format, options.grammar = wrong[i].grammar;
+    FAILS(mansard_submit(service, PROMPT, 3, &options, &request), MANSARD_USAGE, wrong[i].words);
+  }
+  options.format = MANSARD_REGEX, options.grammar = "\xff";
+  FAILS(mansard_submit(service, PROMPT, 3, &options, &request), MANSARD_INPUT, "UTF-8");
+  OK(mansard_service_free(service));
+}
+
 static void *from_a_thread(void *service) {
   batch(service);
   FAILS(mansard_cancel(NULL), MANSARD_USAGE, "request");
@@ -349,7 +386,7 @@ static void *from_a_thread(void *service) {
 }
 
 int main(int argc, char **argv) {
-  CHECK(argc == 2 && !*mansard_error() && !*mansard_help());
+  CHECK(argc == 3 && !*mansard_error() && !*mansard_help());
   opening(argv[1]);
   in_memory(argv[1]);
   text();
@@ -365,6 +402,7 @@ int main(int argc, char **argv) {
   batch(service);
   told(service);
   refusals(service);
+  formats(service, argv[2]);
   pthread_t threads[3];
   for (int i = 0; i < 3; i++) CHECK(!pthread_create(&threads[i], NULL, from_a_thread, service));
   for (int i = 0; i < 3; i++) CHECK(!pthread_join(threads[i], NULL));

@@ -48,6 +48,22 @@ fn program(folder: &Path, compiler: &str, flags: &[&str]) -> PathBuf {
     exe
 }
 
+/// The model that counts, whose tokens are bytes.
+fn with_bytes() -> support::Parts {
+    let level =
+        serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let words = ["", "1", "2", "3", "4", "{", "}", "\""].into_iter().zip(0..);
+    let vocab: serde_json::Map<String, serde_json::Value> = words.map(|(word, id)| (word.into(), id.into())).collect();
+    let model = serde_json::json!({"type": "WordLevel", "unk_token": "1", "vocab": vocab});
+    let tokenizer = serde_json::json!({"version": "1.0", "added_tokens": [], "decoder": level, "model": model});
+    let mut parts = support::counting_parts();
+    let section = parts.sections.iter_mut().find(|(name, _)| name == "tokenizer.json").unwrap();
+    let size = section.1.len();
+    section.1 = tokenizer.to_string().into_bytes();
+    section.1.resize(section.1.len().next_multiple_of(size), b' ');
+    parts
+}
+
 #[test]
 fn c_programs_work_and_misuse_is_found() {
     if !have("cc") {
@@ -55,15 +71,19 @@ fn c_programs_work_and_misuse_is_found() {
     }
     let folder = tempfile::tempdir().unwrap();
     let artifact = support::counting_parts().write();
+    let bytes = with_bytes().write();
     let exe = program(folder.path(), "cc", &["-std=c11", "-pedantic"]);
-    assert_eq!(succeeds(Command::new(&exe).arg(artifact.path())), "fine\n");
+    let paths = [artifact.path(), bytes.path()];
+    assert_eq!(succeeds(Command::new(&exe).args(paths)), "fine\n");
     if !have("valgrind") {
         return;
     }
     let mut valgrind = Command::new("valgrind");
+    let known = here().join("tests/valgrind.supp");
+    valgrind.arg(format!("--suppressions={}", known.display()));
     valgrind.args(["-q", "--error-exitcode=9", "--leak-check=full", "--fair-sched=yes"]);
     valgrind.args(["--show-leak-kinds=definite", "--errors-for-leak-kinds=definite"]);
-    assert_eq!(succeeds(valgrind.arg(&exe).arg(artifact.path())), "fine\n");
+    assert_eq!(succeeds(valgrind.arg(&exe).args(paths)), "fine\n");
 }
 
 #[test]
@@ -89,7 +109,9 @@ fn nothing_else_is_exported() {
         return;
     }
     let names = succeeds(Command::new("nm").args(["-D", "--defined-only", "-P"]).arg(built("libmansard_c.so")));
-    let exported: BTreeSet<String> = names.lines().filter_map(|l| l.split(' ').next()).map(String::from).collect();
+    // The grammars' crate has a C interface of its own, which rustc exports wherever it is linked.
+    let ours = names.lines().filter_map(|l| l.split(' ').next()).filter(|name| !name.starts_with("llg_"));
+    let exported: BTreeSet<String> = ours.map(String::from).collect();
     assert_eq!(exported, declared());
     assert!(exported.len() > 20, "{exported:?}");
 }
