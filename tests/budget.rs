@@ -129,7 +129,7 @@ fn codes_chosen_by_a_text_are_better_than_the_nearest() {
     assert!(gptq < 0.7 * nearest && importance < 1.3 * nearest, "{gptq} {importance} {nearest}");
     let once = fs::read(folder.path("m.mansard")).unwrap();
     assert!(once.len() < nearest_bytes.len() + 4096, "as many bytes of weights");
-    assert_eq!(fs::read_dir(folder.path("cache/mansard/moments")).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(folder.path("cache/mansard/codes")).unwrap().count(), 2, "one for each quantizer");
     // The same from what was kept, on another number of threads, and when it has to be taken again.
     for again in ["", "--threads 1", "--threads 3"] {
         if !again.is_empty() {
@@ -138,11 +138,13 @@ fn codes_chosen_by_a_text_are_better_than_the_nearest() {
         quantized(&folder, &format!("--quant int4-g32 {again}"));
         assert!(once == fs::read(folder.path("m.mansard")).unwrap(), "{again}");
     }
-    // What was kept is damaged: taken again.
-    let kept = fs::read_dir(folder.path("cache/mansard/moments")).unwrap().flatten().next().unwrap().path();
-    fs::write(&kept, [9; 40]).unwrap();
-    quantized(&folder, "--quant int4-g32");
-    assert!(once == fs::read(folder.path("m.mansard")).unwrap());
+    // What was kept is damaged: made again.
+    let kept = fs::read_dir(folder.path("cache/mansard/codes")).unwrap().flatten().next().unwrap().path();
+    for damage in [vec![9; 40], vec![]] {
+        fs::write(&kept, damage).unwrap();
+        quantized(&folder, "--quant int4-g32");
+        assert!(once == fs::read(folder.path("m.mansard")).unwrap());
+    }
     // Another text, other codes; nothing is lost where 8 bits are nearest anyway.
     quantized(&folder, &format!("--quant int4-g32 --calibration {}", folder.path("text.txt").display()));
     assert!(once != fs::read(folder.path("m.mansard")).unwrap());
