@@ -84,3 +84,43 @@ fn rebuilt(graph: &Graph, scaled: &BTreeMap<usize, (String, usize)>) -> Result<G
     builder.graph.results = graph.results.iter().map(|(n, v)| (n.clone(), to[v.0 as usize])).collect();
     Ok(builder.graph)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MODEL: &str = "graph @layer(%x: f32[t, 64]) stage canonical {
+        %q = weight \"q\" : q4_0[32, 64]
+        %0 = matmul %x, %q
+        %k = weight \"k\" : q4_0[32, 64]
+        %1 = matmul %x, %k
+        %s = weight \"stored\" : q4_0[32, 64]
+        %2 = matmul %x, %s
+        return q = %0, k = %1, s = %2
+    }";
+
+    /// Matrices that read the same share their scales, which every call has; a matrix that is stored in codes gets none.
+    #[test]
+    fn matrices_that_read_the_same_share_their_scales() {
+        let mut model = ir::text::parse("test", MODEL).unwrap();
+        let matrix = |source| Weight { ty: Type::tensor(DType::Q4_0, [Dim::N(32), Dim::N(64)]), source };
+        let stored = Source::Bytes { dtype: DType::Q4_0, bytes: vec![0; 32 * 36].into() };
+        for (name, source) in
+            [("q", Source::Synthetic { seed: 1 }), ("k", Source::Synthetic { seed: 2 }), ("stored", stored)]
+        {
+            model.weights.insert(name, matrix(source));
+        }
+        assert!(insert(&mut model, Quantizer::Gptq).unwrap().is_none());
+        let said = insert(&mut model, Quantizer::Awq).unwrap().unwrap();
+        assert!(said.contains("1 times, by awq"), "{said}");
+        let graph = &model.graphs[0];
+        let read = |index: usize| {
+            let contractions: Vec<_> = graph.nodes.iter().filter(|n| n.op.class() == Class::Contract).collect();
+            contractions[index].operands[0]
+        };
+        assert!(read(0) == read(1) && read(2) == ValueId(0));
+        assert_eq!(graph.node(read(0)).unwrap().op, Op::named("mul_row").unwrap());
+        assert_eq!(model.weights.get(&input_scales("q")).unwrap().read_all().unwrap(), [1.0; 64]);
+        assert!(model.weights.get(&input_scales("k")).is_err());
+    }
+}
