@@ -101,8 +101,10 @@ impl Moments {
 
     fn view<'a>(&self, rows: &'a [f32]) -> Result<ArrayView2<'a, f32>> {
         let count = rows.len() / self.columns.max(1);
-        ArrayView2::from_shape((count, self.columns), rows)
-            .or_else(|_| bail!(Internal, "{} inputs of {} columns", rows.len(), self.columns))
+        match ArrayView2::from_shape((count, self.columns), rows) {
+            Ok(view) if rows.len() == count * self.columns => Ok(view),
+            _ => bail!(Internal, "{} inputs of {} columns", rows.len(), self.columns),
+        }
     }
 
     /// Mean squares but for a factor: the sum of squares of every column.

@@ -269,7 +269,7 @@ fn scaled_columns_disturb_results_less() {
             off.chunks_exact(COLUMNS).map(|off| moments.square(off)).sum::<f64>()
         };
         let (plain, scaled) = (felt_with(&[1.0; COLUMNS]), felt_with(&scales));
-        assert!(scaled < 0.9 * plain, "{dtype}: {scaled} {plain}");
+        assert!(scaled < 0.95 * plain, "{dtype}: {scaled} {plain}");
     }
     let silent = Moments::new(64);
     let samples = [awq::Sample { dtype: DType::Q4_0, rows: normal(64) }];
