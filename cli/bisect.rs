@@ -7,6 +7,7 @@ use mansard::check::{Request, tolerance};
 use mansard::driver::{self, CompileOptions};
 use mansard_backends as backends;
 use mansard_ir::artifact::Manifest;
+use mansard_ir::quantize::Quantizer;
 use mansard_ir::{DType, Error, Kind, Result, Target};
 use mansard_passes::{LimitsRequest, Strategy};
 use serde_json::json;
@@ -89,6 +90,10 @@ fn repeated(manifest: &Manifest) -> Result<CompileOptions> {
     let dtype = |name: &str| get(name).map(|word| DType::parse(word).ok_or_else(|| unknown(name))).transpose();
     if get("machine").is_some() {
         return Err(unknown("machine"));
+    }
+    // It looks for scales of inputs, which bisecting would take for weights that are off.
+    if get("quantizer").and_then(Quantizer::parse).is_some_and(|quantizer| quantizer.row().scales_inputs) {
+        return Err(unknown("quantizer"));
     }
     let quant = get("quant").unwrap_or("file");
     let weights = if ["file", "none"].contains(&quant) { None } else { dtype("quant")? };

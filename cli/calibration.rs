@@ -1,10 +1,10 @@
 //! Texts that models are calibrated on, and where what was measured on them is kept.
 //!
 //! ```text
-//! model files, text, version of this compiler  --hash-->  $XDG_CACHE_HOME/mansard/calibration/HASH.json, .../moments/HASH
+//! model files, text, version of this compiler  --hash-->  $XDG_CACHE_HOME/mansard/calibration/HASH.json, .../codes/HASH
 //! ```
 
-pub mod statistics;
+pub mod inputs;
 
 use crate::driver::{self, CompileOptions};
 use mansard_ir::{Error, Result, bail};

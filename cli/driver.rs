@@ -221,7 +221,7 @@ pub fn compile(
         stages.progress.advance(index + 1);
     }
     stages.begin("quantize", 0);
-    let _quantized = quantize::quantize(&mut model, input, options, quantizer, output, stages.progress)?;
+    quantize::quantize(&mut model, input, options, quantizer, stages.progress)?;
     let provenance = Provenance {
         version: env!("CARGO_PKG_VERSION").into(),
         sources,

@@ -5,10 +5,13 @@
 //!   perplexity     = exp(mean of -log q(next token))                 q: the artifact's distribution
 //!   KL divergence  = mean over positions of sum p (log p - log q)    p: the other's, every weight and cache in f32
 //!   top-1          = how often both hold the same token likeliest
+//! an encoder's vectors are compared paragraph by paragraph (eval/embeddings.rs)
 //! ```
 //!
 //! Distributions are compared whole, in f64, over the full vocabulary. A perplexity's error bar is one standard error of
 //! the mean.
+
+mod embeddings;
 
 use crate::report::{self, EngineArguments, OpenArguments};
 use mansard::budget::{WINDOW, divergence_term, log_sum, steps};
@@ -82,10 +85,15 @@ pub struct Divergence {
 /// Runs the command.
 ///
 /// # Errors
-/// Where a file does not open, the text is empty or no UTF-8, or the model is an encoder.
+/// Where a file does not open, the text is empty or no UTF-8, or an encoder has nothing to be compared with.
 pub fn run(arguments: &Arguments) -> Result<()> {
+    let model = arguments.engine.open(&arguments.artifact)?;
+    if model.info().encoder {
+        let found = embeddings::compare(&model, arguments)?;
+        return report::print(if arguments.json { report::json(&found)? } else { embeddings::table(&found) });
+    }
     let found = measure(
-        &arguments.engine.open(&arguments.artifact)?,
+        &model,
         &arguments.engine,
         &Request {
             text: arguments.text.as_deref(),

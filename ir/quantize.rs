@@ -9,6 +9,7 @@
 //! give the same bytes everywhere. How one group's scale is found is in `scales`; formats whose scales have few bits themselves
 //! are in [`float4`] and `kquants`. [`gptq`] chooses the codes of whole rows by what a matrix is multiplied with.
 
+pub mod awq;
 mod blocks;
 mod float4;
 pub mod gptq;
@@ -18,7 +19,8 @@ pub mod moments;
 mod scales;
 mod table;
 
-pub use table::{Needs, Prepared, QUANTIZERS, Quantizer};
+pub use gptq::TILE as ROWS;
+pub use table::{Needs, Prepared, QUANTIZERS, Quantizer, input_scales};
 
 use crate::formats::{DType, E4M3_UNIT, Format, IntFormat, Split, Zero, to_e4m3};
 use crate::{Result, bail};

@@ -30,6 +30,7 @@ pub mod precision;
 mod rebuild;
 pub mod rules;
 pub mod saturate;
+mod scales;
 pub mod weights;
 
 use ir::costs::Costs;

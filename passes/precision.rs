@@ -29,8 +29,8 @@
 
 use crate::assign::assign;
 use crate::rebuild::Builder;
-use crate::weights;
 use crate::{Options, State};
+use crate::{scales, weights};
 use ir::formats::CACHED;
 use ir::ops::Class;
 use ir::plan::MANY;
@@ -46,6 +46,7 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
         state.approximations.extend(weights::store(&mut state.model, dtype, options)?);
     }
     state.approximations.extend(assign(&mut state.model, options)?);
+    state.approximations.extend(scales::insert(&mut state.model, options.quantizer)?);
     let kv = options.kv.unwrap_or(if narrow(&state.model) { DType::F16 } else { DType::F32 });
     if let Some(dim) = heads_of_caches(&state.model).find(|dim| !kv.caches(*dim)) {
         let fit: Vec<String> = CACHED.iter().filter(|d| d.caches(dim)).map(DType::to_string).collect();

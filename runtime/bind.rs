@@ -6,7 +6,8 @@ use crate::cores::placement;
 use crate::memory::{Arena, Cpus, Memory};
 use mansard_ir::layout::aligned;
 use mansard_ir::plan::{Arg, Program};
-use mansard_ir::{Result, synthetic};
+use mansard_ir::{Result, bail, synthetic};
+use std::ops::Range;
 
 /// Where everything is that a launch may name.
 pub struct Addresses<'a> {
@@ -112,11 +113,16 @@ pub fn weight_addresses(artifact: &Artifact, copy: Option<&Arena>) -> Result<Vec
         // Kernels do not write to weights; the mapping would fault.
         return Ok(artifact.weights()?.iter().map(|weight| weight.as_ptr().cast_mut()).collect());
     };
-    let mut offset = 0;
-    let addresses = artifact.manifest().program.weights.iter().map(|weight| {
-        let address = arena.at(offset);
-        offset += aligned(weight.bytes);
-        address
-    });
-    Ok(addresses.collect())
+    let program = &artifact.manifest().program;
+    (0..program.weights.len()).map(|index| Ok(arena.at(copied_at(program, index)?.start))).collect()
+}
+
+/// Where in the copy a packed weight lies.
+///
+/// # Errors
+/// Where there is none of that number.
+pub fn copied_at(program: &Program, index: usize) -> Result<Range<usize>> {
+    let Some(weight) = program.weights.get(index) else { bail!(Internal, "no weight {index}") };
+    let start = program.weights[..index].iter().map(|w| aligned(w.bytes)).sum();
+    Ok(start..start + weight.bytes)
 }

@@ -18,7 +18,7 @@ use crate::memory::Memory;
 use crate::place::Place;
 use crate::profile::StepProfile;
 use crate::step::{Logits, Rows, Segment, StepArrays};
-use crate::watch::{Moment, Watch};
+use crate::watch::{Moment, SlowStep, Watch};
 use mansard_ir::plan::{Limits, Program, RowCount};
 use mansard_ir::{Error, Kind, Result, bail};
 use std::sync::Arc;
@@ -278,17 +278,23 @@ impl Engine {
         work: &[Work<'_>],
         watch: &mut dyn FnMut(Moment, &Watch<'_>) -> Result<()>,
     ) -> Result<StepOutput<'_>> {
-        let variant = self.begin(work)?;
-        let sequences: Vec<Sequence> =
-            work.iter().map(|w| find(&self.slots, w.sequence).cloned()).collect::<Result<_>>()?;
-        for launch in 0..self.program().variants[variant].launches.len() {
-            let sequences = sequences.as_slice();
-            watch(Moment::Before, &Watch { engine: self, sequences, variant, launch })?;
-            self.place.run(variant, &self.arrays, Logits::All, Some(launch))?;
-            watch(Moment::After, &Watch { engine: self, sequences, variant, launch })?;
+        let mut step = self.step_slowly(work)?;
+        while let Some(before) = step.watch() {
+            watch(Moment::Before, &before)?;
+            step.advance()?;
+            watch(Moment::After, &step.last())?;
         }
-        self.end(work)?;
-        Ok(self.output())
+        step.finish()
+    }
+
+    /// [`Engine::step`], all logits exact, whose launches are run one by one by the caller.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn step_slowly<'e, 'w>(&'e mut self, work: &'w [Work<'w>]) -> Result<SlowStep<'e, 'w>> {
+        let variant = self.begin(work)?;
+        let sequences = work.iter().map(|w| find(&self.slots, w.sequence).cloned()).collect::<Result<_>>()?;
+        Ok(SlowStep { engine: self, work, sequences, variant, launch: 0 })
     }
 
     /// Checks the work, takes cache blocks for it, and describes the step; gives the index of its variant.
@@ -310,7 +316,7 @@ impl Engine {
     }
 
     /// The tokens of the work are positions of their sequences now.
-    fn end(&mut self, work: &[Work<'_>]) -> Result<()> {
+    pub(crate) fn end(&mut self, work: &[Work<'_>]) -> Result<()> {
         for w in work {
             find_mut(&mut self.slots, w.sequence)?.length += w.tokens.len();
         }
@@ -447,7 +453,7 @@ impl Engine {
         Ok(())
     }
 
-    fn output(&self) -> StepOutput<'_> {
+    pub(crate) fn output(&self) -> StepOutput<'_> {
         let counts = [self.arrays.tokens.len(), self.arrays.sequences.len(), self.arrays.rows.len()];
         StepOutput { engine: self, counts }
     }

@@ -1,7 +1,7 @@
 //! Steps on workers of this process.
 
 use crate::artifact::Artifact;
-use crate::bind::{Addresses, copy_weights, make_weights, weight_addresses};
+use crate::bind::{Addresses, copied_at, copy_weights, make_weights, weight_addresses};
 use crate::code::{Executable, Image, Job, Running, choose};
 use crate::cores::physical_cores;
 use crate::engine::{EngineOptions, WeightPages};
@@ -24,7 +24,7 @@ pub struct Host {
     arena: Arena,
     scratch: Arena,
     // Kept for the launches, which hold its address.
-    _weights: Option<Arena>,
+    weights: Option<Arena>,
     artifact: Arc<Artifact>,
 }
 
@@ -64,7 +64,7 @@ impl Host {
         let recorder = options.profile.then(|| Arc::new(Recorder::new(threads, executable.most_launches())));
         let running = Running { executable: executable.clone(), recorder: recorder.clone() };
         let team = Team::new(threads, options.pin, running)?;
-        Ok(Host { team, executable, recorder, arena, scratch, _weights: weights, artifact: artifact.clone() })
+        Ok(Host { team, executable, recorder, arena, scratch, weights, artifact: artifact.clone() })
     }
 }
 
@@ -90,6 +90,18 @@ impl Place for Host {
 
     fn profile(&self, variant: usize) -> Option<StepProfile> {
         Some(self.recorder.as_ref()?.step(variant, self.executable.launches(variant)))
+    }
+
+    fn replace_weight(&mut self, index: usize, bytes: &[u8]) -> Result<()> {
+        let Some(arena) = &mut self.weights else {
+            bail!(Unsupported, "weights that are read where they are mapped cannot be replaced");
+        };
+        let range = copied_at(&self.artifact.manifest().program, index)?;
+        if range.len() != bytes.len() {
+            bail!(Internal, "weight {index} of {} bytes, {} to replace them", range.len(), bytes.len());
+        }
+        arena.bytes_mut()[range].copy_from_slice(bytes);
+        Ok(())
     }
 
     fn threads(&self) -> usize {

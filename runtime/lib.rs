@@ -79,7 +79,7 @@ pub use service::{Handle, Refused, Service, ServiceOptions};
 pub use step::{Logits, Rows};
 pub use template::Message;
 pub use tokens::{Decoder, Tokens};
-pub use watch::{Moment, Watch};
+pub use watch::{Moment, SlowStep, Watch};
 
 use mansard_ir::model::ModelInfo;
 use mansard_ir::{Error, Kind, Result};

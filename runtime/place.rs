@@ -3,7 +3,7 @@
 use crate::device::Address;
 use crate::profile::StepProfile;
 use crate::step::{Logits, StepArrays};
-use mansard_ir::Result;
+use mansard_ir::{Result, bail};
 use std::borrow::Cow;
 
 /// Memory and code of an opened artifact, ready to run steps.
@@ -29,6 +29,14 @@ pub trait Place: Send + Sync {
     /// Where a packed weight lies in a GPU's memory.
     fn weight(&self, _index: usize) -> Option<Address> {
         None
+    }
+
+    /// Gives a packed weight other bytes, between two launches.
+    ///
+    /// # Errors
+    /// Where weights are read where they are mapped, or lie on a GPU; where these are not as many bytes.
+    fn replace_weight(&mut self, _index: usize, _bytes: &[u8]) -> Result<()> {
+        bail!(Unsupported, "weights are replaced in copies of this process only, not on {}", self.name())
     }
 
     /// Workers; of a GPU multiprocessors.

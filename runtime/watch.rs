@@ -6,10 +6,12 @@
 //!  After   launch 7                       read its results
 //! ```
 //!
-//! For finding out which kernel computes something else than it should; nothing here is on the way of an ordinary step.
+//! For finding out which kernel computes something else than it should, and for quantizing a model while it runs: a step can wait
+//! for another's, and go on with other weights. Nothing here is on the way of an ordinary step.
 
 use crate::caches::Sequence;
-use crate::engine::Engine;
+use crate::engine::{Engine, StepOutput, Work};
+use crate::step::Logits;
 use mansard_ir::eval::{Cache, Step, Value};
 use mansard_ir::layout::CACHE_BLOCK;
 use mansard_ir::plan::{Arg, Launch, RowCount};
@@ -34,6 +36,65 @@ pub struct Watch<'a> {
     pub variant: usize,
     /// Index of the launch in it.
     pub launch: usize,
+}
+
+/// A step whose launches are run one by one.
+pub struct SlowStep<'e, 'w> {
+    pub(crate) engine: &'e mut Engine,
+    pub(crate) work: &'w [Work<'w>],
+    pub(crate) sequences: Vec<Sequence>,
+    pub(crate) variant: usize,
+    /// The next one.
+    pub(crate) launch: usize,
+}
+
+impl<'e> SlowStep<'e, '_> {
+    /// Memory before the next launch; `None` after the last.
+    pub fn watch(&self) -> Option<Watch<'_>> {
+        let launches = &self.engine.program().variants[self.variant].launches;
+        (self.launch < launches.len()).then(|| self.around(self.launch))
+    }
+
+    /// Memory after the launch that was run last.
+    pub(crate) fn last(&self) -> Watch<'_> {
+        self.around(self.launch.saturating_sub(1))
+    }
+
+    fn around(&self, launch: usize) -> Watch<'_> {
+        Watch { engine: self.engine, sequences: &self.sequences, variant: self.variant, launch }
+    }
+
+    /// Runs the next launch.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn advance(&mut self) -> Result<()> {
+        let Engine { place, arrays, .. } = &mut *self.engine;
+        place.run(self.variant, arrays, Logits::All, Some(self.launch))?;
+        self.launch += 1;
+        Ok(())
+    }
+
+    /// Launches from now on read other bytes of a packed weight.
+    ///
+    /// # Errors
+    /// Where the engine has no copy of the weights ([`crate::WeightPages::Huge`]), or the weight is not as long.
+    pub fn replace_weight(&mut self, index: usize, bytes: &[u8]) -> Result<()> {
+        self.engine.place.replace_weight(index, bytes)
+    }
+
+    /// What the step leaves, all launches having been run.
+    ///
+    /// # Errors
+    /// Where some have not.
+    pub fn finish(self) -> Result<StepOutput<'e>> {
+        if self.watch().is_some() {
+            bail!(Internal, "launch {} of a step has not been run", self.launch);
+        }
+        let SlowStep { engine, work, .. } = self;
+        engine.end(work)?;
+        Ok(engine.output())
+    }
 }
 
 impl Watch<'_> {

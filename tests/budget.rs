@@ -12,8 +12,12 @@ struct Folder(tempfile::TempDir);
 
 impl Folder {
     fn new() -> Folder {
+        Folder::of("llama")
+    }
+
+    fn of(golden: &str) -> Folder {
         let folder = Folder(tempfile::tempdir().unwrap());
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/llama");
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens").join(golden);
         for name in ["config.json", "model.safetensors"] {
             fs::copy(golden.join(name), folder.path(name)).unwrap();
         }
@@ -127,9 +131,14 @@ fn codes_chosen_by_a_text_are_better_than_the_nearest() {
     let (gptq, said) = quantized(&folder, "--quant int4-g32");
     assert!(said.contains("quantized to q4_0 by gptq, calibrated on text "), "{said}");
     assert!(gptq < 0.7 * nearest && importance < 1.3 * nearest, "{gptq} {importance} {nearest}");
+    // Inputs are divided by what columns were multiplied with: else these would be no small differences.
+    let (awq, said) = quantized(&folder, "--quant int4-g32 --quantizer awq");
+    assert!(said.contains("quantized to q4_0 by awq") && said.contains("scaled column by column 8 times"), "{said}");
+    assert!(awq < 2.0 * nearest, "{awq} {nearest}");
+    quantized(&folder, "--quant int4-g32");
     let once = fs::read(folder.path("m.mansard")).unwrap();
     assert!(once.len() < nearest_bytes.len() + 4096, "as many bytes of weights");
-    assert_eq!(fs::read_dir(folder.path("cache/mansard/moments")).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(folder.path("cache/mansard/codes")).unwrap().count(), 3, "one for each quantizer");
     // The same from what was kept, on another number of threads, and when it has to be taken again.
     for again in ["", "--threads 1", "--threads 3"] {
         if !again.is_empty() {
@@ -138,11 +147,13 @@ fn codes_chosen_by_a_text_are_better_than_the_nearest() {
         quantized(&folder, &format!("--quant int4-g32 {again}"));
         assert!(once == fs::read(folder.path("m.mansard")).unwrap(), "{again}");
     }
-    // What was kept is damaged: taken again.
-    let kept = fs::read_dir(folder.path("cache/mansard/moments")).unwrap().flatten().next().unwrap().path();
-    fs::write(&kept, [9; 40]).unwrap();
-    quantized(&folder, "--quant int4-g32");
-    assert!(once == fs::read(folder.path("m.mansard")).unwrap());
+    // What was kept is damaged: made again.
+    let kept = fs::read_dir(folder.path("cache/mansard/codes")).unwrap().flatten().next().unwrap().path();
+    for damage in [vec![9; 40], vec![]] {
+        fs::write(&kept, damage).unwrap();
+        quantized(&folder, "--quant int4-g32");
+        assert!(once == fs::read(folder.path("m.mansard")).unwrap());
+    }
     // Another text, other codes; nothing is lost where 8 bits are nearest anyway.
     quantized(&folder, &format!("--quant int4-g32 --calibration {}", folder.path("text.txt").display()));
     assert!(once != fs::read(folder.path("m.mansard")).unwrap());
@@ -155,4 +166,35 @@ fn codes_chosen_by_a_text_are_better_than_the_nearest() {
     folder.refused(&empty, 3, &["expected a text"]);
     fs::remove_file(folder.path("tokenizer.json")).unwrap();
     folder.refused("--quant int4-g32 --quantizer gptq", 2, &["tokenizer", "nearest"]);
+}
+
+#[test]
+fn encoders_are_calibrated_on_texts_and_compared_by_their_vectors() {
+    let folder = Folder::of("bert");
+    let texts =
+        ["the quick brown fox", "it is said, jumps over a lazy dog.", "a letter takes four days", "bread, water"];
+    fs::write(folder.path("text.txt"), texts.join("\n\n")).unwrap();
+    let eval = |arguments: &[&str]| {
+        let mut eval = Command::new(env!("CARGO_BIN_EXE_mansard"));
+        eval.arg("eval").arg(folder.path("m.mansard")).args(["--json", "--text"]).arg(folder.path("text.txt"));
+        eval.args(arguments).output().unwrap()
+    };
+    let error = |arguments: &str| {
+        let out = folder.compile(arguments);
+        assert!(out.status.success(), "{arguments}: {}", String::from_utf8_lossy(&out.stderr));
+        let out = eval(&["--against", folder.0.path().to_str().unwrap()]);
+        let found: Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!(found["texts"], 4, "{found}");
+        let figure = |name: &str| found[name].as_f64().unwrap();
+        assert!(figure("cosine_error_mean") <= figure("cosine_error_max") + 1e-12, "{found}");
+        figure("cosine_error_mean")
+    };
+    assert!(error("--quant none").abs() < 1e-6, "the model itself");
+    let (nearest, gptq) = (error("--quant int4-g32 --quantizer nearest"), error("--quant int4-g32"));
+    assert!(nearest > 1e-6 && gptq < nearest, "{gptq} {nearest}");
+    let out = eval(&[]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(2) && said.contains("--against"), "{said}");
+    fs::remove_file(folder.path("m.mansard")).unwrap();
+    folder.refused("--max-kld 0.1 --workload prompt=16", 4, &["encoder"]);
 }

@@ -126,7 +126,7 @@ fn distance(family: &str, output: &str) -> f32 {
     // An encoder sees all at once; others go on token by token, the last time with what was recorded.
     let last = if output == "hidden" { 0 } else { 3 };
     let (first, rest) = tokens.split_at(tokens.len() - last);
-    let mut got = vec![];
+    let mut got: Vec<f32> = vec![];
     for tokens in std::iter::once(first).chain(rest.chunks(1)) {
         let step = engine.step(&[Work { sequence, tokens, rows: Rows::All }]).unwrap();
         got.extend(step.rows(output).unwrap().iter().flatten());

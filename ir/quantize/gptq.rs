@@ -1,6 +1,7 @@
 //! Rows of reals -> codes that disturb a matrix's results least, given the second moments `H` of its inputs.
 //!
 //! ```text
+//! w = the row, or what results want instead where the inputs have shifted (moments.rs)
 //! columns in order of their inputs' squares, the largest first:
 //!   q[k] = nearest(w[k] + sum over earlier i of (w[i] - q[i]) U[i, k])          H = U D U^T
 //! then, for the least (w - q) H (w - q)^T:
@@ -10,15 +11,16 @@
 //! The first part is GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 //! Transformers", 2022) in the form of LDLQ (Chee et al., "QuIP", 2023), which it equals. Scales are chosen before, from all
 //! columns, so columns may be taken in any order while the format's groups stay those of neighbours. The second part is
-//! coordinate descent (Behdin et al., "QuantEase", 2023), which never makes it worse. Rows are independent; several are done
-//! together because they read the same factors.
+//! coordinate descent (Behdin et al., "QuantEase", 2023), which never makes it worse. Rows are independent; many are done
+//! together, block of columns after block, so that what a block does to the others is a product of matrices.
 
-use super::linear::{add, factor};
-use super::moments::{Moments, importance};
-use super::{Blocks, Line, MOST, Reals, float4, put_figures};
+use super::linear::{add, factor, solve};
+use super::moments::{self, Moments, importance};
+use super::{Blocks, Line, Reals, float4, put_figures};
 use crate::formats::{DType, Zero};
 use crate::{Result, bail};
 use half::f16;
+use ndarray::{ArrayView2, ArrayViewMut2, linalg::general_mat_mul, s};
 use std::ops::Range;
 
 /// What is added to each column's own square, as a share of their mean. The usual 0.01 follows a text of few rows for each column
@@ -28,11 +30,11 @@ const DAMPING: f64 = 0.05;
 /// Rounds of scales and codes.
 const ROUNDS: usize = 2;
 
-/// Columns whose errors are handed to all later ones at once.
-const BATCH: usize = 32;
+/// Columns that are gone through before the others hear of it: whole quant blocks, or so many where those are narrower.
+const BATCH: usize = 64;
 
-/// Rows that are done together.
-const TILE: usize = 8;
+/// Rows that are done together; many at a time are faster.
+pub const TILE: usize = 128;
 
 /// Factors of one matrix's second moments.
 pub struct Prepared {
@@ -50,15 +52,17 @@ struct Part {
     /// Right of the diagonal: how much of an earlier column's error a later one takes, in that order.
     share: Vec<f32>,
     importance: Vec<f32>,
+    /// What of a row its results want to be added to it, where inputs have shifted.
+    shift: Option<Vec<f32>>,
 }
 
 impl Prepared {
-    /// Factors `moments`.
+    /// Factors `moments`, on several threads, whose number changes nothing.
     ///
     /// # Errors
     /// Where they are not those of any rows of numbers.
-    pub fn new(moments: &Moments) -> Result<Prepared> {
-        let parts = moments.blocks().map(|(range, sums)| Part::new(range, sums)).collect::<Result<_>>()?;
+    pub fn new(moments: &Moments, threads: usize) -> Result<Prepared> {
+        let parts = moments.blocks().map(|block| Part::new(&block, threads)).collect::<Result<_>>()?;
         Ok(Prepared { columns: moments.columns(), parts })
     }
 
@@ -73,26 +77,16 @@ impl Prepared {
             bail!(Input, "rows of {} do not fill whole groups of {dtype}", self.columns);
         };
         blocks.check(rows, out)?;
-        let tiles = rows.chunks(TILE * self.columns).zip(out.chunks_mut(TILE * bytes));
-        for (rows, out) in tiles {
+        let of = |at: usize| at / blocks.format.block * blocks.format.block_bytes;
+        for (rows, out) in rows.chunks(TILE * self.columns).zip(out.chunks_mut(TILE * bytes)) {
             for part in &self.parts {
-                let mut tile = rows.chunks_exact(self.columns).zip(out.chunks_exact_mut(bytes));
-                let size = blocks.format.block;
-                let of = |at: usize| at / size * blocks.format.block_bytes;
-                let tile = tile.by_ref().map(|(row, out)| {
-                    let outer = float4::outer_scale(row);
-                    Row::new(
-                        blocks,
-                        part,
-                        &row[part.range.clone()],
-                        outer,
-                        &mut out[of(part.range.start)..of(part.range.end)],
-                    )
-                });
-                let mut tile: Vec<Row<'_>> = tile.collect::<Result<_>>()?;
-                part.pass_on(&mut tile);
-                part.descend(&mut tile);
-                tile.iter_mut().for_each(Row::finish);
+                let (range, place) = (part.range.clone(), of(part.range.start)..of(part.range.end));
+                let reals = rows.chunks_exact(self.columns).map(|row| (&row[range.clone()], float4::outer_scale(row)));
+                let out = out.chunks_exact_mut(bytes).map(|out| &mut out[place.clone()]);
+                let mut tile = Tile::new(blocks, part, &reals.collect::<Vec<_>>(), out.collect())?;
+                tile.pass_on();
+                tile.descend();
+                tile.finish();
             }
         }
         Ok(())
@@ -100,8 +94,8 @@ impl Prepared {
 }
 
 impl Part {
-    fn new(range: Range<usize>, sums: &[f32]) -> Result<Part> {
-        let n = range.len();
+    fn new(block: &moments::Block<'_>, threads: usize) -> Result<Part> {
+        let (range, sums, n) = (block.range.clone(), block.sums, block.range.len());
         let at = |i: usize, j: usize| f64::from(if i <= j { sums[i * n + j] } else { sums[j * n + i] });
         let squares: Vec<f32> = (0..n).map(|i| sums[i * n + i]).collect();
         let mean = squares.iter().map(|x| f64::from(*x)).sum::<f64>() / n.max(1) as f64;
@@ -118,137 +112,205 @@ impl Part {
                 let share = a.iter().map(|x| *x as f32).collect();
                 let damped = |k: usize| at(k / n, k % n) + if k / n == k % n { more } else { 0.0 };
                 let moments = (0..n * n).map(|k| damped(k) as f32).collect();
-                return Ok(Part { range, moments, order, share, importance: importance(&squares) });
+                let shift = block.shift.map(|shift| solved(&a, &order, shift, threads));
+                return Ok(Part { range, moments, order, share, importance: importance(&squares), shift });
             }
         }
         bail!(Input, "the second moments of columns {range:?} are not those of any rows");
     }
 
-    /// Every column once, its error shared among those that come later.
-    fn pass_on(&self, tile: &mut [Row<'_>]) {
-        let n = self.range.len();
-        for row in tile.iter_mut() {
-            row.work = self.order.iter().map(|c| row.reals[*c]).collect();
-        }
-        for first in (0..n).step_by(BATCH) {
-            let last = n.min(first + BATCH);
-            for row in tile.iter_mut() {
-                let mut off = [0.0; BATCH];
-                for k in first..last {
-                    let column = self.order[k];
-                    row.choose(column, row.work[k]);
-                    off[k - first] = row.off[column];
-                    add(&mut row.work[k + 1..last], &[row.off[column]], |_| &self.share[k * n + k + 1..]);
-                }
-                add(&mut row.work[last..], &off[..last - first], |k| &self.share[(first + k) * n + last..]);
-            }
-        }
-    }
-
-    /// Scales given codes and codes given scales, one at a time, each the best for the whole row.
-    fn descend(&self, tile: &mut [Row<'_>]) {
-        let n = self.range.len();
-        let moments = |j: usize| &self.moments[j * n..][..n];
-        // From here on `work` is what the errors come to: off H.
-        for row in tile.iter_mut() {
-            row.work.fill(0.0);
-        }
-        for first in (0..n).step_by(BATCH) {
-            for row in tile.iter_mut() {
-                add(&mut row.work, &row.off[first..n.min(first + BATCH)], |j| moments(first + j));
-            }
-        }
-        for _ in 0..ROUNDS {
-            let groups = tile.first().map_or(0, |row| row.lines.len());
-            for group in 0..groups {
-                tile.iter_mut().for_each(|row| row.refit(self, group));
-            }
-            for j in 0..n {
-                for row in tile.iter_mut() {
-                    let before = row.off[j];
-                    row.choose(j, row.reals[j] - before + row.work[j] / moments(j)[j]);
-                    if row.off[j] != before {
-                        add(&mut row.work, &[row.off[j] - before], |_| moments(j));
-                    }
-                }
-            }
-        }
+    fn matrix<'a>(&self, values: &'a [f32]) -> ArrayView2<'a, f32> {
+        matrix(values, self.range.len())
     }
 }
 
-/// One row within one diagonal block.
-struct Row<'a> {
+/// Rows of `n`.
+fn matrix(values: &[f32], n: usize) -> ArrayView2<'_, f32> {
+    ArrayView2::from_shape((values.len() / n.max(1), n), values).expect("whole rows")
+}
+
+fn matrix_mut(values: &mut [f32], n: usize) -> ArrayViewMut2<'_, f32> {
+    ArrayViewMut2::from_shape((values.len() / n.max(1), n), values).expect("whole rows")
+}
+
+/// `shift H^-1`, of whose factors columns are in that order.
+fn solved(factors: &[f64], order: &[usize], shift: &[f32], threads: usize) -> Vec<f32> {
+    let n = order.len();
+    let mut solved = vec![0.0; n * n];
+    let lines = n.div_ceil(threads.max(1)).next_multiple_of(TILE);
+    std::thread::scope(|scope| {
+        for (shift, out) in shift.chunks(lines * n).zip(solved.chunks_mut(lines * n)) {
+            scope.spawn(move || {
+                for (shift, out) in shift.chunks(TILE * n).zip(out.chunks_mut(TILE * n)) {
+                    let ordered = |line: &[f32]| order.iter().map(|c| f64::from(line[*c])).collect::<Vec<_>>();
+                    let mut rows: Vec<f64> = shift.chunks_exact(n).flat_map(ordered).collect();
+                    solve(factors, n, &mut rows);
+                    for (row, out) in rows.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
+                        row.iter().zip(order).for_each(|(x, c)| out[*c] = *x as f32);
+                    }
+                }
+            });
+        }
+    });
+    solved
+}
+
+/// Some rows within one diagonal block. Matrices are row-major.
+struct Tile<'a> {
     blocks: Blocks,
-    reals: &'a [f32],
-    out: &'a mut [u8],
-    /// What the codes of each group stand for.
+    part: &'a Part,
+    reals: Vec<f32>,
+    out: Vec<&'a mut [u8]>,
+    /// What the codes of each row and group stand for.
     lines: Vec<Line>,
     codes: Vec<u8>,
     /// What each column is off: its real less what its code stands for.
     off: Vec<f32>,
+    /// What errors so far come to.
     work: Vec<f32>,
 }
 
-impl<'a> Row<'a> {
-    fn new(blocks: Blocks, part: &Part, reals: &'a [f32], outer: f32, out: &'a mut [u8]) -> Result<Row<'a>> {
-        let (size, mut lines) = (blocks.format.block, vec![]);
-        let all = reals.chunks_exact(size).zip(part.importance.chunks_exact(size));
-        for ((values, importance), out) in all.zip(out.chunks_exact_mut(blocks.format.block_bytes)) {
-            let figures = blocks.fit(Reals { values, importance, outer }, out)?;
-            lines.extend((0..size / blocks.int.group).map(|group| Line::new(blocks.int, figures.of(group))));
+impl<'a> Tile<'a> {
+    /// Of rows, each with what its scales are multiples of, their figures put.
+    fn new(blocks: Blocks, part: &'a Part, rows: &[(&[f32], f32)], out: Vec<&'a mut [u8]>) -> Result<Tile<'a>> {
+        let (n, size, count) = (part.range.len(), blocks.format.block, rows.len());
+        let mut reals: Vec<f32> = rows.iter().flat_map(|(row, _)| row.iter().copied()).collect();
+        if let Some(shift) = &part.shift {
+            let given = reals.clone();
+            general_mat_mul(1.0, &matrix(&given, n), &part.matrix(shift), 1.0, &mut matrix_mut(&mut reals, n));
         }
-        Ok(Row { blocks, reals, out, lines, codes: vec![0; reals.len()], off: vec![0.0; reals.len()], work: vec![] })
+        let room = || vec![0.0; count * n];
+        let mut tile =
+            Tile { blocks, part, lines: vec![], codes: vec![0; count * n], off: room(), work: room(), out, reals };
+        for ((row, (_, outer)), out) in tile.reals.chunks_exact(n).zip(rows).zip(&mut tile.out) {
+            let all = row.chunks_exact(size).zip(part.importance.chunks_exact(size));
+            for ((values, importance), out) in all.zip(out.chunks_exact_mut(blocks.format.block_bytes)) {
+                let figures = blocks.fit(Reals { values, importance, outer: *outer }, out)?;
+                let groups = 0..size / blocks.int.group;
+                tile.lines.extend(groups.map(|group| Line::new(blocks.int, figures.of(group))));
+            }
+        }
+        Ok(tile)
+    }
+
+    /// Every column once, its error shared among those that come later.
+    fn pass_on(&mut self) {
+        let n = self.part.range.len();
+        for (work, row) in self.work.chunks_exact_mut(n).zip(self.reals.chunks_exact(n)) {
+            work.iter_mut().zip(&self.part.order).for_each(|(work, c)| *work = row[*c]);
+        }
+        for first in (0..n).step_by(BATCH) {
+            let last = n.min(first + BATCH);
+            let mut off = vec![0.0; self.out.len() * (last - first)];
+            for (row, off) in off.chunks_exact_mut(last - first).enumerate() {
+                for k in first..last {
+                    let column = self.part.order[k];
+                    self.choose(row, column, self.work[row * n + k]);
+                    off[k - first] = self.off[row * n + column];
+                    let later = &mut self.work[row * n + k + 1..row * n + last];
+                    add(later, &[off[k - first]], |_| &self.part.share[k * n + k + 1..]);
+                }
+            }
+            let share = self.part.matrix(&self.part.share);
+            let mut work = matrix_mut(&mut self.work, n);
+            let mut later = work.slice_mut(s![.., last..]);
+            general_mat_mul(1.0, &matrix(&off, last - first), &share.slice(s![first..last, last..]), 1.0, &mut later);
+        }
+    }
+
+    /// Scales given codes and codes given scales, one at a time, each the best for the whole row.
+    fn descend(&mut self) {
+        let n = self.part.range.len();
+        let moments = self.part.matrix(&self.part.moments);
+        // From here on `work` is what the errors come to: off H.
+        general_mat_mul(1.0, &matrix(&self.off, n), &moments, 0.0, &mut matrix_mut(&mut self.work, n));
+        let batch = BATCH.max(self.blocks.format.block);
+        for _ in 0..ROUNDS {
+            for first in (0..n).step_by(batch) {
+                let last = n.min(first + batch);
+                let mut moved = vec![0.0; self.out.len() * (last - first)];
+                for (row, moved) in moved.chunks_exact_mut(last - first).enumerate() {
+                    let own = row * n + first..row * n + last;
+                    moved.copy_from_slice(&self.off[own.clone()]);
+                    let mut work = self.work[own.clone()].to_vec();
+                    for at in (first..last).step_by(self.blocks.int.group) {
+                        self.refit(row, at, first, &mut work);
+                    }
+                    for column in first..last {
+                        self.improve(row, column, first, &mut work);
+                    }
+                    moved.iter_mut().zip(&self.off[own]).for_each(|(moved, off)| *moved = off - *moved);
+                }
+                let (moved, mut work) = (matrix(&moved, last - first), matrix_mut(&mut self.work, n));
+                general_mat_mul(1.0, &moved, &moments.slice(s![first..last, ..]), 1.0, &mut work);
+            }
+        }
     }
 
     /// Gives a column the code nearest to `wanted`.
-    fn choose(&mut self, column: usize, wanted: f32) {
-        let line = &self.lines[column / self.blocks.int.group];
+    fn choose(&mut self, row: usize, column: usize, wanted: f32) {
+        let n = self.part.range.len();
+        let line = &self.lines[(row * n + column) / self.blocks.int.group];
         let code = line.nearest(wanted);
-        self.codes[column] = code;
-        self.off[column] = self.reals[column] - line.real(code);
+        self.codes[row * n + column] = code;
+        self.off[row * n + column] = self.reals[row * n + column] - line.real(code);
     }
 
-    /// Moves the scale, and the minimum, of a group to where the row is off least; for formats whose blocks are one group
-    /// with figures of their own.
-    fn refit(&mut self, part: &Part, group: usize) {
-        let (int, n) = (self.blocks.int, self.reals.len());
+    /// Gives a column the best code given all others. `work` is that of the columns from `first` on.
+    fn improve(&mut self, row: usize, column: usize, first: usize, work: &mut [f32]) {
+        let n = self.part.range.len();
+        let (at, moments) = (row * n + column, &self.part.moments[column * n..][..n]);
+        let before = self.off[at];
+        self.choose(row, column, self.reals[at] - before + work[column - first] / moments[column]);
+        if self.off[at] != before {
+            add(work, &[self.off[at] - before], |_| &moments[first..]);
+        }
+    }
+
+    /// Moves the scale, and the minimum, of the group from column `at` on to where the row is off least; for formats whose
+    /// blocks are one group with figures of their own.
+    fn refit(&mut self, row: usize, at: usize, first: usize, work: &mut [f32]) {
+        let (int, n) = (self.blocks.int, self.part.range.len());
         if self.blocks.format.block != int.group || matches!(int.zero, Zero::E2M1 | Zero::E4M3) {
             return;
         }
-        let range = group * int.group..(group + 1) * int.group;
+        let (own, group) = (row * n + at..row * n + at + int.group, (row * n + at) / int.group);
         let steps: &[bool] = if int.zero == Zero::Min { &[true, false] } else { &[true] };
         for scale in steps {
-            let (line, mut along) = (self.lines[group], [0f32; MOST.0]);
+            let line = self.lines[group];
             let unit = Line::new(int, if *scale { (1.0, line.figures.1) } else { (0.0, 1.0) });
-            for (x, code) in along.iter_mut().zip(&self.codes[range.clone()]) {
-                *x = unit.real(*code) - if *scale && int.zero == Zero::Min { line.figures.1 } else { 0.0 };
-            }
-            let mut moved = vec![0.0; n];
-            add(&mut moved, &along[..int.group], |j| &part.moments[(range.start + j) * n..][..n]);
-            let product = |y: &[f32]| along.iter().zip(&y[range.clone()]).map(|(a, b)| f64::from(a * b)).sum::<f64>();
-            let (slope, curve) = (product(&self.work), product(&moved));
+            let constant = if *scale && int.zero == Zero::Min { line.figures.1 } else { 0.0 };
+            let along: Vec<f32> = self.codes[own.clone()].iter().map(|code| unit.real(*code) - constant).collect();
+            let mut moved = vec![0.0; work.len()];
+            add(&mut moved, &along, |j| &self.part.moments[(at + j) * n + first..(at + j + 1) * n]);
+            let product = |y: &[f32]| along.iter().zip(&y[at - first..]).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+            let (slope, curve) = (product(work), product(&moved));
             let (old, other) = if *scale { line.figures } else { (line.figures.1, line.figures.0) };
             let new = f16::from_f32(old + (slope / curve) as f32).to_f32();
             let by = f64::from(new - old);
             if !(curve > 0.0 && new.is_finite() && by * (by * curve - 2.0 * slope) < 0.0) {
                 continue;
             }
-            self.lines[group] = Line::new(int, if *scale { (new, other) } else { (other, new) });
-            add(&mut self.work, &[-by as f32], |_| &moved);
-            for (j, code) in range.clone().zip(&self.codes[range.clone()]) {
-                self.off[j] = self.reals[j] - self.lines[group].real(*code);
+            let line = Line::new(int, if *scale { (new, other) } else { (other, new) });
+            self.lines[group] = line;
+            add(work, &[-by as f32], |_| &moved);
+            for j in own.clone() {
+                self.off[j] = self.reals[j] - line.real(self.codes[j]);
             }
-            let (first, second) = self.lines[group].figures;
-            let block = &mut self.out[group * self.blocks.format.block_bytes..];
+            let (first, second) = line.figures;
+            let block = &mut self.out[row][at / int.group * self.blocks.format.block_bytes..];
             put_figures(int, (f16::from_f32(first), f16::from_f32(second)), block);
         }
     }
 
     /// Puts the codes beside the figures.
     fn finish(&mut self) {
-        let blocks = self.codes.chunks_exact(self.blocks.format.block);
-        for (codes, out) in blocks.zip(self.out.chunks_exact_mut(self.blocks.format.block_bytes)) {
-            self.blocks.put(codes, out);
+        let n = self.part.range.len();
+        for (codes, out) in self.codes.chunks_exact(n).zip(&mut self.out) {
+            let blocks = codes.chunks_exact(self.blocks.format.block);
+            for (codes, out) in blocks.zip(out.chunks_exact_mut(self.blocks.format.block_bytes)) {
+                self.blocks.put(codes, out);
+            }
         }
     }
 }

@@ -1,8 +1,9 @@
 //! What quantizers need of linear algebra: sums of rows, and symmetric positive matrices -> triangular factors, `H = U D U^T`
 //! with `U` upper triangular, ones on its diagonal.
 //!
-//! Factors from the last column to the first, in blocks of columns, so that most of the work is dot products of neighbouring figures.
-//! In f64. Source: Golub and Van Loan, "Matrix Computations", section 4.1 (LDL^T, from the other end).
+//! Factors from the last column to the first, in blocks of columns, so that most of the work is products of matrices. In f64. Source: Golub and Van Loan, "Matrix Computations", section 4.1 (LDL^T, from the other end).
+
+use ndarray::{ArrayView2, ArrayViewMut2, Axis, linalg::general_mat_mul, s};
 
 /// Columns that are factored together.
 const BLOCK: usize = 48;
@@ -33,21 +34,14 @@ pub fn add<'a>(to: &mut [f32], factors: &[f32], row: impl Fn(usize) -> &'a [f32]
 /// place of the diagonal. `None` where the matrix is not positive.
 pub fn factor(a: &mut [f64], n: usize) -> Option<()> {
     let mut d = vec![0.0; n];
-    let mut scaled = vec![];
     let mut last = n;
     while last > 0 {
         let first = last.saturating_sub(BLOCK);
         // What later columns explain.
-        scaled.clear();
-        for row in a[first * n..last * n].chunks_exact(n) {
-            scaled.extend(row[last..].iter().zip(&d[last..]).map(|(u, d)| u * d));
-        }
-        for (i, row) in a[..last * n].chunks_exact_mut(n).enumerate() {
-            let (block, later) = row.split_at_mut(last);
-            for (j, x) in block.iter_mut().enumerate().skip(first.max(i)) {
-                *x -= dot(later, &scaled[(j - first) * later.len()..][..later.len()]);
-            }
-        }
+        let mut view = ArrayViewMut2::from_shape((n, n), &mut *a).ok()?;
+        let (block, later) = view.multi_slice_mut((s![..last, first..last], s![..last, last..]));
+        let scaled = &later.slice(s![first.., ..]) * &ArrayView2::from_shape((1, n - last), &d[last..]).ok()?;
+        general_mat_mul(-1.0, &later, &scaled.t(), 1.0, &mut { block });
         // What the block's own explain.
         for j in (first..last).rev() {
             let pivot: Vec<f64> = (j + 1..last).map(|k| a[j * n + k] * d[k]).collect();
@@ -64,6 +58,42 @@ pub fn factor(a: &mut [f64], n: usize) -> Option<()> {
     }
     d.iter().enumerate().for_each(|(j, d)| a[j * n + j] = *d);
     Some(())
+}
+
+/// Rows `x` of which `x U D U^T` are the rows given, in their place; `u` as [`factor`] leaves it.
+pub fn solve(u: &[f64], n: usize, rows: &mut [f64]) {
+    let size = (rows.len() / n.max(1), n);
+    let (Ok(factors), Ok(mut all)) = (ArrayView2::from_shape((n, n), u), ArrayViewMut2::from_shape(size, rows)) else {
+        return;
+    };
+    // Times (U^T)^-1, from the last column to the first.
+    let mut last = n;
+    while last > 0 {
+        let first = last.saturating_sub(BLOCK);
+        let (mut block, after) = all.multi_slice_mut((s![.., first..last], s![.., last..]));
+        general_mat_mul(-1.0, &after, &factors.slice(s![first..last, last..]).t(), 1.0, &mut block);
+        for row in block.rows_mut() {
+            let Some(row) = row.into_slice() else { return };
+            for j in (0..row.len()).rev() {
+                row[j] -= dot(&row[j + 1..], &u[(first + j) * n + first + j + 1..(first + j) * n + last]);
+            }
+        }
+        last = first;
+    }
+    // Times (U D)^-1, from the first column to the last.
+    for first in (0..n).step_by(BLOCK) {
+        let last = n.min(first + BLOCK);
+        let (before, mut block) = all.multi_slice_mut((s![.., ..first], s![.., first..last]));
+        block.axis_iter_mut(Axis(1)).zip(first..).for_each(|(mut column, j)| column /= u[j * n + j]);
+        general_mat_mul(-1.0, &before, &factors.slice(s![..first, first..last]), 1.0, &mut block);
+        for row in block.rows_mut() {
+            let Some(row) = row.into_slice() else { return };
+            for j in 0..row.len() {
+                let (x, later) = (row[j], &u[(first + j) * n + first + j + 1..(first + j) * n + last]);
+                row[j + 1..].iter_mut().zip(later).for_each(|(to, u)| *to -= x * u);
+            }
+        }
+    }
 }
 
 fn dot(x: &[f64], y: &[f64]) -> f64 {
@@ -109,6 +139,12 @@ mod tests {
                 let back: f64 = (j..n).map(|k| u(i, k) * a[k * n + k] * u(j, k)).sum();
                 assert!((back - moment(i, j)).abs() < 1e-9 * n as f64, "{n}: {i} {j}");
             }
+            let wanted: Vec<f64> = random.reals(3 * n).into_iter().map(f64::from).collect();
+            let product = |x: &[f64], j: usize| (0..n).map(|i| x[i] * moment(i, j)).sum::<f64>();
+            let mut rows: Vec<f64> = wanted.chunks(n).flat_map(|x| (0..n).map(move |j| product(x, j))).collect();
+            solve(&a, n, &mut rows);
+            let most = rows.iter().zip(&wanted).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            assert!(most < 1e-7 * n as f64, "{n}: {most}");
         }
         assert!(factor(&mut [1.0, 2.0, 2.0, 1.0], 2).is_none());
         assert!(factor(&mut [f64::NAN], 1).is_none());

@@ -1,5 +1,6 @@
 //! The table of quantizers: how codes and scales are chosen, and what must be known of a matrix's inputs for it.
 
+use super::awq::{self, Sample};
 use super::moments::Moments;
 use super::moments::importance;
 use super::{gptq, quantize_by_importance};
@@ -15,6 +16,7 @@ pub enum Quantizer {
     Nearest,
     Importance,
     Gptq,
+    Awq,
 }
 
 /// What a quantizer must know of the rows that a matrix is multiplied with.
@@ -36,29 +38,41 @@ pub struct Row {
     pub name: &'static str,
     /// What it must know.
     pub needs: Needs,
+    /// It scales columns of inputs, too.
+    pub scales_inputs: bool,
     /// One line of meaning; its source.
     pub meaning: &'static str,
 }
 
 /// The table, in the order of [`Quantizer`].
-pub static QUANTIZERS: [Row; 3] = [
+pub static QUANTIZERS: [Row; 4] = [
     Row {
         quantizer: Quantizer::Nearest,
         name: "nearest",
         needs: Needs::Weights,
+        scales_inputs: false,
         meaning: "to nearest, scales of least squared error",
     },
     Row {
         quantizer: Quantizer::Importance,
         name: "importance",
         needs: Needs::Squares,
+        scales_inputs: false,
         meaning: "to nearest, scales of least squared error weighted with the mean square of each column's inputs",
     },
     Row {
         quantizer: Quantizer::Gptq,
         name: "gptq",
         needs: Needs::Moments,
+        scales_inputs: false,
         meaning: "column by column, errors passed on to later columns (GPTQ), then codes and scales one at a time",
+    },
+    Row {
+        quantizer: Quantizer::Awq,
+        name: "awq",
+        needs: Needs::Moments,
+        scales_inputs: true,
+        meaning: "to nearest, after columns are scaled by a power of their inputs' size, which the inputs are divided by (AWQ)",
     },
 ];
 
@@ -72,6 +86,11 @@ impl Quantizer {
     pub fn parse(name: &str) -> Option<Quantizer> {
         QUANTIZERS.iter().find(|row| row.name == name).map(|row| row.quantizer)
     }
+}
+
+/// The weight that holds what the inputs of a matrix are multiplied with, named after that matrix.
+pub fn input_scales(matrix: &str) -> String {
+    format!("{matrix}.input_scales")
 }
 
 impl fmt::Display for Quantizer {
@@ -88,21 +107,24 @@ pub enum Prepared {
     Importance(Vec<f32>),
     /// Factors.
     Gptq(gptq::Prepared),
+    /// What columns are multiplied with first.
+    Awq(Vec<f32>),
 }
 
 impl Prepared {
-    /// For quantizing by `quantizer`.
+    /// For quantizing by `quantizer`, made on several threads; `samples` of the matrices are for one that scales inputs.
     ///
     /// # Errors
     /// Where the moments are no numbers.
-    pub fn new(quantizer: Quantizer, moments: &Moments) -> Result<Prepared> {
+    pub fn new(quantizer: Quantizer, moments: &Moments, samples: &[Sample], threads: usize) -> Result<Prepared> {
         if moments.diagonal().iter().any(|x| !x.is_finite() || *x < 0.0) {
             bail!(Input, "the inputs of a matrix are no numbers on the calibration text");
         }
         Ok(match quantizer {
             Quantizer::Nearest => Prepared::Nearest,
             Quantizer::Importance => Prepared::Importance(importance(&moments.diagonal())),
-            Quantizer::Gptq => Prepared::Gptq(gptq::Prepared::new(moments)?),
+            Quantizer::Awq => Prepared::Awq(awq::search(moments, samples)?),
+            Quantizer::Gptq => Prepared::Gptq(gptq::Prepared::new(moments, threads)?),
         })
     }
 
@@ -116,8 +138,12 @@ impl Prepared {
         };
         let importance = match self {
             Prepared::Gptq(prepared) => return prepared.quantize(dtype, rows, out),
-            Prepared::Importance(importance) if importance.len() != columns => {
-                bail!(Internal, "rows of {columns}, the importance of {} columns", importance.len())
+            Prepared::Importance(known) | Prepared::Awq(known) if known.len() != columns => {
+                bail!(Internal, "rows of {columns}, where {} columns are known", known.len())
+            }
+            Prepared::Awq(scales) => {
+                let scaled: Vec<f32> = rows.iter().zip(scales.iter().cycle()).map(|(w, s)| w * s).collect();
+                return Prepared::Nearest.quantize(dtype, columns, &scaled, out);
             }
             Prepared::Importance(importance) => Some(importance.as_slice()),
             Prepared::Nearest => None,

@@ -129,10 +129,13 @@ fn errors_go_where_inputs_do_not_feel_them() {
             let x = inputs(seed, COLUMNS, 700);
             let weights = &normal(16 * COLUMNS + 100 * seed as usize)[100 * seed as usize..];
             let mut moments = Moments::new(COLUMNS);
-            moments.add(&x, 2);
+            moments.add(&x, 2).unwrap();
             let run = |quantizer: Quantizer| {
                 let mut out = vec![0; dtype.bytes(weights.len()).unwrap()];
-                Prepared::new(quantizer, &moments).unwrap().quantize(dtype, COLUMNS, weights, &mut out).unwrap();
+                Prepared::new(quantizer, &moments, &[], 2)
+                    .unwrap()
+                    .quantize(dtype, COLUMNS, weights, &mut out)
+                    .unwrap();
                 out
             };
             let felt = |bytes: &[u8]| felt(dtype, weights, bytes, &x, COLUMNS);
@@ -158,8 +161,8 @@ fn odd_inputs_of_a_matrix() {
     // Inputs that are all nothing, or all alike, or fewer than columns.
     for x in [vec![0.0; 256], vec![1.0; 512], inputs(1, 256, 3)] {
         let mut moments = Moments::new(256);
-        moments.add(&x, 3);
-        let prepared = Prepared::new(Quantizer::Gptq, &moments).unwrap();
+        moments.add(&x, 3).unwrap();
+        let prepared = Prepared::new(Quantizer::Gptq, &moments, &[], 1).unwrap();
         prepared.quantize(DType::Q4_0, 256, &weights, &mut out).unwrap();
         assert!(felt(DType::Q4_0, &weights, &out, &inputs(2, 256, 9), 256).0.is_finite());
         let error = prepared.quantize(DType::Q4_0, 256, &[f32::NAN; 256], &mut out).unwrap_err();
@@ -167,13 +170,13 @@ fn odd_inputs_of_a_matrix() {
         assert!(prepared.quantize(DType::INT4_G128, 192, &weights[..192], &mut [0; 99]).is_err());
     }
     let mut moments = Moments::new(256);
-    moments.add(&[f32::INFINITY; 256], 1);
+    moments.add(&[f32::INFINITY; 256], 1).unwrap();
     for quantizer in [Quantizer::Importance, Quantizer::Gptq] {
-        assert!(Prepared::new(quantizer, &moments).is_err());
+        assert!(Prepared::new(quantizer, &moments, &[], 2).is_err());
     }
     let mut moments = Moments::new(100);
-    moments.add(&[1.0; 100], 1);
-    let prepared = Prepared::new(Quantizer::Importance, &moments).unwrap();
+    moments.add(&[1.0; 100], 1).unwrap();
+    let prepared = Prepared::new(Quantizer::Importance, &moments, &[], 1).unwrap();
     let error = prepared.quantize(DType::Q4_0, 100, &[1.0; 100], &mut out).unwrap_err();
     assert!(error.to_string().contains("whole groups"), "{error}");
 }
@@ -182,15 +185,96 @@ fn odd_inputs_of_a_matrix() {
 fn moments_are_sums_of_products() {
     let x = inputs(3, 96, 21);
     let (mut one, mut three) = (Moments::new(96), Moments::new(96));
-    one.add(&x, 1);
-    three.add(&x, 3);
+    one.add(&x, 1).unwrap();
+    three.add(&x, 3).unwrap();
     assert_eq!(one, three);
-    let (_, block) = one.blocks().next().unwrap();
+    let block = one.blocks().next().unwrap();
     for (i, j) in [(0, 0), (3, 95), (50, 50), (17, 40)] {
         let sum: f64 = x.chunks_exact(96).map(|x| f64::from(x[i]) * f64::from(x[j])).sum();
-        assert!((f64::from(block[i * 96 + j]) - sum).abs() < 1e-4 * (1.0 + sum.abs()), "{i} {j}");
+        assert!((f64::from(block.sums[i * 96 + j]) - sum).abs() < 1e-4 * (1.0 + sum.abs()), "{i} {j}");
     }
-    let ranges: Vec<_> = Moments::new(0).blocks().map(|b| b.0).collect();
-    assert!(ranges.is_empty());
-    assert_eq!(Moments::len(14336), 2 * 7168 * 7168);
+    assert!(block.shift.is_none() && one.add(&x[1..], 1).is_err());
+    assert_eq!(Moments::new(0).blocks().count(), 0);
+    let wide: Vec<_> = Moments::new(14336).blocks().map(|b| (b.range, b.sums.len())).collect();
+    assert_eq!(wide, [(0..7168, 7168 * 7168), (7168..14336, 7168 * 7168)]);
+}
+
+#[test]
+fn shifts_are_sums_of_products() {
+    let (x, z) = (inputs(3, 200, 21), inputs(4, 200, 21));
+    let (mut one, mut three) = (Moments::new(200), Moments::new(200));
+    one.add_shifted(&x, &z, 1).unwrap();
+    three.add_shifted(&x, &z, 3).unwrap();
+    assert_eq!(one, three);
+    let block = one.blocks().next().unwrap();
+    for (i, j) in [(0, 0), (3, 195), (195, 3), (50, 50)] {
+        let rows = x.chunks_exact(200).zip(z.chunks_exact(200));
+        let sum: f64 = rows.map(|(x, z)| f64::from(z[i] - x[i]) * f64::from(x[j])).sum();
+        assert!((f64::from(block.shift.unwrap()[i * 200 + j]) - sum).abs() < 1e-4 * (1.0 + sum.abs()), "{i} {j}");
+    }
+    assert!(one.add_shifted(&x, &z[200..], 1).is_err());
+}
+
+/// Inputs that have shifted: codes are chosen for the results that the others would have had.
+#[test]
+fn results_are_kept_where_inputs_have_shifted() {
+    const COLUMNS: usize = 128;
+    let z = inputs(5, COLUMNS, 600);
+    // What a quantized matrix before might give: smaller, and each column with a little of its neighbour.
+    let shifted = |row: &[f32]| (0..COLUMNS).map(|j| 0.8 * row[j] + 0.1 * row[(j + 1) % COLUMNS]).collect::<Vec<_>>();
+    let x: Vec<f32> = z.chunks_exact(COLUMNS).flat_map(shifted).collect();
+    let weights = normal(16 * COLUMNS);
+    let (mut plain, mut aware) = (Moments::new(COLUMNS), Moments::new(COLUMNS));
+    plain.add(&x, 1).unwrap();
+    aware.add_shifted(&x, &z, 2).unwrap();
+    let off = |moments: &Moments| {
+        let mut out = vec![0; DType::Q4_0.bytes(weights.len()).unwrap()];
+        let prepared = Prepared::new(Quantizer::Gptq, moments, &[], 2).unwrap();
+        prepared.quantize(DType::Q4_0, COLUMNS, &weights, &mut out).unwrap();
+        let mut back = vec![0.0; weights.len()];
+        dequantize(DType::Q4_0, &out, &mut back);
+        let product = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| f64::from(x * w)).sum::<f64>();
+        let mut sum = 0.0;
+        for (w, q) in weights.chunks_exact(COLUMNS).zip(back.chunks_exact(COLUMNS)) {
+            let pairs = z.chunks_exact(COLUMNS).zip(x.chunks_exact(COLUMNS));
+            sum += pairs.map(|(z, x)| (product(z, w) - product(x, q)).powi(2)).sum::<f64>();
+        }
+        sum
+    };
+    assert!(off(&aware) < 0.2 * off(&plain), "{} {}", off(&aware), off(&plain));
+}
+
+/// Scaled columns: the error of results falls on inputs whose columns differ much, and is as `Moments::square` says.
+#[test]
+fn scaled_columns_disturb_results_less() {
+    const COLUMNS: usize = 256;
+    for dtype in [DType::INT4_G128, DType::UINT4_G64, DType::Q4_K] {
+        let x = inputs(11, COLUMNS, 500);
+        let mut moments = Moments::new(COLUMNS);
+        moments.add(&x, 2).unwrap();
+        let rows = normal(16 * COLUMNS);
+        let row: Vec<f32> = rows[..COLUMNS].to_vec();
+        let by_hand: f64 = x
+            .chunks_exact(COLUMNS)
+            .map(|x| x.iter().zip(&row).map(|(x, w)| f64::from(x * w)).sum::<f64>().powi(2))
+            .sum();
+        assert!((moments.square(&row) / by_hand - 1.0).abs() < 1e-3);
+        let samples = [awq::Sample { dtype, rows: rows.clone() }];
+        let Prepared::Awq(scales) = Prepared::new(Quantizer::Awq, &moments, &samples, 1).unwrap() else { panic!() };
+        let felt_with = |scales: &[f32]| {
+            let mut out = vec![0; dtype.bytes(rows.len()).unwrap()];
+            Prepared::Awq(scales.to_vec()).quantize(dtype, COLUMNS, &rows, &mut out).unwrap();
+            let mut back = vec![0.0; rows.len()];
+            dequantize(dtype, &out, &mut back);
+            back.iter_mut().zip(scales.iter().cycle()).for_each(|(q, s)| *q /= s);
+            let off: Vec<f32> = back.iter().zip(&rows).map(|(q, w)| q - w).collect();
+            off.chunks_exact(COLUMNS).map(|off| moments.square(off)).sum::<f64>()
+        };
+        let (plain, scaled) = (felt_with(&[1.0; COLUMNS]), felt_with(&scales));
+        assert!(scaled < 0.95 * plain, "{dtype}: {scaled} {plain}");
+    }
+    let silent = Moments::new(64);
+    let samples = [awq::Sample { dtype: DType::Q4_0, rows: normal(64) }];
+    assert_eq!(awq::search(&silent, &samples).unwrap(), [1.0; 64]);
+    assert!(awq::search(&silent, &[awq::Sample { dtype: DType::Q4_0, rows: vec![0.0; 63] }]).is_err());
 }
