@@ -11,7 +11,7 @@ use support::{counting_parts, file, write};
 
 fn ptx(section: &str, kernels: usize) -> PtxCode {
     let [section, chip, version] = [section, "sm_80", "9.0"].map(String::from);
-    PtxCode { section, chip, version, threads: 256, shared_bytes: vec![0; kernels] }
+    PtxCode { section, chip, version, threads: 256, shared_bytes: vec![0; kernels], cubin: None }
 }
 
 fn open(bytes: &[u8]) -> Result<Artifact, Error> {
