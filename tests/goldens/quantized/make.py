@@ -266,7 +266,7 @@ def main():
     settings = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "ignore": ["lm_head"]}
     write("compressed", 5, settings | {"format": "mixed-precision"}, compressed)
     write("compressed_fp8", 6, settings | {"format": "float-quantized"}, fp8_channels)
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 16]}
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 32]}
     write("fp8", 7, settings, lambda module, w: fp8_blocks(module, w, (16, 32)))
     settings |= {"weight_block_size": [32, 16]}
     write("fp8_narrow", 8, settings, lambda module, w: fp8_blocks(module, w, (32, 16)))
