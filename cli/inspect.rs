@@ -121,7 +121,9 @@ fn weights(program: &Program) -> String {
 
 fn memory(program: &Program) -> String {
     let limits = &program.limits;
-    let position: usize = program.caches.iter().map(|c| c.block_bytes).sum::<usize>() / CACHE_BLOCK;
+    // Caches of a cache block's window are beside others, and grow no further than that.
+    let grows = |c: &&CacheSpec| program.groups.get(c.group).is_some_and(|group| group.window != CACHE_BLOCK);
+    let position = program.caches.iter().filter(grows).map(|c| c.block_bytes).sum::<usize>() / CACHE_BLOCK;
     let full: usize = program.caches.iter().map(|c| c.block_bytes * blocks(program, c, limits.context)).sum();
     let mut rows = vec![
         ("activations".to_string(), report::bytes(program.arena_bytes)),

@@ -9,9 +9,11 @@
 //! The layouts are those of [`crate::layout`]; sizes are checked, so any bytes may be given.
 
 use crate::formats::{DType, IntFormat, e4m3};
-use crate::layout::{A8, STRIP, StripLayout, cache_offset, cache_scale_bytes, cache_scales, packed_bytes, row_bytes};
+use crate::layout::{
+    A8, CACHE_BLOCK, STRIP, StripLayout, cache_offset, cache_scales, cache_scales_bytes, packed_bytes, row_bytes,
+};
 use crate::planes::{CENTRE, GROUP, Planes, PlanesLayout};
-use crate::types::Type;
+use crate::types::{CacheRole, Type};
 use crate::value::{Ints, Routing, Tensor, Value};
 use crate::{Error, Kind, Result, bail};
 use half::{bf16, f16};
@@ -84,10 +86,11 @@ fn planes_of_codes(row: &[u8], planes: usize) -> Vec<f32> {
 /// # Errors
 /// Where the type is no cache, or the block too short.
 pub fn cached(ty: &Type, block: &[u8], place: (usize, usize, usize)) -> Result<f32> {
-    let (Type::Cache { heads, dim, dtype, .. }, Some((at, bit))) = (ty, cache_offset(ty, place)) else {
+    let (Type::Cache { role, dim, dtype, .. }, Some((at, bit))) = (ty, cache_offset(ty, place)) else {
         bail!(Internal, "{ty} is no cache")
     };
-    let scale = cache_scales(*dtype, *heads, *dim, place.0) + cache_scale_bytes(*dtype) * place.1;
+    let scales = cache_scales(ty, place.0);
+    let scale = scales + cache_scales_bytes(ty) / CACHE_BLOCK * place.1;
     let of = |at: usize, size: usize| {
         let found = block.get(at..at + size);
         found.ok_or_else(|| Error::new(Kind::Internal, format!("a cache block of {} bytes is too short", block.len())))
@@ -98,8 +101,14 @@ pub fn cached(ty: &Type, block: &[u8], place: (usize, usize, usize)) -> Result<f
         DType::BF16 => halves(of(at, 2)?)[0],
         DType::FP8 => e4m3(of(at, 1)?[0]),
         DType::I8 => floats(of(scale, 4)?)[0] * f32::from(of(at, 1)?[0] as i8),
-        // The upper four bits are sign and value.
-        DType::I4 => half(scale)? * f32::from((of(at, 1)?[0] << (4 - bit)) as i8 >> 4),
+        DType::I4 => {
+            // The upper four bits are sign and value.
+            let code = f32::from((of(at, 1)?[0] << (4 - bit)) as i8 >> 4);
+            match role {
+                CacheRole::Keys => half(scales + 2 * place.2)?.mul_add(code, half(scales + 2 * (dim + place.2))?),
+                CacheRole::Values => half(scale)? * code,
+            }
+        }
         _ => floats(of(at, 4)?)[0],
     })
 }

@@ -24,7 +24,8 @@ pub enum DType {
     I8,
     /// Cached keys and values: 8-bit floats, see [`e4m3`].
     FP8,
-    /// Cached keys and values: int4 codes with one scale for each head of a position.
+    /// Cached keys and values: int4 codes, of values with one scale for each head of a position, of keys with a scale and a
+    /// middle for each dim of a cache block.
     I4,
     /// Activations: int8 per group of 32 along the row, see [`crate::layout::A8`].
     A8,
@@ -319,7 +320,13 @@ pub static FORMATS: [Format; 31] = [
     row(DType::I32, "i32", 1, 4, "token ids, positions"),
     row(DType::I8, "i8", 1, 1, "cached keys and values: int8 codes with one scale for each head of a position"),
     row(DType::FP8, "fp8", 1, 1, "cached keys and values: 8-bit floats (e4m3)"),
-    row(DType::I4, "i4", 32, 16, "cached keys and values: int4 codes with one f16 scale for each head of a position"),
+    row(
+        DType::I4,
+        "i4",
+        32,
+        16,
+        "cached keys and values: int4 codes with f16 scales, of keys one for each dim of a cache block",
+    ),
     row(DType::A8, "a8", 32, 64, "activations: int8 codes with one scale per 32"),
     row(DType::A16, "a16", 32, 128, "activations: a8, and a8 of the rounding error"),
     quant(

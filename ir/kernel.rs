@@ -260,11 +260,14 @@ fn one_lead(graph: &Graph, nodes: &[(ValueId, &Node)]) -> Result<()> {
     Ok(())
 }
 
-/// What a node's rows are counted by; an append has the rows it writes.
+/// What a node's rows are counted by; an append has the step's tokens.
 fn lead(graph: &Graph, node: &Node) -> Dim {
-    let of_append =
+    let of_operands =
         || node.operands.iter().filter(|v| !matches!(graph.ty(**v), Type::Step)).find_map(|v| graph.ty(*v).rows());
-    node.ty.rows().or_else(of_append).unwrap_or(Dim::N(1))
+    match node.op.class() {
+        Class::Append => Dim::T,
+        _ => node.ty.rows().or_else(of_operands).unwrap_or(Dim::N(1)),
+    }
 }
 
 #[cfg(test)]

@@ -147,7 +147,7 @@ pub fn row_bytes(ty: &Type) -> Option<usize> {
 }
 
 /// Bytes of one cache block (64 positions, all heads): keys `[heads][dim][64]`, values `[heads][64][dim]`; of codes then
-/// scales `[heads][64]`. Of 32 neighbouring dims in int4 the last 16 share their bytes with the first.
+/// the scales of every head. Of 32 neighbouring dims in int4 the last 16 share their bytes with the first.
 pub fn cache_block_bytes(ty: &Type) -> Option<usize> {
     Some(cache_position_bytes(ty)? * CACHE_BLOCK)
 }
@@ -155,23 +155,31 @@ pub fn cache_block_bytes(ty: &Type) -> Option<usize> {
 /// Bytes that a position takes in a cache.
 pub fn cache_position_bytes(ty: &Type) -> Option<usize> {
     match ty {
-        Type::Cache { heads, dim, dtype, .. } => Some(heads * (dtype.bytes(*dim)? + cache_scale_bytes(*dtype))),
+        Type::Cache { heads, dim, dtype, .. } => {
+            Some(heads * (dtype.bytes(*dim)? + cache_scales_bytes(ty) / CACHE_BLOCK))
+        }
         _ => None,
     }
 }
 
-/// Bytes of a scale of cached codes: f32 for int8, f16 for int4; others have none.
-pub const fn cache_scale_bytes(dtype: DType) -> usize {
-    match dtype {
-        DType::I8 => 4,
-        DType::I4 => 2,
+/// Bytes of the scales of a head of a cache block: `f32[64]` of int8 codes, `f16[64]` of int4 values; of int4 keys
+/// `f16[dim]`, and as many middles.
+pub const fn cache_scales_bytes(ty: &Type) -> usize {
+    match ty {
+        Type::Cache { dtype: DType::I8, .. } => 4 * CACHE_BLOCK,
+        Type::Cache { dtype: DType::I4, role: CacheRole::Values, .. } => 2 * CACHE_BLOCK,
+        Type::Cache { dtype: DType::I4, role: CacheRole::Keys, dim, .. } => 4 * *dim,
         _ => 0,
     }
 }
 
 /// Byte offset of a head's scales inside a cache block of codes.
-pub fn cache_scales(dtype: DType, heads: usize, dim: usize, head: usize) -> usize {
-    (heads * dtype.bytes(dim).unwrap_or(0) + head * cache_scale_bytes(dtype)) * CACHE_BLOCK
+pub fn cache_scales(ty: &Type, head: usize) -> usize {
+    let codes = match ty {
+        Type::Cache { heads, dim, dtype, .. } => heads * dtype.bytes(*dim).unwrap_or(0) * CACHE_BLOCK,
+        _ => 0,
+    };
+    codes + head * cache_scales_bytes(ty)
 }
 
 /// What attention computes at once, and the memory in which workers share what they have of it.

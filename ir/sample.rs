@@ -105,8 +105,10 @@ pub fn value(ty: &Type, step: &Step, rows: usize, random: &mut Random) -> Value 
             Value::Tensor(Tensor::new(shape, data))
         }
         Type::Cache { heads, dim, dtype, .. } => {
-            let mut head = || Cache::stored(*dtype, &(0..*dim).map(|_| random.real()).collect::<Vec<f32>>());
-            let mut past = |n: usize| Arc::new((0..n * heads).flat_map(|_| head()).collect());
+            let mut past = |n: usize| {
+                let rows: Vec<f32> = (0..n * heads * dim).map(|_| random.real()).collect();
+                Arc::new(Cache::keep(ty, &rows))
+            };
             let sequences = step.sequences.iter().map(|s| past(s.past)).collect();
             Value::Cache(Cache { heads: *heads, dim: *dim, dtype: *dtype, sequences })
         }

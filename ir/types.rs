@@ -122,6 +122,14 @@ impl Type {
         }
     }
 
+    /// Of so many positions those that a cache has: int4 keys only have whole cache blocks, see `append_blocks`.
+    pub fn kept(&self, positions: usize) -> usize {
+        match self {
+            Type::Cache { role: CacheRole::Keys, dtype: DType::I4, .. } => positions / CACHE_BLOCK * CACHE_BLOCK,
+            _ => positions,
+        }
+    }
+
     /// All extents fixed: a weight.
     pub fn is_static(&self) -> bool {
         matches!(self, Type::Tensor { shape, .. } if shape.iter().all(|d| matches!(d, Dim::N(_))))

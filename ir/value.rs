@@ -13,6 +13,7 @@
 //! Reals are kept in f32 and computed in f64.
 
 use crate::formats::{DType, e4m3, to_e4m3};
+use crate::layout::CACHE_BLOCK;
 pub use crate::planes::Planes;
 use crate::types::{Dim, Type};
 use crate::{Result, bail};
@@ -190,6 +191,39 @@ impl Cache {
             }
             _ => head.to_vec(),
         }
+    }
+
+    /// What a cache of type `ty` keeps of `[positions, heads, dim]`.
+    pub fn keep(ty: &Type, rows: &[f32]) -> Vec<f32> {
+        match *ty {
+            Type::Cache { heads, dim, .. } if ty.kept(1) == 0 => {
+                rows.chunks_exact(CACHE_BLOCK * heads * dim).flat_map(Cache::stored_block).collect()
+            }
+            Type::Cache { dim, dtype, .. } => rows.chunks(dim).flat_map(|head| Cache::stored(dtype, head)).collect(),
+            _ => vec![],
+        }
+    }
+
+    /// What int4 keys keep of a whole cache block, `[64, heads, dim]`.
+    pub fn stored_block(block: &[f32]) -> Vec<f32> {
+        let (mut stored, width) = (block.to_vec(), block.len() / CACHE_BLOCK);
+        for channel in 0..width {
+            let line: Vec<f32> = block.iter().skip(channel).step_by(width).copied().collect();
+            let (scale, middle, codes) = Cache::int4_channel(&line);
+            let places = stored.iter_mut().skip(channel).step_by(width);
+            places.zip(codes).for_each(|(x, code)| *x = scale.mul_add(f32::from(code), middle));
+        }
+        stored
+    }
+
+    /// Scale, middle and int4 codes of a channel in the positions of a cache block: its least value becomes -8, its largest 7;
+    /// ties to even. Scale and middle are those of f16. (Keys by channel: KIVI, Liu et al., 2024.)
+    pub fn int4_channel(line: &[f32]) -> (f32, f32, Vec<i8>) {
+        let (least, most) = line.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(a, b), x| (a.min(*x), b.max(*x)));
+        let scale = f16::from_f32((most - least) / 15.0).to_f32();
+        let middle = f16::from_f32(scale.mul_add(8.0, least)).to_f32();
+        let code = |x: &f32| if scale == 0.0 { 0.0 } else { ((x - middle) / scale).round_ties_even().clamp(-8.0, 7.0) };
+        (scale, middle, line.iter().map(|x| code(x) as i8).collect())
     }
 
     /// The scale and the int4 codes of a head: its largest value by magnitude becomes -8, so that all sixteen codes are

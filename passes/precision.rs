@@ -7,8 +7,9 @@
 //! ```
 //!
 //! Where caches are codes, keys, queries and values are turned by a Hadamard matrix first (`hadamard`), and what is attended is
-//! turned back. Those of int4 have one in f16 beside them, in which a token sees the positions of its own cache block
-//! (`attend_mixed`):
+//! turned back. Caches of int4 have others in f16 beside them, in which a token sees the positions of its own cache block
+//! (`attend_mixed`), and from which keys get every cache block that is whole, with a scale a dim (`append_blocks`). So their keys
+//! are not turned: dims that stand out have scales of their own.
 //!
 //! ```text
 //! keys<i4>[c, 3, 64]   keys_recent<f16, window = 64>[c, 3, 64]           positions 0..64 in int4, 64..=70 in f16, for token 70
@@ -34,7 +35,9 @@ use crate::{scales, weights};
 use ir::formats::CACHED;
 use ir::ops::Class;
 use ir::plan::MANY;
-use ir::{Attrs, DType, Dim, Error, Graph, Input, Kind, Model, Node, Place, Result, TokenRange, Type, ValueId};
+use ir::{
+    Attrs, CacheRole, DType, Dim, Error, Graph, Input, Kind, Model, Node, Place, Result, TokenRange, Type, ValueId,
+};
 use std::collections::BTreeMap;
 
 /// The pass.
@@ -52,6 +55,12 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
         let fit: Vec<String> = CACHED.iter().filter(|d| d.caches(dim)).map(DType::to_string).collect();
         let error = Error::new(Kind::Usage, format!("caches of heads of {dim} cannot be stored as {kv}"));
         return Err(error.help(format!("choose {}", fit.join(", "))));
+    }
+    let sees_all = |n: &Node| n.op.class() == Class::Attend && !n.attrs.bool("causal");
+    if kv == DType::I4 && state.model.graphs.iter().flat_map(|g| &g.nodes).any(sees_all) {
+        let error =
+            Error::new(Kind::Usage, "caches of int4 are for causal attention, and this model's tokens see later ones");
+        return Err(error.help("choose f32, f16, bf16 or int8"));
     }
     let (mut rounded, mut caches) = (Rounded::default(), 0);
     let graphs = std::mem::take(&mut state.model.graphs);
@@ -90,8 +99,9 @@ pub fn run(state: &mut State, options: &Options) -> Result<Vec<String>> {
                     .push("keys and values: int8 with one scale for each head and position, turned".into());
             }
             DType::I4 => {
-                let how = "int4 with one scale for each head and position, turned; f16 in a token's own cache block";
-                state.approximations.push(format!("keys and values: {how}"));
+                let how = "keys: int4 with a scale and middle for each dim of a cache block; values: int4 with one scale for \
+                           each head and position, turned; both: f16 in a token's own cache block";
+                state.approximations.push(how.into());
             }
             _ => state.approximations.push(format!("keys and values: {kv}")),
         }
@@ -198,15 +208,15 @@ fn choose(graph: &Graph, kv: DType, widening: bool) -> Result<Graph> {
         {
             operands[0] = builder.push(op, Attrs::none(), &operands[..1])?;
         }
-        let turned = turned(graph, node, kv);
-        if let Some(operand) = turned {
+        let turned = Turned::of(graph, node, kv);
+        if let Some(operand) = turned.operand {
             operands[operand] = builder.push("hadamard", Attrs::none(), &[operands[operand]])?;
         }
         if widening && attends_in_bf16(graph, node, kv) {
             operands[0] = builder.push("round_bf16", Attrs::none(), &operands[..1])?;
         }
         let mut value = recent.copy(&mut builder, node, &operands)?;
-        if turned.is_some() && node.op.class() == Class::Attend {
+        if turned.result {
             value = builder.push("hadamard", Attrs::none(), &[value])?;
         }
         to[graph.value_of(index).0 as usize] = value;
@@ -238,12 +248,14 @@ impl Recent {
 
     fn copy(&mut self, builder: &mut Builder, node: &Node, operands: &[ValueId]) -> Result<ValueId> {
         match (node.op.class(), operands) {
-            (Class::Append, [cache, rest @ ..]) => {
-                let value = builder.copy(node, operands)?;
-                if let Some((name, before)) = self.beside.remove(cache) {
-                    let after = builder.copy(node, &[&[before], rest].concat())?;
-                    self.beside.insert(value, (name, after));
-                }
+            (Class::Append, [cache, rows, step]) => {
+                let Some((name, before)) = self.beside.remove(cache) else { return builder.copy(node, operands) };
+                let after = builder.copy(node, &[before, *rows, *step])?;
+                let value = match builder.graph.ty(*cache).kept(1) {
+                    0 => builder.push("append_blocks", Attrs::none(), &[*cache, after, *step])?,
+                    _ => builder.copy(node, operands)?,
+                };
+                self.beside.insert(value, (name, after));
                 Ok(value)
             }
             (Class::Attend, [q, keys, values, step]) => match (self.beside.get(keys), self.beside.get(values)) {
@@ -264,17 +276,31 @@ impl Recent {
     }
 }
 
-/// The operand that is turned where caches are codes: keys and values before they are appended, and queries; what is attended
-/// is turned back. Nothing changes by that, but no dim of a key or value stands out any more.
-fn turned(graph: &Graph, node: &Node, kv: DType) -> Option<usize> {
-    let operand = match node.op.class() {
-        Class::Append => 1,
-        Class::Attend => 0,
-        _ => return None,
-    };
-    let even = |(_, shape): (DType, &[Dim])| matches!(shape, [.., Dim::N(dim)] if dim.is_multiple_of(2));
-    let codes = matches!(kv, DType::I8 | DType::I4);
-    graph.ty(node.operands[operand]).as_tensor().filter(|rows| codes && even(*rows)).map(|_| operand)
+/// What is turned where caches are codes of one scale for each head and position: keys and values before they are appended, and
+/// queries where keys are; what is attended is turned back where values are. Nothing changes by that, but no dim stands out any
+/// more.
+#[derive(Clone, Copy, Default)]
+struct Turned {
+    operand: Option<usize>,
+    result: bool,
+}
+
+impl Turned {
+    fn of(graph: &Graph, node: &Node, kv: DType) -> Turned {
+        let (operand, cache) = match node.op.class() {
+            Class::Append => (1, 0),
+            Class::Attend => (0, 1),
+            _ => return Turned::default(),
+        };
+        let Type::Cache { role, dim, .. } = *graph.ty(node.operands[cache]) else { return Turned::default() };
+        let by_position = match role {
+            CacheRole::Keys => kv == DType::I8,
+            CacheRole::Values => matches!(kv, DType::I8 | DType::I4),
+        };
+        let even = dim.is_multiple_of(2);
+        let attended = node.op.class() == Class::Attend && matches!(kv, DType::I8 | DType::I4);
+        Turned { operand: (even && by_position).then_some(operand), result: even && attended }
+    }
 }
 
 /// The op that rounds activations of type `x` before they are multiplied with `weight`.

@@ -142,7 +142,7 @@ impl Watch<'_> {
     fn cache(&self, index: usize, ty: &Type, new: bool) -> Result<Value> {
         let Some(mut cache) = Cache::empty(ty, self.sequences.len()) else { bail!(Internal, "{ty} is no cache") };
         for (s, (sequence, step)) in self.sequences.iter().zip(self.step().sequences).enumerate() {
-            let length = step.past + if new { step.len } else { 0 };
+            let length = ty.kept(step.past + if new { step.len } else { 0 });
             let mut values = Vec::with_capacity(length * cache.heads * cache.dim);
             for first in (0..length).step_by(CACHE_BLOCK) {
                 if !self.engine.caches.holds(index, sequence, first) {

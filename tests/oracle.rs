@@ -276,6 +276,7 @@ fn as_packed(model: &Model) -> Result<Model> {
 fn jump(graph: &Graph, node: &Node) -> Option<usize> {
     match node.op.class() {
         Class::Quantize | Class::Route => Some(0),
+        Class::Append if graph.ty(node.operands[1]).rows().is_none() => None,
         Class::Append if !matches!(graph.ty(node.operands[0]), Type::Cache { dtype: DType::F32, .. }) => Some(1),
         Class::Elementwise if matches!(node.ty.as_tensor(), Some((DType::BF16, _))) => Some(0),
         _ => None,

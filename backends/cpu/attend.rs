@@ -26,6 +26,7 @@ mod source;
 mod tests;
 mod tiled;
 
+use super::cached::load_channels;
 use super::{StepField, step_field};
 use crate::cpu::dot::amx::{self, Operands};
 use crate::cpu::rows::walk::{self, LANES, load_index};
@@ -60,7 +61,7 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
     let source = |e: &mut Emitter, keys: usize| {
         let [keys, values] = [node.operands[keys], node.operands[keys + 1]];
         let tables = super::tables(e, k, body.ty(keys), stride)?;
-        Source::new((at(keys)?, at(values)?), tables, body.ty(keys))
+        Source::new([(at(keys)?, body.ty(keys)), (at(values)?, body.ty(values))], tables)
     };
     let step = StepPointers::new(&mut e, k, stride);
     let attention = Attention {
@@ -86,6 +87,8 @@ pub fn emit(kernel: &Kernel, target: &Target) -> Result<String> {
 struct Buffers {
     /// `[rows][dim]`: queries, scaled.
     q: Val,
+    /// `[rows][dim]`, and `[rows]`: queries for int4 keys, see [`Attention::scale_queries`].
+    scaled: (Val, Val),
     /// `[rows][4 * 64]`, and a line.
     scores: Val,
     /// A partial, for items that are nobody else's.
@@ -107,8 +110,10 @@ struct Buffers {
 impl Buffers {
     fn new(e: &mut Emitter, shape: &Shape) -> Buffers {
         let rows = shape.item.rows();
+        let nothing = zeros(e, if shape.tiled { shape.stride() } else { 0 });
         Buffers {
             q: e.stack(rows * shape.stride()),
+            scaled: if shape.by_dim { (e.stack(rows * shape.stride()), e.stack(rows * 4)) } else { (nothing, nothing) },
             scores: e.stack(rows * AttentionItem::score_bytes()),
             state: e.stack(shape.item.partial_bytes()),
             most: e.stack(rows * 4),
@@ -116,7 +121,7 @@ impl Buffers {
             starts: e.stack(rows * 4),
             ends: e.stack(rows * 4),
             panel: e.stack(if shape.tiled { tiled::panel_bytes(shape.dim) } else { 0 }),
-            nothing: zeros(e, if shape.tiled { shape.stride() } else { 0 }),
+            nothing,
         }
     }
 }
@@ -311,6 +316,25 @@ impl Attention {
         });
     }
 
+    /// Queries for keys of a scale and a middle for each dim: `sum of q (scale code + middle)` is `sum of (q scale) code`, and
+    /// `sum of q middle` beside it.
+    fn scale_queries(&self, e: &mut Emitter, item: &Item, channels: Val) {
+        let (dim, stride, (scaled, sums), zero) = (self.shape.dim, self.shape.stride(), self.buffers.scaled, e.i64(0));
+        e.repeat(zero, item.rows, 1, |e, row| {
+            let (from, to) = (e.row(self.buffers.q, row, stride), e.row(scaled, row, stride));
+            let nothing = e.float(F32.x(LANES), 0.0);
+            let sum = walk::walk(e, dim, &[nothing], &mut |e, chunk, sum| {
+                let (q, at) = (chunk.load(e, from, 64), chunk.halved(e, channels));
+                let [scale, middle] = load_channels(e, at, 2 * dim, chunk.lanes, 2 * chunk.lanes);
+                let x = e.mul(q, scale);
+                chunk.store(e, x, to, 64);
+                vec![e.fma(q, middle, sum[0])]
+            });
+            let (sum, at) = (e.reduce_add(sum[0]), e.row(sums, row, 4));
+            e.store(sum, at, 4);
+        });
+    }
+
     /// `scores[row][position] = sum over d of q[row][d] * keys[d][position]`.
     fn scores_of(&self, e: &mut Emitter, source: &Source, item: &Item, block: Val, scores: Val) {
         let (shape, stored, stride) = (&self.shape, source.stored, AttentionItem::score_bytes());
@@ -319,14 +343,20 @@ impl Attention {
         let b = source.head(e, item, source.keys, block);
         let next = source.head(e, item, source.values, block);
         let scales = source.scales(e, item, source.keys, block);
+        let channels = source.channels(e, item, block);
+        if let Some(channels) = channels {
+            self.scale_queries(e, item, channels);
+        }
+        let queries = if channels.is_some() { self.buffers.scaled.0 } else { self.buffers.q };
         self.row_groups(e, item.rows, &mut |e, row, rows| {
-            let (a, to) = (e.row(self.buffers.q, row, shape.stride()), e.row(scores, row, stride));
+            let (a, to) = (e.row(queries, row, shape.stride()), e.row(scores, row, stride));
+            let before: Vec<Val> = (0..rows).map(|i| self.before(e, channels.is_some(), (row, i))).collect();
             for chunks in chunks.chunks(shape.vectors(rows)) {
                 let (a_stride, b_stride) = (shape.stride(), CACHE_BLOCK * stored.bytes());
                 let (shared, align) = (Shared::Lines, LANES * stored.bytes());
                 let product = Product { rows, depth, a, a_stride, b, b_stride, stored, shared, align, chunks, next };
-                let zeros: Vec<Val> = (0..rows).flat_map(|_| chunks).map(|c| e.float(F32.x(c.1), 0.0)).collect();
-                for (i, sum) in product.emit(e, &zeros).into_iter().enumerate() {
+                let before: Vec<Val> = before.iter().flat_map(|x| vec![*x; chunks.len()]).collect();
+                for (i, sum) in product.emit(e, &before).into_iter().enumerate() {
                     let (row, chunk) = (i / chunks.len(), chunks[i % chunks.len()]);
                     let to = e.gep_const(to, row * stride + chunk.0 * 4);
                     let score = match scales {
@@ -340,6 +370,17 @@ impl Attention {
                 }
             }
         });
+    }
+
+    /// What the scores of a row begin with.
+    fn before(&self, e: &mut Emitter, by_dim: bool, (first, row): (Val, usize)) -> Val {
+        if !by_dim {
+            return e.float(F32.x(LANES), 0.0);
+        }
+        let at = e.row(self.buffers.scaled.1, first, 4);
+        let at = e.gep_const(at, 4 * row);
+        let sum = e.load(at, F32, 4);
+        e.broadcast(sum, LANES)
     }
 
     /// Weighted values of a span.

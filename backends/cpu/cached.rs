@@ -3,7 +3,8 @@
 //! ```text
 //! f32, f16, bf16, fp8   as they are
 //! i8                    codes, and a scale for each head of a position
-//! i4                    the same; a byte holds dims d (low four bits) and d + 16 of 32 neighbours
+//! i4                    the same, of keys a scale and a middle for each dim of a cache block; a byte holds dims d (low four
+//!                       bits) and d + 16 of 32 neighbours
 //! ```
 
 use crate::emit::{Emitter, F16, F32, I1, I8, I16, I32, Val};
@@ -18,7 +19,7 @@ pub(crate) enum Stored {
     Fp8,
     /// An int8 code, with a scale for each head of a position: see [`mansard_ir::layout::cache_scales`].
     Code,
-    /// An int4 code, likewise.
+    /// An int4 code, likewise; of keys with a scale and a middle for each dim of a cache block.
     Nibble,
 }
 
@@ -162,6 +163,27 @@ impl Stored {
         let scale = if self == Stored::Nibble { e.convert("truncf", scale, F16) } else { scale };
         e.store(scale, to, self.scale_bytes());
     }
+}
+
+/// Scale and middle of the int4 codes of a line of keys that lies between `least` and `most`, f16 values as f32.
+pub(crate) fn channel(e: &mut Emitter, least: Val, most: Val) -> (Val, Val) {
+    let round = |e: &mut Emitter, x: Val| {
+        let half = e.convert("truncf", x, F16);
+        e.convert("extf", half, F32)
+    };
+    let (spread, by, eight) = (e.sub(most, least), e.float(F32, 15.0), e.float(F32, 8.0));
+    let scale = e.div(spread, by);
+    let scale = round(e, scale);
+    let middle = e.fma(scale, eight, least);
+    (scale, round(e, middle))
+}
+
+/// Scales and middles, `middles` bytes further on, of neighbouring dims of int4 keys.
+pub(crate) fn load_channels(e: &mut Emitter, scales: Val, middles: usize, lanes: usize, align: usize) -> [Val; 2] {
+    [0, middles].map(|offset| {
+        let at = e.gep_const(scales, offset);
+        load_halves(e, at, lanes, align)
+    })
 }
 
 fn load_halves(e: &mut Emitter, at: Val, lanes: usize, align: usize) -> Val {

@@ -12,6 +12,7 @@
 //! contraction for few tokens uses it to compute its activations itself.
 
 mod append;
+mod blocks;
 mod gather;
 mod hadamard;
 mod planes;
@@ -110,6 +111,7 @@ impl Rows<'_> {
             Class::Rope => self.rope(e, v, node),
             Class::Turn => self.hadamard(e, v, node),
             Class::Quantize => self.quantize(e, v, node),
+            Class::Append if self.graph.ty(node.operands[0]).kept(1) == 0 => self.append_blocks(e, node),
             Class::Append => self.append(e, node),
             Class::Route => self.route(e, v, node),
             _ => bail!(Internal, "`{}` is no part of a row program", node.op),

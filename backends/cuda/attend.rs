@@ -19,7 +19,7 @@ use crate::cpu::cached::Stored;
 use crate::cpu::rows::walk::load_index;
 use crate::cpu::{StepField, step_field, tables};
 use crate::emit::{BF16, Cmp, Emitter, F32, Val};
-use mansard_ir::layout::{AttentionItem, CACHE_BLOCK, cache_block_bytes, cache_scales, row_bytes};
+use mansard_ir::layout::{AttentionItem, CACHE_BLOCK, cache_block_bytes, cache_scales, cache_scales_bytes, row_bytes};
 use mansard_ir::ops::Class;
 use mansard_ir::{DType, Error, Kind, Result, Type, ValueId, bail};
 
@@ -42,19 +42,9 @@ pub(super) fn emit(e: &mut Emitter, d: Device<'_>) -> Result<()> {
     let source = |e: &mut Emitter, keys: usize| -> Result<Source> {
         let [keys, values] = [node.operands[keys], node.operands[keys + 1]];
         let (ty, tables) = (body.ty(keys), tables(e, d.k, body.ty(keys), stride)?);
-        let (Type::Cache { heads, dim, dtype, .. }, Some(block_bytes)) = (ty, cache_block_bytes(ty)) else {
-            bail!(Internal, "attention over {ty}")
-        };
-        let (stored, scales) = (Stored::of(*dtype)?, cache_scales(*dtype, *heads, *dim, 0));
-        Ok(Source {
-            keys: d.pointer(keys)?,
-            values: d.pointer(values)?,
-            tables,
-            stored,
-            dim: *dim,
-            scales,
-            block_bytes,
-        })
+        let Type::Cache { dim, dtype, .. } = *ty else { bail!(Internal, "attention over {ty}") };
+        let pool = |v: ValueId| Pool::new(d.pointer(v)?, body.ty(v));
+        Ok(Source { keys: pool(keys)?, values: pool(values)?, tables, stored: Stored::of(dtype)?, dim })
     };
     let (caches, recent) = (source(e, 1)?, if node.operands.len() > 4 { Some(source(e, 3)?) } else { None });
     let group = width / dim / kv_heads;
@@ -118,15 +108,31 @@ struct Staged {
 
 /// Keys and values of every sequence, stored alike.
 struct Source {
-    keys: Val,
-    values: Val,
+    keys: Pool,
+    values: Pool,
     /// The block tables of their cache group.
     tables: Val,
     stored: Stored,
     dim: usize,
-    /// Where the scales of a cache block begin.
-    scales: usize,
+}
+
+/// Memory of a cache.
+#[derive(Clone, Copy)]
+struct Pool {
+    memory: Val,
     block_bytes: usize,
+    /// Where the scales of a cache block begin, and bytes of a head's.
+    scales: (usize, usize),
+    /// These are scales of dims, and then their middles.
+    by_dim: bool,
+}
+
+impl Pool {
+    fn new(memory: Val, ty: &Type) -> Result<Pool> {
+        let Some(block_bytes) = cache_block_bytes(ty) else { bail!(Internal, "attention over {ty}") };
+        let scales = (cache_scales(ty, 0), cache_scales_bytes(ty));
+        Ok(Pool { memory, block_bytes, scales, by_dim: ty.kept(1) == 0 })
+    }
 }
 
 struct Attention {

@@ -9,6 +9,7 @@
 //!
 //! [`emit_row`] is the program of one row; contractions for few tokens use it for their activations.
 
+mod blocks;
 mod gather;
 mod nodes;
 mod quantize;
@@ -83,6 +84,7 @@ impl Rows<'_> {
             Class::Rope => self.rope(e, v, node),
             Class::Turn => self.hadamard(e, v, node),
             Class::Quantize => self.quantize(e, v, node),
+            Class::Append if self.graph.ty(node.operands[0]).kept(1) == 0 => self.append_blocks(e, node),
             Class::Append => self.append(e, node),
             Class::Route => self.route(e, v, node),
             _ => bail!(Internal, "`{}` is no part of a row program", node.op),

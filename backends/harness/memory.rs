@@ -5,7 +5,7 @@ use mansard_ir::decode;
 use mansard_ir::eval::{Cache, Step, Tensor, Value};
 use mansard_ir::formats::to_e4m3;
 use mansard_ir::layout::{
-    A8, CACHE_BLOCK, STRIP, cache_block_bytes, cache_offset, cache_scale_bytes, cache_scales, row_bytes,
+    A8, CACHE_BLOCK, STRIP, cache_block_bytes, cache_offset, cache_scales, cache_scales_bytes, row_bytes,
 };
 use mansard_ir::plan::{CacheGroup, StepArgs};
 use mansard_ir::{DType, Dim, Type};
@@ -121,7 +121,7 @@ impl Memory {
                 let block = &bytes[block..][..cache_block_bytes(ty).expect("a cache")];
                 decode::cached(ty, block, place).unwrap_or_else(|e| panic!("{e}"))
             };
-            let sequence: Vec<f32> = pool.each(ty, s, *length).into_iter().map(element).collect();
+            let sequence: Vec<f32> = pool.each(ty, s, ty.kept(*length)).into_iter().map(element).collect();
             cache.sequences[s] = Arc::new(sequence);
         }
         Value::Cache(cache)
@@ -262,6 +262,10 @@ impl Pool {
         let mut bytes = vec![STALE; self.blocks * cache_block_bytes(ty).expect("a cache")];
         for (s, sequence) in cache.sequences.iter().enumerate() {
             let places = self.each(ty, s, cache.positions(s));
+            if ty.kept(1) == 0 {
+                store_channels(ty, sequence, &places, &mut bytes);
+                continue;
+            }
             for (head, places) in sequence.chunks(cache.dim).zip(places.chunks(cache.dim)) {
                 store_head(ty, head, places, &mut bytes);
             }
@@ -270,11 +274,36 @@ impl Pool {
     }
 }
 
+/// Int4 keys, `[positions, heads, dim]` of whole cache blocks, each element at its place.
+fn store_channels(ty: &Type, keys: &[f32], places: &[(usize, (usize, usize, usize))], bytes: &mut [u8]) {
+    let Type::Cache { heads, dim, .. } = *ty else { panic!("{ty} is no cache") };
+    let width = heads * dim;
+    for (keys, places) in keys.chunks(CACHE_BLOCK * width).zip(places.chunks(CACHE_BLOCK * width)) {
+        for (channel, (block, (head, _, d))) in places[..width].iter().enumerate() {
+            let line: Vec<f32> = keys.iter().skip(channel).step_by(width).copied().collect();
+            let (scale, middle, codes) = Cache::int4_channel(&line);
+            let figures = block + cache_scales(ty, *head);
+            for (at, figure) in [(figures + 2 * d, scale), (figures + 2 * (dim + d), middle)] {
+                bytes[at..at + 2].copy_from_slice(&half::f16::from_f32(figure).to_le_bytes());
+            }
+            for (code, (_, place)) in codes.into_iter().zip(places.iter().skip(channel).step_by(width)) {
+                store_nibble(ty, code, (*block, *place), bytes);
+            }
+        }
+    }
+}
+
+fn store_nibble(ty: &Type, code: i8, (block, place): (usize, (usize, usize, usize)), bytes: &mut [u8]) {
+    let (at, bit) = cache_offset(ty, place).expect("a cache");
+    let byte = &mut bytes[block + at];
+    *byte = *byte & !(15 << bit) | (code as u8 & 15) << bit;
+}
+
 /// One head of a position, each element at its place.
 fn store_head(ty: &Type, head: &[f32], places: &[(usize, (usize, usize, usize))], bytes: &mut [u8]) {
-    let Type::Cache { heads, dim, dtype, .. } = *ty else { panic!("{ty} is no cache") };
+    let Type::Cache { dtype, .. } = *ty else { panic!("{ty} is no cache") };
     let (block, (h, slot, _)) = places[0];
-    let scale_at = block + cache_scales(dtype, heads, dim, h) + cache_scale_bytes(dtype) * slot;
+    let scale_at = block + cache_scales(ty, h) + cache_scales_bytes(ty) / CACHE_BLOCK * slot;
     // Codes of a head span its largest magnitude.
     let scale = head.iter().fold(0f32, |most, x| most.max(x.abs())) / 127.0;
     let (small, nibbles) = Cache::int4(head);
@@ -284,14 +313,13 @@ fn store_head(ty: &Type, head: &[f32], places: &[(usize, (usize, usize, usize))]
         _ => {}
     }
     for ((x, nibble), (block, place)) in head.iter().zip(nibbles).zip(places) {
-        let (at, bit) = cache_offset(ty, *place).expect("a cache");
-        let at = block + at;
+        let at = block + cache_offset(ty, *place).expect("a cache").0;
         match dtype {
             DType::F16 => bytes[at..at + 2].copy_from_slice(&half::f16::from_f32(*x).to_le_bytes()),
             DType::BF16 => bytes[at..at + 2].copy_from_slice(&half::bf16::from_f32(*x).to_le_bytes()),
             DType::FP8 => bytes[at] = to_e4m3(*x),
             DType::I8 => bytes[at] = if scale > 0.0 { (x / scale).round() as i8 as u8 } else { 0 },
-            DType::I4 => bytes[at] = bytes[at] & !(15 << bit) | (nibble as u8 & 15) << bit,
+            DType::I4 => store_nibble(ty, nibble, (*block, *place), bytes),
             _ => bytes[at..at + 4].copy_from_slice(&x.to_le_bytes()),
         }
     }

@@ -132,13 +132,12 @@ fn indices(body: &Graph, value: ValueId, step: &Step, count: usize, random: &mut
 
 /// With the step's own rows where attention reads it, without them where they are appended.
 fn cache(body: &Graph, value: ValueId, ty: &Type, step: &Step, random: &mut Random) -> Value {
-    let appended = readers(body, value).any(|n| n.op.class() == Class::Append);
+    let appended = readers(body, value).any(|n| n.op.class() == Class::Append && n.operands[0] == value);
     let mut cache = Cache::empty(ty, step.sequences.len()).unwrap();
-    let (heads, dim, dtype) = (cache.heads, cache.dim, cache.dtype);
-    let mut head = || Cache::stored(dtype, &random.reals(dim));
+    let width = cache.heads * cache.dim;
     for (sequence, s) in cache.sequences.iter_mut().zip(&step.sequences) {
         let positions = if appended { s.past } else { s.past + s.len };
-        *sequence = Arc::new((0..positions * heads).flat_map(|_| head()).collect());
+        *sequence = Arc::new(Cache::keep(ty, &random.reals(positions * width)));
     }
     Value::Cache(cache)
 }

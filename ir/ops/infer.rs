@@ -316,13 +316,34 @@ pub fn append(o: &[&Type], _: &Attrs) -> Rule {
     f32s(o[1])?;
     step(o[2])?;
     match (o[0], rows(o[1])?) {
+        _ if by_blocks(o[0]) => bail!(Input, "keys of int4 are appended by cache blocks"),
         (Type::Cache { heads, dim, .. }, (Dim::T, x)) if x == [*heads, *dim] => Ok(o[0].clone()),
         _ => bail!(Input, "expected a cache and rows of its heads"),
     }
 }
 
-/// Queries of bf16 say that products are of bf16, of 32 dims at a time.
+pub fn append_blocks(o: &[&Type], _: &Attrs) -> Rule {
+    step(o[2])?;
+    match (o[0].recent(), o[1]) {
+        (Some(recent), given) if by_blocks(o[0]) && recent == *given => Ok(o[0].clone()),
+        _ => bail!(Input, "expected keys of int4 and the recent ones beside them"),
+    }
+}
+
+/// A cache of whole cache blocks.
+fn by_blocks(cache: &Type) -> bool {
+    cache.kept(1) == 0
+}
+
 pub fn attend(o: &[&Type], attrs: &Attrs) -> Rule {
+    if by_blocks(o[1]) {
+        bail!(Input, "keys of int4 have whole cache blocks only: `attend_mixed` sees the others");
+    }
+    attention(o, attrs)
+}
+
+/// Queries of bf16 say that products are of bf16, of 32 dims at a time.
+fn attention(o: &[&Type], attrs: &Attrs) -> Rule {
     let halves = matches!(o[0].as_tensor(), Some((DType::BF16, [.., Dim::N(dim)])) if dim % 32 == 0);
     if !halves {
         f32s(o[0])?;
@@ -352,7 +373,10 @@ pub fn attend(o: &[&Type], attrs: &Attrs) -> Rule {
 
 /// As `attend` over either pair of caches; the recent ones hold at least a token's own cache block.
 pub fn attend_mixed(o: &[&Type], attrs: &Attrs) -> Rule {
-    attend(&[o[0], o[1], o[2], o[5]], attrs)?;
+    if by_blocks(o[1]) && !attrs.bool("causal") {
+        bail!(Input, "keys of int4 have whole cache blocks only: a token cannot see those after its own");
+    }
+    attention(&[o[0], o[1], o[2], o[5]], attrs)?;
     let all = |cache: &Type| {
         let mut cache = cache.clone();
         if let Type::Cache { window, .. } = &mut cache
@@ -362,7 +386,7 @@ pub fn attend_mixed(o: &[&Type], attrs: &Attrs) -> Rule {
         }
         cache
     };
-    attend(&[o[0], &all(o[3]), &all(o[4]), o[5]], attrs)
+    attention(&[o[0], &all(o[3]), &all(o[4]), o[5]], attrs)
 }
 
 pub fn mean_pool(o: &[&Type], _: &Attrs) -> Rule {

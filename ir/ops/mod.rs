@@ -343,6 +343,8 @@ ops! {
 
     "append" (cache, x, step) {} Append: append, state::append, flops::none, append,
         "the cache with this step's rows at their positions";
+    "append_blocks" (cache, recent, step) {} Append: append_blocks, state::append_blocks, flops::none, append_blocks,
+        "int4 keys with the cache blocks (64 positions) that this step completes, from the recent ones: a scale a dim";
     "attend" (q, keys, values, step) {
         float("scale", "multiplies scores"),
         flag("causal", "a token sees no later position"),

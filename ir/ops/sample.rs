@@ -261,9 +261,9 @@ fn cache(role: CacheRole, heads: usize, dim: usize, dtype: DType, window: usize)
     Type::Cache { role, heads, dim, dtype, window }
 }
 
-/// What a cache of heads of that width may be stored in.
+/// What caches of heads of that width may be stored in, one row at a time: not int4, whose keys come by cache blocks.
 pub fn cached(r: &mut Random, dim: usize) -> DType {
-    let fits: Vec<DType> = CACHED.into_iter().filter(|dtype| dtype.caches(dim)).collect();
+    let fits: Vec<DType> = CACHED.into_iter().filter(|dtype| dtype.caches(dim) && *dtype != DType::I4).collect();
     r.pick(&fits)
 }
 
@@ -279,7 +279,15 @@ pub fn append(r: &mut Random, x: Option<&Type>) -> Sample {
     let role = r.pick(&[CacheRole::Keys, CacheRole::Values]);
     let window = r.pick(&WINDOWS);
     let before = x.cloned().unwrap_or_else(|| cache(role, heads, dim, dtype, window));
-    Some((vec![before, activation(DType::F32, Dim::T, &[heads, dim]), Type::Step], Attrs::none()))
+    let types = vec![before, activation(DType::F32, Dim::T, &[heads, dim]), Type::Step];
+    (types[0].kept(1) == 1).then_some((types, Attrs::none()))
+}
+
+pub fn append_blocks(r: &mut Random, x: Option<&Type>) -> Sample {
+    let keys = cache(CacheRole::Keys, r.pick(&HEADS), r.pick(&[32, 64]), DType::I4, r.pick(&WINDOWS));
+    let keys = x.cloned().unwrap_or(keys);
+    let recent = keys.recent().filter(|_| keys.kept(1) == 0)?;
+    Some((vec![keys, recent, Type::Step], Attrs::none()))
 }
 
 pub fn attend(r: &mut Random, x: Option<&Type>) -> Sample {

@@ -32,6 +32,24 @@ pub fn append(o: &[&Value], _: &Attrs) -> Result<Value> {
     Ok(Value::Cache(Cache { sequences, ..cache.clone() }))
 }
 
+/// The cache has whole cache blocks only, before and after.
+pub fn append_blocks(o: &[&Value], _: &Attrs) -> Result<Value> {
+    let (cache, recent, step) = (o[0].cache()?, o[1].cache()?, o[2].step()?);
+    let block = CACHE_BLOCK * cache.heads * cache.dim;
+    let mut sequences = vec![];
+    for (s, sequence) in step.sequences.iter().enumerate() {
+        let (had, has) = (cache.positions(s), recent.positions(s));
+        if had != sequence.past / CACHE_BLOCK * CACHE_BLOCK || has < sequence.past {
+            bail!(Input, "sequence {s}: the caches have {had} and {has} positions, the step says {}", sequence.past);
+        }
+        let mut grown = cache.sequences[s].to_vec();
+        let completed = recent.sequences[s].chunks_exact(block).skip(had / CACHE_BLOCK);
+        grown.extend(completed.flat_map(Cache::stored_block));
+        sequences.push(Arc::new(grown));
+    }
+    Ok(Value::Cache(Cache { sequences, ..cache.clone() }))
+}
+
 pub fn attend(o: &[&Value], attrs: &Attrs) -> Result<Value> {
     let caches = [o[1].cache()?, o[2].cache()?];
     over(o[0].tensor()?, o[3].step()?, attrs, &|_, _| caches)
@@ -60,6 +78,9 @@ fn over<'a>(q: &Tensor, step: &Step, attrs: &Attrs, caches: &dyn Fn(usize, usize
             let seen = visible(keys.positions(s).min(values.positions(s)), sequence, i, attrs);
             if seen.is_empty() {
                 bail!(Input, "sequence {s}: position {own} sees nothing of the cache");
+            }
+            if let Some(p) = seen.clone().find(|p| caches(own, *p).iter().any(|cache| cache.positions(s) <= *p)) {
+                bail!(Input, "sequence {s}: position {own} sees position {p}, which its cache does not have");
             }
             for head in 0..heads {
                 let (row, kv_head) = ((sequence.start + i) * heads + head, head * keys.heads / heads);

@@ -21,6 +21,8 @@ pub(super) struct Shape {
     pub(super) parts: usize,
     /// An item's own cache block is read from other caches.
     pub(super) mixed: bool,
+    /// Keys have scales and middles of dims.
+    pub(super) by_dim: bool,
     /// Bytes from token to token of queries.
     pub(super) query_bytes: usize,
     /// Bytes from token to token of results.
@@ -55,6 +57,7 @@ impl Shape {
             slices: kv_heads * parts,
             parts,
             mixed: node.operands.len() > 4,
+            by_dim: cache.kept(1) == 0,
             query_bytes,
             row_bytes,
             halves,

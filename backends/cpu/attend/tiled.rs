@@ -12,7 +12,7 @@
 use super::softmax::State;
 use super::source::Source;
 use super::{Attention, Item};
-use crate::cpu::cached::{At, Stored};
+use crate::cpu::cached::{At, Stored, load_channels};
 use crate::cpu::dot::amx::{self, Sums};
 use crate::cpu::dot::{Rows, unpack};
 use crate::cpu::rows::walk::LANES;
@@ -36,7 +36,8 @@ impl Attention {
     pub(super) fn tiled_scores(&self, e: &mut Emitter, source: &Source, item: &Item, block: Val, scores: Val) {
         let (dim, panel) = (self.shape.dim, self.buffers.panel);
         let keys = source.head(e, item, source.keys, block);
-        pack_keys(e, source.stored, dim, keys, panel);
+        let channels = source.channels(e, item, block);
+        pack_keys(e, source.stored, dim, (keys, channels), panel);
         let strips: Vec<Val> = (0..VECTORS).map(|i| e.gep_const(panel, i * LANES * dim * 2)).collect();
         let stride = AttentionItem::score_bytes();
         amx::tiles(e, item.rows, |e, row, count| {
@@ -115,17 +116,27 @@ impl Attention {
 }
 
 /// Keys of neighbouring dims become pairs, for each 16 positions.
-fn pack_keys(e: &mut Emitter, stored: Stored, dim: usize, keys: Val, panel: Val) {
+fn pack_keys(e: &mut Emitter, stored: Stored, dim: usize, (keys, channels): (Val, Option<Val>), panel: Val) {
     let line = CACHE_BLOCK * stored.bytes();
     let (zero, groups) = (e.i64(0), e.i64((dim / DIMS) as i64));
     e.repeat(zero, groups, 1, |e, group| {
         let (from, to) = (e.row(keys, group, DIMS / stored.sharing() * line), e.row(panel, group, DIMS * 2 * LANES));
+        let channels = channels.map(|channels| e.row(channels, group, DIMS * 2));
         for pair in 0..DIMS / 2 {
+            let figures = [2 * pair, 2 * pair + 1].map(|d| {
+                let at = e.gep_const(channels?, 2 * d);
+                let figures = load_channels(e, at, 2 * dim, 0, 2);
+                Some(figures.map(|x| e.broadcast(x, LANES)))
+            });
             for vector in 0..VECTORS {
                 let pairs = [2 * pair, 2 * pair + 1].map(|d| {
                     let (lines, bit) = if stored.sharing() == 1 { (d, 0) } else { (d % LANES, 4 * (d / LANES) as i64) };
                     let at = At { byte: e.gep_const(from, lines * line + vector * LANES * stored.bytes()), bit };
-                    stored.load(e, at, LANES, LANES * stored.bytes())
+                    let key = stored.load(e, at, LANES, LANES * stored.bytes());
+                    match figures[d % 2] {
+                        Some([scale, middle]) => e.fma(scale, key, middle),
+                        None => key,
+                    }
                 });
                 let at = e.gep_const(to, vector * LANES * dim * 2 + pair * 4 * LANES);
                 let pairs = unpack::pairs(e, pairs);

@@ -6,9 +6,9 @@
 //! out[head] = out[head] * 2^(old max - max) + scores[head] . values      an element a thread; barrier
 //! ```
 
-use super::{Attention, FAR_BELOW, SLOTS, STATE, Source};
+use super::{Attention, FAR_BELOW, Pool, SLOTS, STATE, Source};
 use crate::cpu::attend::items::Item;
-use crate::cpu::cached::{At, Stored};
+use crate::cpu::cached::{At, Stored, load_channels};
 use crate::cpu::rows::walk::load_index;
 use crate::cuda::group;
 use crate::cuda::rows::{put_real, real_at};
@@ -77,11 +77,12 @@ impl Attention {
                 let parts = source.dims(e, d).into_iter();
                 vec![parts.fold(sum[0], |sum, (d, bit)| {
                     let key = source.stored.load(e, At { byte: at, bit }, 0, source.stored.bytes());
+                    let key = source.from_middle(e, scales, d, key);
                     let q = real_at(e, query, d);
                     e.fma(q, key, sum)
                 })]
             })[0];
-            let sum = match source.scale_at(e, scales, slot) {
+            let sum = match source.scale_at(e, source.keys, scales, slot) {
                 Some(scale) => e.mul(sum, scale),
                 None => sum,
             };
@@ -122,7 +123,7 @@ impl Attention {
                 let below = e.sub(score, most);
                 let weight = math::exp2(e, below);
                 sum = e.add(sum, weight);
-                let weight = match source.scale_at(e, scales, *slot) {
+                let weight = match source.scale_at(e, source.values, scales, *slot) {
                     Some(scale) => e.mul(weight, scale),
                     None => weight,
                 };
@@ -195,10 +196,9 @@ impl Source {
         let table = e.row(self.tables, item.table, 4);
         let id = load_index(e, table, block);
         [self.keys, self.values].map(|pool| {
-            let block = e.row(pool, id, self.block_bytes);
-            let scales = e.gep_const(block, self.scales);
-            let scale_bytes = CACHE_BLOCK * self.stored.scale_bytes();
-            (e.row(block, item.kv_head, self.head_bytes()), e.row(scales, item.kv_head, scale_bytes))
+            let block = e.row(pool.memory, id, pool.block_bytes);
+            let scales = e.gep_const(block, pool.scales.0);
+            (e.row(block, item.kv_head, self.head_bytes()), e.row(scales, item.kv_head, pool.scales.1))
         })
     }
 
@@ -217,10 +217,20 @@ impl Source {
     }
 
     /// The scale of a position, where codes have one.
-    fn scale_at(&self, e: &mut Emitter, scales: Val, slot: Val) -> Option<Val> {
-        self.stored.has_scales().then(|| {
+    fn scale_at(&self, e: &mut Emitter, pool: Pool, scales: Val, slot: Val) -> Option<Val> {
+        (self.stored.has_scales() && !pool.by_dim).then(|| {
             let at = e.row(scales, slot, self.stored.scale_bytes());
             self.stored.load_scales(e, at, 0, 0)
         })
+    }
+
+    /// A key by its code, where dims have scales and middles.
+    fn from_middle(&self, e: &mut Emitter, scales: Val, d: Val, key: Val) -> Val {
+        if !self.keys.by_dim {
+            return key;
+        }
+        let at = e.row(scales, d, 2);
+        let [scale, middle] = load_channels(e, at, 2 * self.dim, 0, 2);
+        e.fma(scale, key, middle)
     }
 }

@@ -93,7 +93,7 @@ impl Rows<'_> {
         let positions = e.i64(CACHE_BLOCK as i64);
         let (block, position) = (e.div(slot, positions), e.rem(slot, positions));
         let block = e.row(pool, block, block_bytes);
-        let scales = e.gep_const(block, cache_scales(*dtype, *heads, dim, 0));
+        let scales = e.gep_const(block, cache_scales(ty, 0));
         let scales = e.row(scales, position, stored.scale_bytes());
         let width = dim / stored.sharing();
         let (lane, warp) = e.lane_and_warp();
