@@ -270,7 +270,7 @@ unsafe fn attempt(thread: &mut Thread, unit: Unit, args: &[u64], rets: *mut u64)
             }
             Unit::TryWait => {
                 *rets = 0;
-                let over = |bar: &Bar| bar.phases + 1 & 1 == i64::from(arg(1) as u32 & 1);
+                let over = |bar: &Bar| (bar.phases + 1) & 1 == i64::from(arg(1) as u32 & 1);
                 if !over(units.bar(arg(0), id, epoch)?) {
                     land(block, arg(0))?;
                 }
