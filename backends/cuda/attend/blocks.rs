@@ -77,7 +77,7 @@ impl Attention {
                 let parts = source.dims(e, d).into_iter();
                 vec![parts.fold(sum[0], |sum, (d, bit)| {
                     let key = source.stored.load(e, At { byte: at, bit }, 0, source.stored.bytes());
-                    let key = source.from_middle(e, scales, d, key);
+                    let key = source.beside_middle(e, scales, d, key);
                     let q = real_at(e, query, d);
                     e.fma(q, key, sum)
                 })]
@@ -225,7 +225,7 @@ impl Source {
     }
 
     /// A key by its code, where dims have scales and middles.
-    fn from_middle(&self, e: &mut Emitter, scales: Val, d: Val, key: Val) -> Val {
+    fn beside_middle(&self, e: &mut Emitter, scales: Val, d: Val, key: Val) -> Val {
         if !self.keys.by_dim {
             return key;
         }
