@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! item = a token x the query heads of one key-value head
+//! prompts       on tensor cores, many tokens an item (`prompt.rs`), where caches hold halves
 //! many items    an item a block
 //! few           every block takes an equal run of all cache blocks in sight; an item that falls to several of them is put
 //!               together by the one that is done last (`items.rs` of the CPU, where a worker is a block here)
@@ -11,6 +12,7 @@
 
 mod blocks;
 mod partials;
+mod prompt;
 
 use super::rows::{put_real, real_at};
 use super::{Device, SHARED_LIMIT};
@@ -50,6 +52,7 @@ pub(super) fn emit(e: &mut Emitter, d: Device<'_>) -> Result<()> {
     let group = width / dim / kv_heads;
     let item = AttentionItem { tokens: 1, ..AttentionItem::new(group, *dim) };
     let heads = item.heads;
+    let mark = e.shared_mark();
     let attention = Attention {
         q: d.pointer(node.operands[0])?,
         extents: Extents {
@@ -88,7 +91,15 @@ pub(super) fn emit(e: &mut Emitter, d: Device<'_>) -> Result<()> {
     let all = e.scaled(tokens, attention.extents.slices, 0);
     let most = e.scaled(d.k.threads, MANY as usize, 0);
     let many = e.cmp(Cmp::Ge, all, most);
-    e.either(many, |e| attention.one_by_one(e, &d, all), |e| items::emit(&attention, e, d.k));
+    let by_token = |e: &mut Emitter| {
+        e.either(many, |e| attention.one_by_one(e, &d, all), |e| items::emit(&attention, e, d.k));
+    };
+    if prompt::suits(&attention) {
+        let pays = prompt::pays(&attention, e, &d);
+        e.either(pays, |e| e.shared_over(mark, |e| prompt::emit(&attention, e, &d)), by_token);
+    } else {
+        by_token(e);
+    }
     Ok(())
 }
 

@@ -31,7 +31,7 @@ pub const VERSION: &str = "9.0";
 const FEATURE: &str = "+ptx90";
 
 /// Intrinsics that the NVPTX backend has instructions for, by prefix.
-const INTRINSICS: [&str; 27] = [
+const INTRINSICS: [&str; 29] = [
     "llvm.nvvm.barrier.cta.sync.aligned.all",
     "llvm.nvvm.bar.warp.sync",
     "llvm.nvvm.read.ptx.sreg.",
@@ -46,6 +46,8 @@ const INTRINSICS: [&str; 27] = [
     "llvm.nvvm.tensormap.replace.",
     "llvm.nvvm.wgmma.",
     "llvm.nvvm.ff2bf16x2.rn",
+    "llvm.nvvm.ff2f16x2.rn",
+    "llvm.nvvm.ldmatrix.",
     "llvm.ctpop.",
     "llvm.fabs.",
     "llvm.fma.",

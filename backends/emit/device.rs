@@ -223,6 +223,17 @@ impl Emitter {
         [0, 1, 2, 3].map(|i| self.op(ty, format_args!("llvm.extractvalue %{id}[{i}] : {four}")))
     }
 
+    /// Four matrices of 8 x 8 halves from shared memory, each transposed; lanes `8 i ..` bring the places of the rows of matrix `i`.
+    /// Lane `4 g + t` gets two halves of each: column `g` of rows `2 t` and `2 t + 1`.
+    pub fn load_matrices(&mut self, at: Val) -> [Val; 4] {
+        let (at, id, four) = (self.in_space(at, 3), self.fresh(), "!llvm.struct<(i32, i32, i32, i32)>");
+        self.line(format_args!(
+            "%{id} = llvm.call_intrinsic \"llvm.nvvm.ldmatrix.sync.aligned.m8n8.x4.trans.b16.p3\"(%{at}) : \
+             (!llvm.ptr<3>) -> {four}"
+        ));
+        [0, 1, 2, 3].map(|i| self.op(I32, format_args!("llvm.extractvalue %{id}[{i}] : {four}")))
+    }
+
     /// Compares floats: `ogt`, `oge`, `oeq`...
     pub fn cmp_float(&mut self, how: &str, a: Val, b: Val) -> Val {
         self.op(I1.x(a.ty.lanes), format_args!("arith.cmpf {how}, {a}, {b} : {}", a.ty))

@@ -96,7 +96,7 @@ impl Attention {
     }
 
     /// Applies the cap, after which scores are in units of ln 2.
-    fn capped(&self, e: &mut Emitter, score: Val) -> Val {
+    pub(super) fn capped(&self, e: &mut Emitter, score: Val) -> Val {
         if self.softcap <= 0.0 {
             return score;
         }
@@ -192,7 +192,7 @@ impl Source {
     }
 
     /// The item's head of a cache block: where its keys and their scales are, and its values and their scales.
-    fn heads(&self, e: &mut Emitter, item: &Item, block: Val) -> [(Val, Val); 2] {
+    pub(super) fn heads(&self, e: &mut Emitter, item: &Item, block: Val) -> [(Val, Val); 2] {
         let table = e.row(self.tables, item.table, 4);
         let id = load_index(e, table, block);
         [self.keys, self.values].map(|pool| {

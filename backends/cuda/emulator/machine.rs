@@ -58,8 +58,12 @@ pub(super) enum Op {
     },
     Commit,
     AwaitCopies,
-    /// Two floats rounded to bf16, the first in the upper half.
-    RoundPair,
+    /// Two floats rounded to f16 or bf16, the first in the upper half.
+    RoundPair {
+        f16: bool,
+    },
+    /// Four transposed matrices of 8 x 8 halves from shared memory.
+    LoadMatrices,
     /// What concerns launches that overlap: here one ends before the next begins.
     Nothing,
     /// Of Hopper's units, with so many arguments.
@@ -69,8 +73,8 @@ pub(super) enum Op {
 /// A product of matrix fragments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Matrix {
-    /// 16 x 8 x 16 of bf16, sums in f32.
-    Bf16,
+    /// 16 x 8 x 16 of f16 or bf16, sums in f32.
+    Halves { f16: bool },
     /// 16 x 8 x 32 of bytes, those of `b` signed, sums in i32.
     Bytes { signed: bool },
 }
@@ -89,12 +93,15 @@ pub(super) fn op(name: &str, arguments: usize) -> Option<Op> {
         "llvm.nvvm.idp4a.u.s" => Op::Dot4 { signed: false },
         "llvm.nvvm.mma.m16n8k32.row.col.u8.s8" => Op::Mma(Matrix::Bytes { signed: false }),
         "llvm.nvvm.mma.m16n8k32.row.col.s8" => Op::Mma(Matrix::Bytes { signed: true }),
-        "llvm.nvvm.mma.m16n8k16.row.col.bf16" => Op::Mma(Matrix::Bf16),
+        "llvm.nvvm.mma.m16n8k16.row.col.bf16" => Op::Mma(Matrix::Halves { f16: false }),
+        "llvm.nvvm.mma.m16n8k16.row.col.f32.f32" => Op::Mma(Matrix::Halves { f16: true }),
+        "llvm.nvvm.ldmatrix.sync.aligned.m8n8.x4.trans.b16.p3" => Op::LoadMatrices,
         "llvm.nvvm.cp.async.cg.shared.global.16" => Op::Copy { bytes: 16 },
         "llvm.nvvm.cp.async.ca.shared.global.8" => Op::Copy { bytes: 8 },
         "llvm.nvvm.cp.async.commit.group" => Op::Commit,
         "llvm.nvvm.cp.async.wait.group" => Op::AwaitCopies,
-        "llvm.nvvm.ff2bf16x2.rn" => Op::RoundPair,
+        "llvm.nvvm.ff2bf16x2.rn" => Op::RoundPair { f16: false },
+        "llvm.nvvm.ff2f16x2.rn" => Op::RoundPair { f16: true },
         "llvm.nvvm.griddepcontrol.wait" | "llvm.nvvm.griddepcontrol.launch.dependents" => Op::Nothing,
         _ => Op::Unit(units::unit(name)?, arguments),
     })
@@ -194,8 +201,15 @@ pub(super) unsafe extern "C" fn call(id: u32, args: *const u64, rets: *mut u64) 
                     group.into_iter().for_each(|flight| land(thread, flight));
                 }
             }
-            Op::RoundPair => {
-                let half = |i: usize| u64::from(half::bf16::from_f32(f32::from_bits(arg(i) as u32)).to_bits());
+            Op::LoadMatrices => {
+                watch(thread, arg(0), 16, false);
+                collective(thread, op, args, rets);
+            }
+            Op::RoundPair { f16 } => {
+                let half = |i: usize| {
+                    let x = f32::from_bits(arg(i) as u32);
+                    u64::from(if f16 { half::f16::from_f32(x).to_bits() } else { half::bf16::from_f32(x).to_bits() })
+                };
                 *rets = half(0) << 16 | half(1);
             }
             Op::Nothing => {}
@@ -307,15 +321,19 @@ unsafe fn collective(thread: &mut Thread, op: Op, args: *const u64, rets: *mut u
 
 fn together(op: Op, args: &[Slots; 32], rets: &mut [Slots; 32]) {
     match op {
-        Op::Mma(Matrix::Bf16) => mma_bf16(args, rets),
+        Op::Mma(Matrix::Halves { f16 }) => mma_halves(f16, args, rets),
+        Op::LoadMatrices => load_matrices(args, rets),
         Op::Mma(Matrix::Bytes { signed }) => mma_bytes(signed, args, rets),
         _ => (0..32).for_each(|lane| rets[lane][0] = args[lane ^ (args[lane][2] as usize & 31)][1]),
     }
 }
 
 /// `d[16, 8] = a[16, 16] b[16, 8] + c[16, 8]`: lane `4 g + t` has rows `g` and `g + 8` of `a` and `c`, column `g` of `b`.
-fn mma_bf16(args: &[Slots; 32], rets: &mut [Slots; 32]) {
-    let half = |word: u64, upper: bool| f32::from_bits((word as u32 >> if upper { 16 } else { 0 }) << 16);
+fn mma_halves(f16: bool, args: &[Slots; 32], rets: &mut [Slots; 32]) {
+    let half = |word: u64, upper: bool| {
+        let bits = (word as u32 >> if upper { 16 } else { 0 }) as u16;
+        if f16 { half::f16::from_bits(bits).to_f32() } else { half::bf16::from_bits(bits).to_f32() }
+    };
     let (mut a, mut b) = ([[0f32; 16]; 16], [[0f32; 8]; 16]);
     for (lane, args) in args.iter().enumerate() {
         let (g, t) = (lane / 4, lane % 4);
@@ -353,6 +371,19 @@ fn mma_bytes(signed: bool, args: &[Slots; 32], rets: &mut [Slots; 32]) {
         for (i, pair) in sums.as_chunks::<2>().0.iter().enumerate() {
             rets[i] = u64::from(pair[0]) | u64::from(pair[1]) << 32;
         }
+    }
+}
+
+/// Lane `8 i + r` has the place of row `r` of matrix `i`; lane `4 g + t` gets column `g` of rows `2 t` and `2 t + 1` of each.
+fn load_matrices(args: &[Slots; 32], rets: &mut [Slots; 32]) {
+    for (lane, rets) in rets.iter_mut().enumerate() {
+        let half = |matrix: usize, row: usize| {
+            let place = args[8 * matrix + row][0] + 2 * (lane as u64 / 4);
+            // SAFETY: each lane has reported its row of 16 bytes; shared memory has room beyond its limit.
+            u64::from(unsafe { *(place as *const u16) })
+        };
+        let word = |i: usize| half(i, 2 * (lane % 4)) | half(i, 2 * (lane % 4) + 1) << 16;
+        (rets[0], rets[1]) = (word(0) | word(1) << 32, word(2) | word(3) << 32);
     }
 }
 

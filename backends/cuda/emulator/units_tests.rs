@@ -114,3 +114,26 @@ fn wrong_pipelines_are_found() {
     let place = (1_u64 << 62 | 64 << 32 | 1 << 16 | 4).to_string();
     wants("a wrong step over columns", swap("arith.constant", &descriptor(64), &place), &["off", "race"]);
 }
+
+/// Prompts: heads of several widths, in groups, through a window and a cap, over caches in halves.
+#[test]
+fn tensor_cores_attend_to_prompts() {
+    let shapes = [
+        ("f16", 64, 4, 2, 0, "0.0"),
+        ("bf16", 96, 2, 2, 40, "0.0"),
+        ("f16", 128, 8, 1, 0, "30.0"),
+        ("f16", 256, 3, 1, 0, "0.0"),
+    ];
+    for (dtype, dim, heads, kv, window, cap) in shapes {
+        let text = format!(
+            "graph @k(%q: f32[t, {heads}, {dim}], %k: keys<{dtype}>[c, {kv}, {dim}], %v: values<{dtype}>[c, {kv}, {dim}], %step: step[s])
+                stage planned when t = 1..512 {{
+                %y = attend %q, %k, %v, %step {{scale = 0.1, causal = true, window = {window}, softcap = {cap}}} return y = %y }}"
+        );
+        let kernel = harness::kernel(&text);
+        let source = cuda::emit(&kernel, Chip::Sm90a).unwrap();
+        assert!(source.text.contains("ldmatrix"), "{dtype}, heads of {dim}");
+        let step = Step::new(&[(70, 40), (0, 65)]);
+        assert_eq!(verdict(&kernel, &source, &step), Ok(()), "{dtype}, heads of {dim}");
+    }
+}
