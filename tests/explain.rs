@@ -229,7 +229,7 @@ fn costs_are_measured_kept_and_taken_again() {
     let costs = done(&format!("inspect {m} --costs"));
     fs::write(path("costs.json"), &costs).unwrap();
     let factors: Value = serde_json::from_str(&costs).unwrap();
-    let kinds: Vec<&str> = factors.as_array().unwrap().iter().filter_map(|f| f["kind"].as_str()).collect();
+    let kinds: Vec<&str> = factors.as_array().unwrap().iter().filter_map(|f| f["of"]["kind"].as_str()).collect();
     assert!(["contract", "attend", "rows"].iter().all(|kind| kinds.contains(kind)), "{costs}");
     let compile = |from: &str, out: &str| {
         let out = path(out);
