@@ -36,9 +36,8 @@ const COPIED: usize = 16;
 /// Bytes from row to row of keys in shared memory.
 const KEY_BYTES: usize = 2 * CACHE_BLOCK + COPIED;
 
-/// Widest head; the widest whose queries stay in registers.
-const WIDEST: usize = 256;
-const IN_REGISTERS: usize = 128;
+/// Widest head whose queries and result stay in registers.
+const WIDEST: usize = 128;
 
 /// Tokens for every tile of the step from which on tokens are taken together.
 const TOGETHER: usize = 8;
@@ -148,8 +147,7 @@ impl Prompt<'_> {
         let (lane, four) = (e.lane_and_warp().0, e.i64(4));
         let (group, pair) = (e.div(lane, four), e.rem(lane, four));
         let rows = [0, ROWS / 2].map(|more| self.row(e, item, (group, more)));
-        let queries = (self.a.dim <= IN_REGISTERS)
-            .then(|| (0..self.a.dim / DEPTH).map(|depth| self.query(e, &rows, pair, depth)).collect::<Vec<_>>());
+        let queries: Vec<_> = (0..self.a.dim / DEPTH).map(|depth| self.query(e, &rows, pair, depth)).collect();
         let end = e.add(item.low, item.blocks);
         self.fetch(e, item, (item.low, end));
         let (nothing, least, one) = (e.float(F32, 0.0), e.float(F32, FAR_BELOW), e.i64(1));
@@ -161,7 +159,7 @@ impl Prompt<'_> {
             e.await_copies(SLOTS - 1);
             e.barrier();
             let mut state = State::of(carried);
-            let mut scores = self.scores(e, queries.as_deref(), (&rows, pair), block);
+            let mut scores = self.scores(e, &queries, block);
             self.mask(e, &mut scores, (&rows, pair), block);
             self.soften(e, &mut scores, &mut state);
             self.weigh(e, &scores, &mut state, block);
@@ -285,25 +283,15 @@ impl Prompt<'_> {
     }
 
     /// Scores of the lane's rows, eight positions a product.
-    fn scores(
-        &self,
-        e: &mut Emitter,
-        queries: Option<&[Vec<Val>]>,
-        (rows, pair): (&[Row; 2], Val),
-        block: Val,
-    ) -> Vec<[Val; SUMS]> {
+    fn scores(&self, e: &mut Emitter, queries: &[Vec<Val>], block: Val) -> Vec<[Val; SUMS]> {
         let nothing = e.float(F32, 0.0);
         let mut scores = vec![[nothing; SUMS]; CACHE_BLOCK / COLUMNS];
         let [keys, _] = self.slots(e, block);
         let own = self.own_row(e, keys, KEY_BYTES);
-        for depth in 0..self.a.dim / DEPTH {
-            let query = match queries {
-                Some(queries) => queries[depth].clone(),
-                None => self.query(e, rows, pair, depth),
-            };
+        for (depth, query) in queries.iter().enumerate() {
             for (i, [low, high]) in scores.as_chunks_mut::<2>().0.iter_mut().enumerate() {
                 let at = e.gep_const(own, depth * DEPTH * KEY_BYTES + i * 2 * 2 * COLUMNS);
-                self.multiply(e, &query, at, [low, high]);
+                self.multiply(e, query, at, [low, high]);
             }
         }
         scores

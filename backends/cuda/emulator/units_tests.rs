@@ -122,7 +122,7 @@ fn tensor_cores_attend_to_prompts() {
         ("f16", 64, 4, 2, 0, "0.0"),
         ("bf16", 96, 2, 2, 40, "0.0"),
         ("f16", 128, 8, 1, 0, "30.0"),
-        ("f16", 256, 3, 1, 0, "0.0"),
+        ("f16", 112, 3, 1, 0, "0.0"),
     ];
     for (dtype, dim, heads, kv, window, cap) in shapes {
         let text = format!(
