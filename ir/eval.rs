@@ -77,12 +77,20 @@ fn find<'a>(inputs: &'a [Value], values: &'a [Value], value: usize) -> &'a Value
 /// Names a sequence over its steps.
 pub type SequenceKey = usize;
 
+/// What sequences have in a cache.
+#[derive(Default)]
+struct Kept {
+    /// Of a position.
+    width: usize,
+    sequences: BTreeMap<SequenceKey, Arc<Vec<f32>>>,
+}
+
 /// Runs a model step by step, keeping the caches of its sequences.
 pub struct Interpreter<'a> {
     model: &'a Model,
     weights: HashMap<String, Value>,
     /// Call prefix and input name -> sequence -> `[positions, heads, dim]`.
-    caches: BTreeMap<String, BTreeMap<SequenceKey, Arc<Vec<f32>>>>,
+    caches: BTreeMap<String, Kept>,
     /// Positions each sequence has in its caches, and those before its last that were forgotten.
     lengths: BTreeMap<SequenceKey, usize>,
     forgotten: BTreeMap<SequenceKey, usize>,
@@ -145,7 +153,9 @@ impl<'a> Interpreter<'a> {
             outputs.insert(name.clone(), value.tensor()?.clone());
         }
         for (name, cache) in kept {
-            self.caches.entry(name).or_default().extend(keys.iter().copied().zip(cache.sequences));
+            let kept = self.caches.entry(name).or_default();
+            kept.width = cache.heads * cache.dim;
+            kept.sequences.extend(keys.iter().copied().zip(cache.sequences));
         }
         for (key, sequence) in keys.iter().zip(&step.sequences) {
             self.lengths.insert(*key, sequence.past + sequence.len);
@@ -156,9 +166,10 @@ impl<'a> Interpreter<'a> {
     /// Takes positions out of a sequence's caches: what follows neither sees them nor is numbered anew.
     pub fn forget(&mut self, key: SequenceKey, positions: std::ops::Range<usize>) {
         let Some(length) = self.lengths.get_mut(&key).filter(|_| !positions.is_empty()) else { return };
-        for cache in self.caches.values_mut().filter_map(|sequences| sequences.get_mut(&key)) {
-            let width = cache.len() / (*length).max(1);
-            Arc::make_mut(cache).drain(positions.start * width..positions.end * width);
+        for Kept { width, sequences } in self.caches.values_mut() {
+            if let Some(cache) = sequences.get_mut(&key) {
+                Arc::make_mut(cache).drain(positions.start * *width..positions.end * *width);
+            }
         }
         *length -= positions.len();
         *self.forgotten.entry(key).or_default() += positions.len();
@@ -208,7 +219,7 @@ impl<'a> Interpreter<'a> {
         let mut cache = Cache::empty(ty, keys.len())?;
         let known = self.caches.get(name);
         for (sequence, key) in cache.sequences.iter_mut().zip(keys) {
-            *sequence = known.and_then(|known| known.get(key)).cloned().unwrap_or_default();
+            *sequence = known.and_then(|known| known.sequences.get(key)).cloned().unwrap_or_default();
         }
         Some(cache)
     }

@@ -87,7 +87,8 @@ fn random_models_are_legal_and_run() {
     }
     // Only encoders pool, and only passes estimate, turn heads and divide caches.
     let passes = |op: &Op| matches!(op.class(), Class::Estimate | Class::Rescore | Class::Turn);
-    let elsewhere = |op: &Op| op.class() == Class::Pool || passes(op) || op.name() == "attend_mixed";
+    let elsewhere =
+        |op: &Op| op.class() == Class::Pool || passes(op) || ["attend_mixed", "append_blocks"].contains(&op.name());
     let never: Vec<Op> = Op::all().filter(|op| !elsewhere(op) && !seen.contains(op)).collect();
     assert!(never.is_empty(), "no random model has {never:?}");
 }

@@ -309,12 +309,23 @@ impl Search<'_> {
         if let Some((price, _)) = self.best.get(demand) {
             return *price;
         }
-        let limit = if self.considered >= self.limits.kernels {
+        let all = self.limits.kernels_per_value;
+        let found = if self.considered >= self.limits.kernels {
             self.limited = true;
-            1
+            // The first may lead nowhere.
+            Some(self.least(demand, 1))
+                .filter(|(price, _)| price.is_finite())
+                .unwrap_or_else(|| self.least(demand, all))
         } else {
-            self.limits.kernels_per_value
+            self.least(demand, all)
         };
+        let price = found.0;
+        self.best.insert(demand.to_vec(), found);
+        price
+    }
+
+    /// The least price of having `demand` in memory, and the last kernel for that, among so many candidates for a value.
+    fn least(&mut self, demand: &[usize], limit: usize) -> (f64, Option<Candidate>) {
         let found = candidates(self.program, demand, self.prologues, limit);
         self.limited |= limit > 1 && found.len() >= limit;
         self.considered += found.len();
@@ -337,8 +348,7 @@ impl Search<'_> {
                 (least, chosen) = (price, Some(each.kernel));
             }
         }
-        self.best.insert(demand.to_vec(), (least, chosen));
-        least
+        (least, chosen)
     }
 
     /// What else could have been the last kernel before `demand`, at the prices that the search has found.

@@ -101,6 +101,7 @@ const UNSAFE: &[&str] = &[
     "backends/mlir.rs",
     "backends/llvm.rs",
     "backends/cuda/emulator/machine.rs",
+    "backends/cuda/emulator/units.rs",
     "backends/cuda/emulator/mod.rs",
     "backends/cuda/emulator/retarget.rs",
     "backends/cuda/emulator/tests.rs",
