@@ -40,7 +40,7 @@ const HALVES: f32 = 1e-2;
 const NOISE: f32 = 2e-5;
 
 /// Most runs with noise.
-const NOISY_RUNS: u64 = 64;
+const NOISY_RUNS: u64 = 256;
 
 /// Multiple of what noise does that is allowed.
 const SPREADS: f32 = 2.0;
