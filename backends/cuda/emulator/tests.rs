@@ -29,7 +29,8 @@ fn kernels() -> Vec<(Kernel, Source, Step)> {
         %l = l2_normalize %m {eps = 1e-5} return l = %l }";
     let product = "graph @product(%x: a8[t, 2048], %w: q4_0[40, 2048]) stage planned when t = 1..1 {
         %y = matmul %x, %w return y = %y }";
-    let attend = "graph @attend(%q: f32[t, 4, 32], %k: keys<f16>[c, 2, 32], %v: values<f16>[c, 2, 32], %step: step[s])
+    // Caches that prompts go through token by token, too.
+    let attend = "graph @attend(%q: f32[t, 4, 32], %k: keys<f32>[c, 2, 32], %v: values<f32>[c, 2, 32], %step: step[s])
         stage planned when t = 1..8 {
         %y = attend %q, %k, %v, %step {scale = 0.2, causal = true, window = 0, softcap = 0.0} return y = %y }";
     let tile = "graph @tile(%x: bf16[t, 320], %w: bf16[40, 320], %g: f32[40]) stage planned when t = 9..512 {
